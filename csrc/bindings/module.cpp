@@ -1,0 +1,13 @@
+#include <pybind11/pybind11.h>
+
+#include "errors.hpp"
+#include "register.hpp"
+
+PYBIND11_MODULE(_C, module) {
+  using namespace kvlink::bindings;
+  module.doc() = "kvlink's CPU operators and transports. Import kvlink, not this.";
+  register_exceptions();
+  register_runtime(module);
+  register_memory(module);
+  register_pool(module);
+}

@@ -1,0 +1,12 @@
+// One function per family; module.cpp calls them all.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace kvlink::bindings {
+
+void register_memory(pybind11::module_& module);     // Segment, array views, tensor_info
+void register_pool(pybind11::module_& module);       // Layout, PoolView
+void register_runtime(pybind11::module_& module);    // threads, SIMD level, build report
+
+}  // namespace kvlink::bindings

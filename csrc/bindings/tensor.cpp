@@ -1,0 +1,180 @@
+#include "tensor.hpp"
+
+#include <algorithm>
+
+#include "kvlink/base/check.hpp"
+
+namespace kvlink::bindings {
+
+namespace {
+
+std::string describe(const std::vector<int64_t>& values) {
+  std::string text = "[";
+  for (size_t i = 0; i < values.size(); ++i) text += concat(i ? ", " : "", values[i]);
+  return text + "]";
+}
+
+// Takes the tensor out of a capsule and marks it consumed, as DLPack prescribes.
+template <typename Managed>
+std::shared_ptr<void> consume(PyObject* capsule, const char* name, const char* used_name,
+                              Managed** managed) {
+  *managed = static_cast<Managed*>(PyCapsule_GetPointer(capsule, name));
+  if (!*managed) throw py::error_already_set();
+  PyCapsule_SetName(capsule, used_name);
+  Managed* tensor = *managed;
+  return {tensor, [](void* pointer) {
+            auto* owned = static_cast<Managed*>(pointer);
+            if (owned->deleter) owned->deleter(owned);
+          }};
+}
+
+py::object export_capsule(const py::handle& object, std::string_view name) {
+  KVLINK_CHECK(py::hasattr(object, "__dlpack__"), name,
+               ": expected an array with __dlpack__ (torch, numpy, cupy, ...); got ",
+               std::string(py::str(py::type::handle_of(object))));
+  // Immortal on purpose: no destructor runs after the interpreter is gone.
+  static const auto* kMaxVersion = new py::object(py::make_tuple(1, 1));
+  try {
+    return object.attr("__dlpack__")(py::arg("max_version") = *kMaxVersion);
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError)) {
+      throw InvalidArgument(concat(name, ": the array could not be exported: ", error.what()));
+    }
+  }
+  try {  // producers older than DLPack 1.0 take no max_version
+    return object.attr("__dlpack__")();
+  } catch (py::error_already_set& error) {
+    throw InvalidArgument(concat(name, ": the array could not be exported: ", error.what()));
+  }
+}
+
+}  // namespace
+
+Tensor::Tensor(const py::handle& object, std::string_view name) {
+  const py::object capsule = export_capsule(object, name);
+  dlpack::Tensor tensor;
+  if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
+    dlpack::ManagedTensorVersioned* managed;
+    managed_ = consume(capsule.ptr(), "dltensor_versioned", "used_dltensor_versioned", &managed);
+    KVLINK_CHECK(managed->version.major == 1, name, ": expected DLPack version 1; got ",
+                 managed->version.major);
+    tensor = managed->tensor;
+    read_only_ = managed->flags & dlpack::kFlagReadOnly;
+  } else {
+    dlpack::ManagedTensor* managed;
+    managed_ = consume(capsule.ptr(), "dltensor", "used_dltensor", &managed);
+    tensor = managed->tensor;
+  }
+  data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  device_ = tensor.device;
+  type_ = tensor.dtype;
+  shape_.assign(tensor.shape, tensor.shape + tensor.ndim);
+  if (tensor.strides) {
+    strides_.assign(tensor.strides, tensor.strides + tensor.ndim);
+  } else {
+    strides_.resize(shape_.size());
+    int64_t stride = 1;
+    for (size_t i = shape_.size(); i-- > 0; stride *= shape_[i]) strides_[i] = stride;
+  }
+}
+
+int64_t Tensor::num_elements() const {
+  int64_t count = 1;
+  for (int64_t size : shape_) count *= size;
+  return count;
+}
+
+bool Tensor::is_contiguous() const {
+  int64_t expected = 1;
+  for (size_t i = shape_.size(); i-- > 0; expected *= shape_[i]) {
+    if (shape_[i] != 1 && strides_[i] != expected) return num_elements() == 0;
+  }
+  return true;
+}
+
+std::string Tensor::type_name() const {
+  switch (type_.code) {
+    case dlpack::kInt:
+      return concat("int", int{type_.bits});
+    case dlpack::kUInt:
+      return concat("uint", int{type_.bits});
+    case dlpack::kFloat:
+      return concat("float", int{type_.bits});
+    case dlpack::kBFloat:
+      return concat("bfloat", int{type_.bits});
+    case dlpack::kBool:
+      return "bool";
+    case dlpack::kFloat8E4M3FN:
+      return "float8_e4m3";
+    case dlpack::kFloat8E5M2:
+      return "float8_e5m2";
+    default:
+      return concat("DLPack type (", int{type_.code}, ", ", int{type_.bits}, " bits)");
+  }
+}
+
+std::optional<DType> Tensor::dtype() const {
+  const std::string name = type_name();
+  for (int i = 0; i < kNumDTypes; ++i) {
+    if (name == dtype_name(static_cast<DType>(i))) return static_cast<DType>(i);
+  }
+  return std::nullopt;
+}
+
+void Symbols::bind(const std::string& symbol, int64_t value, std::string_view used_by) {
+  sizes_[symbol] = {value, std::string(used_by)};
+}
+
+void Symbols::match(const std::string& symbol, int64_t value, std::string_view used_by) {
+  const auto found = sizes_.find(symbol);
+  if (found == sizes_.end()) return bind(symbol, value, used_by);
+  KVLINK_CHECK(found->second.size == value, used_by, ": expected ", symbol, " = ",
+               found->second.size, " as in ", found->second.bound_by, "; got ", value);
+}
+
+Tensor TensorSpec::import(const py::handle& object, Symbols& symbols) const {
+  Tensor tensor(object, name);
+  std::string wanted = "[";
+  for (size_t i = 0; i < axes.size(); ++i) {
+    wanted += i ? ", " : "";
+    const auto* symbol = std::get_if<const char*>(&axes[i]);
+    wanted += symbol ? *symbol : std::to_string(std::get<int64_t>(axes[i]));
+  }
+  wanted += "]";
+  KVLINK_CHECK(tensor.shape().size() == axes.size(), name, ": expected shape ", wanted, "; got ",
+               describe(tensor.shape()));
+  const std::string type = tensor.type_name();
+  if (std::find(dtypes.begin(), dtypes.end(), type) == dtypes.end()) {
+    std::string names;
+    for (const char* dtype : dtypes) names += concat(names.empty() ? "" : " or ", dtype);
+    throw InvalidArgument(concat(name, ": expected dtype ", names, "; got ", type));
+  }
+  KVLINK_CHECK(!host || tensor.on_host(), name, ": expected an array in host memory; got device type ",
+               tensor.device().type);
+  KVLINK_CHECK(!writable || !tensor.read_only(), name, ": is written to, but is read-only");
+  for (size_t i = 0; i < axes.size(); ++i) {
+    if (const auto* symbol = std::get_if<const char*>(&axes[i])) {
+      symbols.match(*symbol, tensor.dim(i), name);
+    } else {
+      KVLINK_CHECK(tensor.dim(i) == std::get<int64_t>(axes[i]), name, ": expected shape ", wanted,
+                   "; got ", describe(tensor.shape()));
+    }
+  }
+  if (strides == Strides::kContiguous) {
+    KVLINK_CHECK(tensor.is_contiguous(), name, ": expected a contiguous array; got strides ",
+                 describe(tensor.strides()));
+  } else if (strides == Strides::kLastContiguous && !axes.empty()) {
+    const size_t last = axes.size() - 1;
+    KVLINK_CHECK(tensor.dim(last) <= 1 || tensor.stride(last) == 1, name,
+                 ": expected a contiguous last axis; got strides ", describe(tensor.strides()));
+  }
+  return tensor;
+}
+
+std::optional<Tensor> TensorSpec::import_optional(const py::handle& object,
+                                                  Symbols& symbols) const {
+  if (object.is_none()) return std::nullopt;
+  return import(object, symbols);
+}
+
+}  // namespace kvlink::bindings

@@ -1,0 +1,92 @@
+// Arrays from any DLPack producer (torch, numpy, cupy, ...), checked declaratively.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "dlpack.hpp"
+#include "kvlink/base/dtype.hpp"
+
+namespace kvlink::bindings {
+
+namespace py = pybind11;
+
+// A borrowed array; keeps its producer's memory alive.
+class Tensor {
+ public:
+  // Imports `object`; errors name it `name`. Throws InvalidArgument.
+  Tensor(const py::handle& object, std::string_view name);
+
+  template <typename T>
+  T* data() const {
+    return static_cast<T*>(data_);
+  }
+  int64_t dim(size_t axis) const { return shape_[axis]; }
+  int64_t stride(size_t axis) const { return strides_[axis]; }  // elements
+  const std::vector<int64_t>& shape() const { return shape_; }
+  const std::vector<int64_t>& strides() const { return strides_; }
+  int64_t num_elements() const;
+  dlpack::DataType type() const { return type_; }
+  dlpack::Device device() const { return device_; }
+  bool read_only() const { return read_only_; }
+  bool on_host() const {
+    return device_.type == dlpack::kDeviceCpu || device_.type == dlpack::kDeviceCudaHost;
+  }
+  bool is_contiguous() const;  // row-major without gaps
+  std::string type_name() const;
+  // The storage type, when it is one a layout can have.
+  std::optional<DType> dtype() const;
+
+ private:
+  void* data_ = nullptr;
+  dlpack::Device device_{};
+  dlpack::DataType type_{};
+  std::vector<int64_t> shape_, strides_;
+  bool read_only_ = false;
+  std::shared_ptr<void> managed_;  // releases the producer's tensor
+};
+
+// Sizes bound by name on first use; every later use must agree.
+class Symbols {
+ public:
+  void bind(const std::string& symbol, int64_t value, std::string_view used_by);
+  void match(const std::string& symbol, int64_t value, std::string_view used_by);
+  int64_t operator[](const std::string& symbol) const { return sizes_.at(symbol).size; }
+
+ private:
+  struct Binding {
+    int64_t size;
+    std::string bound_by;
+  };
+  std::map<std::string, Binding> sizes_;
+};
+
+// What one argument must look like. An axis is a symbol or a fixed size.
+struct TensorSpec {
+  using Axis = std::variant<const char*, int64_t>;
+
+  const char* name;
+  std::vector<Axis> axes;
+  std::vector<const char*> dtypes;  // names as type_name() gives them
+  enum class Strides { kContiguous, kLastContiguous, kAny } strides = Strides::kLastContiguous;
+  bool writable = false;
+  bool host = true;
+
+  // Imports and checks `object`. Throws InvalidArgument naming the argument, expected and got.
+  Tensor import(const py::handle& object, Symbols& symbols) const;
+  // None gives an empty optional.
+  std::optional<Tensor> import_optional(const py::handle& object, Symbols& symbols) const;
+};
+
+inline const std::vector<const char*> kFloatTypes = {"float32", "float16", "bfloat16"};
+
+}  // namespace kvlink::bindings

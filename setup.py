@@ -1,0 +1,163 @@
+"""Builds kvlink._C (CPU operators and transports; a C++20 compiler is enough) and, where nvcc is
+found, kvlink._cuda. Environment:
+
+KVLINK_CUDA         auto (default: built if nvcc is found), 1 (demanded), 0 (left out)
+KVLINK_CUDA_ARCHS   for example "90a" or "80;90a;100" (default)
+KVLINK_SANITIZE     for example "address,undefined": a build for tests, not for use
+MAX_JOBS            compilers run at once (default: the CPUs)
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CSRC = Path("csrc")
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# Sources named *_simd.cpp are compiled once per level, into a namespace of that name; the level is
+# chosen at run time.
+SIMD_LEVELS: dict[str, list[str]] = {"portable": []}
+if IS_X86:
+    SIMD_LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    SIMD_LEVELS["avx512"] = [
+        *SIMD_LEVELS["avx2"],
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+    ]
+
+SANITIZE = os.environ.get("KVLINK_SANITIZE", "")
+SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer"] if SANITIZE else []
+
+
+def cpu_sources() -> list[Path]:
+    folders = ("base", "layout", "cpu", "transport")
+    sources = [path for name in folders for path in (CSRC / "kvlink" / name).rglob("*.cpp")]
+    bindings = [path for path in (CSRC / "bindings").glob("*.cpp") if path.stem != "cuda_module"]
+    return sorted(sources + bindings)
+
+
+def find_nvcc() -> str | None:
+    wanted = os.environ.get("KVLINK_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"KVLINK_CUDA: expected auto, 0 or 1; got {wanted!r}")
+    if wanted == "0" or (SANITIZE and wanted == "auto"):
+        return None
+    cuda_home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(cuda_home, "bin"))
+    if nvcc is None and wanted == "1":
+        raise SystemExit("KVLINK_CUDA=1, but nvcc is neither on PATH nor under CUDA_HOME")
+    return os.path.realpath(nvcc) if nvcc else None
+
+
+class BuildExtensions(build_ext):
+    """Compiles in parallel, with flags per source, and only what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compiles = self.cuda_compiles() if ext.name == "kvlink._cuda" else self.cpu_compiles()
+        headers = [*CSRC.rglob("*.hpp"), *CSRC.rglob("*.cuh"), *CSRC.rglob("*.inl"), Path(__file__)]
+        newest_header = max(path.stat().st_mtime for path in headers)
+
+        def compile_one(job: tuple[Path, Path, list[str]]) -> str:
+            source, target, command = job
+            flags = target.with_suffix(".flags")
+            newest = max(newest_header, source.stat().st_mtime)
+            text = " ".join(command)
+            fresh = target.exists() and target.stat().st_mtime > newest
+            if not (fresh and flags.exists() and flags.read_text() == text):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                subprocess.run(command, check=True)
+                flags.write_text(text)
+            return str(target)
+
+        jobs = int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))
+        with ThreadPoolExecutor(jobs) as pool:
+            objects = list(pool.map(compile_one, compiles))
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        link = [*self.cxx(), "-shared", "-o", str(output), *objects, *SANITIZE_FLAGS, "-pthread"]
+        if ext.name == "kvlink._cuda":
+            lib = Path(self.nvcc).parent.parent / "lib64"
+            link += [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt"]
+        elif not SANITIZE:
+            link += ["-Wl,-s"]
+        subprocess.run(link, check=True)
+
+    @property
+    def nvcc(self) -> str:
+        nvcc = find_nvcc()
+        assert nvcc is not None
+        return nvcc
+
+    def cxx(self) -> list[str]:
+        return [*os.environ.get("CXX", "c++").split()]
+
+    def target(self, source: Path, suffix: str = "") -> Path:
+        tag = sysconfig.get_config_var("SOABI") + (f"-{SANITIZE}" if SANITIZE else "")
+        flat = str(source.with_suffix("")).replace(os.sep, "__")
+        return Path(self.build_temp) / tag / f"{flat}{suffix}.o"
+
+    def cxx_flags(self) -> list[str]:
+        optimise = ["-O1", "-g"] if SANITIZE else ["-O3", "-DNDEBUG"]
+        return [
+            *("-std=c++20", *optimise, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+            *("-ffp-contract=fast", "-fno-math-errno", "-pthread", *SANITIZE_FLAGS),
+            *(f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"),
+        ]
+
+    def cpu_compiles(self) -> list[tuple[Path, Path, list[str]]]:
+        levels = ",".join(SIMD_LEVELS)
+        compiles = []
+        for source in cpu_sources():
+            variants = SIMD_LEVELS if source.stem.endswith("_simd") else {"": []}
+            for level, flags in variants.items():
+                target = self.target(source, f".{level}" if level else "")
+                defines = [f"-DKVLINK_SIMD_LEVEL={level}"] if level else []
+                command = [
+                    *(*self.cxx(), *self.cxx_flags(), *flags, *defines),
+                    *(f'-DKVLINK_SIMD_LEVELS="{levels}"', "-c", str(source), "-o", str(target)),
+                ]
+                compiles.append((source, target, command))
+        # The slowest first, so that the last job to end is a short one.
+        return sorted(compiles, key=lambda job: "simd" not in job[0].stem)
+
+    def cuda_compiles(self) -> list[tuple[Path, Path, list[str]]]:
+        archs = os.environ.get("KVLINK_CUDA_ARCHS", "80;90a;100").replace(",", ";").split(";")
+        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        include = Path(self.nvcc).parent.parent / "include"
+        compiles = []
+        for source in sorted((CSRC / "kvlink" / "cuda").glob("*.cu")):
+            target = self.target(source, ".cu")
+            command = [
+                *(self.nvcc, "-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", *gencode),
+                *("-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}", "-c", str(source)),
+                *("-o", str(target)),
+            ]
+            compiles.append((source, target, command))
+        host = [
+            CSRC / "bindings" / f"{name}.cpp" for name in ("cuda_module", "errors", "pool", "tensor")
+        ] + [CSRC / "kvlink" / "layout" / "serialise.cpp"]
+        for source in host:
+            target = self.target(source, ".cuda")
+            command = [
+                *(*self.cxx(), *self.cxx_flags(), f"-I{include}", "-c", str(source)),
+                *("-o", str(target)),
+            ]
+            compiles.append((source, target, command))
+        return compiles
+
+
+extensions = [Extension("kvlink._C", sources=[str(path) for path in cpu_sources()])]
+if find_nvcc() and any((CSRC / "kvlink" / "cuda").glob("*.cu")):
+    extensions.append(Extension("kvlink._cuda", sources=[]))
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtensions})
