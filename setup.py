@@ -144,7 +144,8 @@ class BuildExtensions(build_ext):
             ]
             compiles.append((source, target, command))
         host = [
-            CSRC / "bindings" / f"{name}.cpp" for name in ("cuda_module", "errors", "pool", "tensor")
+            CSRC / "bindings" / f"{name}.cpp"
+            for name in ("cuda_module", "errors", "pool", "tensor")
         ] + [CSRC / "kvlink" / "layout" / "serialise.cpp"]
         for source in host:
             target = self.target(source, ".cuda")

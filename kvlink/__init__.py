@@ -1,6 +1,24 @@
 """KV-cache transfer and paged attention over one description of the cache."""
 
+from typing import TYPE_CHECKING, Any
+
 from kvlink.layout import KVLayout, Shard
 from kvlink.pool import KVPool
 
-__all__ = ["KVLayout", "KVPool", "Shard"]
+if TYPE_CHECKING:
+    from kvlink.pages import PageAllocator
+
+__all__ = ["KVLayout", "KVPool", "PageAllocator", "Shard"]
+
+# Imported on first use, so that `import kvlink` loads neither numpy nor anything it does not need.
+_LAZY = {"PageAllocator": "kvlink.pages"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'kvlink' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value

@@ -132,7 +132,9 @@ def _split_dims(
 
 def _add_scales(layer: DescribedLayer, scale: str, scales: Any, name: str) -> DescribedLayer:
     if not isinstance(scales, tuple | list) or len(scales) != 2:
-        raise InvalidArgument(f"{name}: scale {scale!r} takes a (k_scale, v_scale) pair; got {scales!r}")
+        raise InvalidArgument(
+            f"{name}: scale {scale!r} takes a (k_scale, v_scale) pair; got {scales!r}"
+        )
     layout = layer.layout
     shapes = {
         "tensor": [1],

@@ -33,3 +33,7 @@ class DoubleFree(PageError):
 
 class ForeignPage(PageError):
     """A page id that this allocator does not manage."""
+
+
+class NotAllocated(PageError):
+    """A free page was used as if it were allocated."""

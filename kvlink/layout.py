@@ -19,9 +19,7 @@ from kvlink.errors import InvalidArgument
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3", "float8_e5m2", "int8", "uint8")
 FORMS = ("separate", "packed", "latent", "opaque")
 SCALES = ("none", "tensor", "head", "token_head")
-DTYPE_BYTES = {
-    name: size for name, size in zip(DTYPES, (4, 2, 2, 1, 1, 1, 1), strict=True)
-}
+DTYPE_BYTES = {name: size for name, size in zip(DTYPES, (4, 2, 2, 1, 1, 1, 1), strict=True)}
 _DTYPE_ALIASES = {
     "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16",
     "bf16": "bfloat16", "float8_e4m3fn": "float8_e4m3", "fp8_e4m3": "float8_e4m3",
@@ -106,7 +104,9 @@ class KVLayout:
             ("scale", self.scale, SCALES),
         ):
             if value not in allowed:
-                raise InvalidArgument(f"{name}: expected one of {', '.join(allowed)}; got {value!r}")
+                raise InvalidArgument(
+                    f"{name}: expected one of {', '.join(allowed)}; got {value!r}"
+                )
         _require_positive(
             num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, page_size=self.page_size
         )
@@ -124,7 +124,13 @@ class KVLayout:
             )
         for name in ("k", "v", "k_scale", "v_scale"):
             plane = getattr(self, name)
-            for field in ("offset_bytes", "stride_page", "stride_slot", "stride_head", "stride_dim"):
+            for field in (
+                "offset_bytes",
+                "stride_page",
+                "stride_slot",
+                "stride_head",
+                "stride_dim",
+            ):
                 value = getattr(plane, field)
                 if not 0 <= value < _MAX_STRIDE:
                     raise InvalidArgument(
@@ -182,7 +188,8 @@ class KVLayout:
         slot, head = _inner_strides(order, num_kv_heads, page_size, row)
         return cls._with_scales(
             "packed", order, dtype, scale, num_kv_heads, head_dim, head_dim_v, page_size,
-            k=(0, slot, head), v=(head_dim, slot, head), num_elements=page_size * num_kv_heads * row,
+            k=(0, slot, head), v=(head_dim, slot, head),
+            num_elements=page_size * num_kv_heads * row,
         )  # fmt: skip
 
     @classmethod
@@ -384,9 +391,7 @@ class KVLayout:
         )
         planes = (self.k, self.v, self.k_scale, self.v_scale)
         return header + b"".join(
-            _PLANE.pack(
-                p.offset_bytes, p.stride_page, p.stride_slot, p.stride_head, p.stride_dim
-            )
+            _PLANE.pack(p.offset_bytes, p.stride_page, p.stride_slot, p.stride_head, p.stride_dim)
             for p in planes
         )
 
@@ -407,7 +412,9 @@ class KVLayout:
         ):
             if value >= len(allowed):
                 raise InvalidArgument(f"layout {name}: expected < {len(allowed)}; got {value}")
-        planes = [Plane(*_PLANE.unpack_from(data, _HEADER.size + i * _PLANE.size)) for i in range(4)]
+        planes = [
+            Plane(*_PLANE.unpack_from(data, _HEADER.size + i * _PLANE.size)) for i in range(4)
+        ]
         layout = cls(FORMS[form], DTYPES[dtype], SCALES[scale], *dims, *planes)
         if layout.to_bytes() != data:
             raise InvalidArgument("layout: reserved bytes are not zero")

@@ -69,7 +69,9 @@ class KVPool:
         than "cpu"), OSError (no memory).
         """
         if device != "cpu":
-            raise Unsupported(f"device: create makes pools on 'cpu', wrap takes any; got {device!r}")
+            raise Unsupported(
+                f"device: create makes pools on 'cpu', wrap takes any; got {device!r}"
+            )
         if num_layers < 1:
             raise InvalidArgument(f"num_layers: expected >= 1; got {num_layers}")
         layer_map = _check_layer_map(layer_map, num_layers)
@@ -131,7 +133,9 @@ class KVPool:
                         f"tensors[{i}]: expected the {what} of tensors[0], "
                         f"{getattr(first, what)}; got {getattr(layer, what)}"
                     )
-        layer_map = _check_layer_map(layer_map, len(layers) if layer_map is None else len(layer_map))
+        layer_map = _check_layer_map(
+            layer_map, len(layers) if layer_map is None else len(layer_map)
+        )
         if max(layer_map) >= len(layers):
             raise InvalidArgument(
                 f"layer_map: expected stored layers below {len(layers)}; got {max(layer_map)}"
@@ -193,11 +197,11 @@ class KVPool:
         return self._array(layer, 1, self.layout.v, self.layout.head_dim_v, self.layout.dtype)
 
     def k_scale(self, layer: int) -> _C.ArrayView:
-        """K scales as float32 [num_pages, page_size, num_kv_heads]; stride 0 where one is shared."""
+        """K scales as float32 [num_pages, page_size, num_kv_heads]; shared ones have stride 0."""
         return self._scale_array(layer, 2, self.layout.k_scale)
 
     def v_scale(self, layer: int) -> _C.ArrayView:
-        """V scales as float32 [num_pages, page_size, num_kv_heads]; stride 0 where one is shared."""
+        """V scales as float32 [num_pages, page_size, num_kv_heads]; shared ones have stride 0."""
         return self._scale_array(layer, 3, self.layout.v_scale)
 
     def set_scales(self, layer: int, k_scale: Any, v_scale: Any) -> None:
@@ -209,7 +213,8 @@ class KVPool:
 
         if self.layout.scale not in ("tensor", "head"):
             raise InvalidArgument(
-                f"scale: only 'tensor' and 'head' scales are set; the layout has {self.layout.scale!r}"
+                "scale: only 'tensor' and 'head' scales are set; "
+                f"the layout has {self.layout.scale!r}"
             )
         num = self.layout.num_kv_heads if self.layout.scale == "head" else 1
         for name, value, array in (
@@ -218,7 +223,9 @@ class KVPool:
         ):
             values = np.atleast_1d(np.asarray(value, dtype=np.float32))
             if values.shape != (num,) or not (np.isfinite(values).all() and (values > 0).all()):
-                raise InvalidArgument(f"{name}: expected {num} finite positive floats; got {value!r}")
+                raise InvalidArgument(
+                    f"{name}: expected {num} finite positive floats; got {value!r}"
+                )
             np.from_dlpack(array)[0, 0, :num] = values
 
     def _fill_static_scales(self, layer: int) -> None:
@@ -238,9 +245,7 @@ class KVPool:
         array = self._array(layer, plane, strides, 1, "float32")
         return array
 
-    def _array(
-        self, layer: int, plane: int, strides: Plane, dims: int, dtype: str
-    ) -> _C.ArrayView:
+    def _array(self, layer: int, plane: int, strides: Plane, dims: int, dtype: str) -> _C.ArrayView:
         if not 0 <= layer < self.num_layers:
             raise InvalidArgument(f"layer: expected 0 to {self.num_layers - 1}; got {layer}")
         layout = self.layout
