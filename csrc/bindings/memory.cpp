@@ -42,13 +42,6 @@ dlpack::DataType dlpack_type(DType dtype) {
   throw InvalidArgument("dtype: unknown");
 }
 
-DType dtype_from_name(const std::string& name) {
-  for (int i = 0; i < kNumDTypes; ++i) {
-    if (name == dtype_name(static_cast<DType>(i))) return static_cast<DType>(i);
-  }
-  throw InvalidArgument(concat("dtype: unknown name '", name, "'"));
-}
-
 // What an exported tensor points into; owns a reference to the ArrayView.
 template <typename Managed>
 struct Export {
@@ -122,8 +115,8 @@ void register_memory(py::module_& module) {
                        py::object owner) {
              KVLINK_CHECK(shape.size() == strides.size(), "strides: expected ", shape.size(),
                           " entries; got ", strides.size());
-             return ArrayView{address, std::move(shape), std::move(strides),
-                              dtype_from_name(dtype), device, std::move(owner)};
+             return ArrayView{address, std::move(shape), std::move(strides), dtype_from_name(dtype),
+                              device,  std::move(owner)};
            }),
            py::arg("address"), py::arg("shape"), py::arg("strides"), py::arg("dtype"),
            py::arg("device"), py::arg("owner"))

@@ -8,6 +8,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "kvlink's CPU operators and transports. Import kvlink, not this.";
   register_exceptions();
   register_runtime(module);
+  register_convert(module);
   register_memory(module);
   register_pool(module);
 }

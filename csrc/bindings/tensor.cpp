@@ -121,6 +121,13 @@ std::optional<DType> Tensor::dtype() const {
   return std::nullopt;
 }
 
+DType dtype_from_name(const std::string& name) {
+  for (int i = 0; i < kNumDTypes; ++i) {
+    if (name == dtype_name(static_cast<DType>(i))) return static_cast<DType>(i);
+  }
+  throw InvalidArgument(concat("dtype: unknown name '", name, "'"));
+}
+
 void Symbols::bind(const std::string& symbol, int64_t value, std::string_view used_by) {
   sizes_[symbol] = {value, std::string(used_by)};
 }
@@ -149,8 +156,8 @@ Tensor TensorSpec::import(const py::handle& object, Symbols& symbols) const {
     for (const char* dtype : dtypes) names += concat(names.empty() ? "" : " or ", dtype);
     throw InvalidArgument(concat(name, ": expected dtype ", names, "; got ", type));
   }
-  KVLINK_CHECK(!host || tensor.on_host(), name, ": expected an array in host memory; got device type ",
-               tensor.device().type);
+  KVLINK_CHECK(!host || tensor.on_host(), name,
+               ": expected an array in host memory; got device type ", tensor.device().type);
   KVLINK_CHECK(!writable || !tensor.read_only(), name, ": is written to, but is read-only");
   for (size_t i = 0; i < axes.size(); ++i) {
     if (const auto* symbol = std::get_if<const char*>(&axes[i])) {

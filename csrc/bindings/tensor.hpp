@@ -87,6 +87,9 @@ struct TensorSpec {
   std::optional<Tensor> import_optional(const py::handle& object, Symbols& symbols) const;
 };
 
+// The storage type of that canonical name. Throws InvalidArgument.
+DType dtype_from_name(const std::string& name);
+
 inline const std::vector<const char*> kFloatTypes = {"float32", "float16", "bfloat16"};
 
 }  // namespace kvlink::bindings
