@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvlink import _C
+from kvlink._planes import DTYPE_BYTES, Plane, dtype_name
 from kvlink.errors import InvalidArgument
-from kvlink.layout import DTYPE_BYTES, KVLayout, Plane, dtype_name
+from kvlink.layout import KVLayout
 
 _AXES = ("kv", "page", "slot", "head", "dim")
 

@@ -11,70 +11,31 @@ import hashlib
 import math
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from kvlink._planes import (
+    DTYPE_BYTES,
+    DTYPES,
+    PAGE_ALIGNMENT,
+    Plane,
+    dtype_name,
+    page_planes,
+    require_positive,
+    round_up,
+)
 from kvlink.errors import InvalidArgument
 
-DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3", "float8_e5m2", "int8", "uint8")
 FORMS = ("separate", "packed", "latent", "opaque")
 SCALES = ("none", "tensor", "head", "token_head")
-DTYPE_BYTES = {name: size for name, size in zip(DTYPES, (4, 2, 2, 1, 1, 1, 1), strict=True)}
-_DTYPE_ALIASES = {
-    "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16",
-    "bf16": "bfloat16", "float8_e4m3fn": "float8_e4m3", "fp8_e4m3": "float8_e4m3",
-    "fp8": "float8_e4m3", "fp8_e5m2": "float8_e5m2",
-}  # fmt: skip
-
 _MAGIC = b"KVLY"
 LAYOUT_VERSION = 1
 _HEADER = struct.Struct("<4sHBBBxxx4i")
 _PLANE = struct.Struct("<5q")
 LAYOUT_BYTES = _HEADER.size + 4 * _PLANE.size
-_PAGE_ALIGNMENT = 16  # bytes, of every page of a layout made here
-_STATIC_SCALES_ALIGNMENT = 256  # bytes, of page 0 behind the per-tensor or per-head scales
+_PLANE_FIELDS = tuple(field.name for field in fields(Plane))
 _MAX_STRIDE = 1 << 48
-
-
-def dtype_name(dtype: Any) -> str:
-    """Canonical name of a dtype given by name or as a torch/numpy dtype."""
-    name = getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
-    name = _DTYPE_ALIASES.get(name, name)
-    if name not in DTYPES:
-        raise InvalidArgument(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
-    return name
-
-
-def _require_positive(**values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidArgument(f"{name}: expected a positive integer; got {value!r}")
-        if value > 2**31 - 1:
-            raise InvalidArgument(f"{name}: expected at most 2^31 - 1; got {value}")
-
-
-@dataclass(frozen=True)
-class Plane:
-    """A strided array indexed [page, slot, head, dim].
-
-    Strides count elements of the plane's own type (the layout's dtype; float32 for scales); a
-    stride of 0 broadcasts. `offset_bytes` leads from the layer's base to element [0, 0, 0, 0].
-    """
-
-    offset_bytes: int = 0
-    stride_page: int = 0
-    stride_slot: int = 0
-    stride_head: int = 0
-    stride_dim: int = 0
-
-    def element(self, page: int, slot: int, head: int, dim: int = 0) -> int:
-        """Elements from [0, 0, 0, 0] to the given coordinate."""
-        return (
-            page * self.stride_page
-            + slot * self.stride_slot
-            + head * self.stride_head
-            + dim * self.stride_dim
-        )
+_NO_PLANE = Plane()
 
 
 @dataclass(frozen=True)
@@ -94,8 +55,8 @@ class KVLayout:
     page_size: int
     k: Plane
     v: Plane
-    k_scale: Plane = Plane()
-    v_scale: Plane = Plane()
+    k_scale: Plane = _NO_PLANE
+    v_scale: Plane = _NO_PLANE
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -107,14 +68,14 @@ class KVLayout:
                 raise InvalidArgument(
                     f"{name}: expected one of {', '.join(allowed)}; got {value!r}"
                 )
-        _require_positive(
+        require_positive(
             num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, page_size=self.page_size
         )
         if self.form == "opaque":
             if self.head_dim_v != 0 or self.scale != "none":
                 raise InvalidArgument("opaque pages have neither V nor scales")
         else:
-            _require_positive(head_dim_v=self.head_dim_v)
+            require_positive(head_dim_v=self.head_dim_v)
             if self.dtype == "uint8":
                 raise InvalidArgument("dtype: uint8 is for opaque pages; name the value type")
         if self.form == "latent" and self.head_dim_v > self.head_dim:
@@ -124,13 +85,7 @@ class KVLayout:
             )
         for name in ("k", "v", "k_scale", "v_scale"):
             plane = getattr(self, name)
-            for field in (
-                "offset_bytes",
-                "stride_page",
-                "stride_slot",
-                "stride_head",
-                "stride_dim",
-            ):
+            for field in _PLANE_FIELDS:
                 value = getattr(plane, field)
                 if not 0 <= value < _MAX_STRIDE:
                     raise InvalidArgument(
@@ -151,7 +106,9 @@ class KVLayout:
         scale: str = "none",
     ) -> KVLayout:
         """Pages of [K | V], each [page_size, num_kv_heads, head_dim]."""
-        return cls._separate("nhd", num_kv_heads, head_dim, head_dim_v, page_size, dtype, scale)
+        return cls._make(
+            "separate", "nhd", num_kv_heads, head_dim, head_dim_v, page_size, dtype, scale
+        )
 
     @classmethod
     def hnd(
@@ -165,7 +122,9 @@ class KVLayout:
         scale: str = "none",
     ) -> KVLayout:
         """Pages of [K | V], each [num_kv_heads, page_size, head_dim]."""
-        return cls._separate("hnd", num_kv_heads, head_dim, head_dim_v, page_size, dtype, scale)
+        return cls._make(
+            "separate", "hnd", num_kv_heads, head_dim, head_dim_v, page_size, dtype, scale
+        )
 
     @classmethod
     def packed(
@@ -180,38 +139,26 @@ class KVLayout:
         order: str = "nhd",
     ) -> KVLayout:
         """Pages of rows [head_dim | head_dim_v]: a head's K and V side by side."""
-        head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        _require_positive(
-            num_kv_heads=num_kv_heads, head_dim=head_dim, head_dim_v=head_dim_v, page_size=page_size
+        return cls._make(
+            "packed", order, num_kv_heads, head_dim, head_dim_v, page_size, dtype, scale
         )
-        row = head_dim + head_dim_v
-        slot, head = _inner_strides(order, num_kv_heads, page_size, row)
-        return cls._with_scales(
-            "packed", order, dtype, scale, num_kv_heads, head_dim, head_dim_v, page_size,
-            k=(0, slot, head), v=(head_dim, slot, head),
-            num_elements=page_size * num_kv_heads * row,
-        )  # fmt: skip
 
     @classmethod
     def latent(
         cls, *, head_dim: int, head_dim_v: int, page_size: int, dtype: Any, scale: str = "none"
     ) -> KVLayout:
         """MLA: one head of `head_dim` per token; V is its first `head_dim_v` elements."""
-        _require_positive(head_dim=head_dim, head_dim_v=head_dim_v, page_size=page_size)
-        return cls._with_scales(
-            "latent", "nhd", dtype, scale, 1, head_dim, head_dim_v, page_size,
-            k=(0, head_dim, head_dim), v=(0, head_dim, head_dim), num_elements=page_size * head_dim,
-        )  # fmt: skip
+        return cls._make("latent", "nhd", 1, head_dim, head_dim_v, page_size, dtype, scale)
 
     @classmethod
     def opaque(cls, page_shape: Sequence[int], dtype: Any) -> KVLayout:
         """Pages of `page_shape` elements that only their owner understands; moved whole."""
         for size in page_shape:
-            _require_positive(page_shape=size)
+            require_positive(page_shape=size)
         num_elements = math.prod(page_shape)
-        _require_positive(page_elements=num_elements)
+        require_positive(page_elements=num_elements)
         name = dtype_name(dtype)
-        page_bytes = _round_up(num_elements * DTYPE_BYTES[name], _PAGE_ALIGNMENT)
+        page_bytes = round_up(num_elements * DTYPE_BYTES[name], PAGE_ALIGNMENT)
         k = Plane(0, page_bytes // DTYPE_BYTES[name], num_elements, num_elements, 1)
         return cls("opaque", name, "none", 1, num_elements, 0, 1, k, Plane())
 
@@ -240,8 +187,9 @@ class KVLayout:
         return layout_from_tensor(tensor, axes, form, head_dim, head_dim_v, dtype)
 
     @classmethod
-    def _separate(
+    def _make(
         cls,
+        form: str,
         order: str,
         num_kv_heads: int,
         head_dim: int,
@@ -251,69 +199,12 @@ class KVLayout:
         scale: str,
     ) -> KVLayout:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        _require_positive(
+        require_positive(
             num_kv_heads=num_kv_heads, head_dim=head_dim, head_dim_v=head_dim_v, page_size=page_size
         )
-        k_elements = page_size * num_kv_heads * head_dim
-        v_elements = page_size * num_kv_heads * head_dim_v
-        return cls._with_scales(
-            "separate", order, dtype, scale, num_kv_heads, head_dim, head_dim_v, page_size,
-            k=(0, *_inner_strides(order, num_kv_heads, page_size, head_dim)),
-            v=(k_elements, *_inner_strides(order, num_kv_heads, page_size, head_dim_v)),
-            num_elements=k_elements + v_elements,
-        )  # fmt: skip
-
-    @classmethod
-    def _with_scales(
-        cls,
-        form: str,
-        order: str,
-        dtype: Any,
-        scale: str,
-        num_kv_heads: int,
-        head_dim: int,
-        head_dim_v: int,
-        page_size: int,
-        *,
-        k: tuple[int, int, int],  # first element in the page, stride_slot, stride_head
-        v: tuple[int, int, int],
-        num_elements: int,
-    ) -> KVLayout:
-        """Places the scales: static ones before page 0, per-token ones at the end of each page."""
         name = dtype_name(dtype)
-        if scale not in SCALES:
-            raise InvalidArgument(f"scale: expected one of {', '.join(SCALES)}; got {scale!r}")
-        size = DTYPE_BYTES[name]
-        num_scale_planes = 1 if form == "latent" else 2
-        first_page = 0
-        page_bytes = num_elements * size
-        k_scale = v_scale = Plane()
-        if scale in ("tensor", "head"):
-            per_plane = num_kv_heads if scale == "head" else 1
-            stride_head = 1 if scale == "head" else 0
-            k_scale = Plane(0, 0, 0, stride_head, 0)
-            v_scale = Plane((num_scale_planes - 1) * per_plane * 4, 0, 0, stride_head, 0)
-            first_page = _round_up(num_scale_planes * per_plane * 4, _STATIC_SCALES_ALIGNMENT)
-            page_bytes = _round_up(page_bytes, _PAGE_ALIGNMENT)
-        elif scale == "token_head":
-            scales = _round_up(page_bytes, 4)
-            per_plane = page_size * num_kv_heads
-            page_bytes = _round_up(scales + num_scale_planes * per_plane * 4, _PAGE_ALIGNMENT)
-            slot, head = _inner_strides(order, num_kv_heads, page_size, 1)
-            k_scale = Plane(scales, page_bytes // 4, slot, head, 0)
-            v_scale = Plane(
-                scales + (num_scale_planes - 1) * per_plane * 4, page_bytes // 4, slot, head, 0
-            )
-        else:
-            page_bytes = _round_up(page_bytes, _PAGE_ALIGNMENT)
-        k_plane, v_plane = (
-            Plane(first_page + first * size, page_bytes // size, stride_slot, stride_head, 1)
-            for first, stride_slot, stride_head in (k, v)
-        )
-        return cls(
-            form, name, scale, num_kv_heads, head_dim, head_dim_v, page_size,
-            k_plane, v_plane, k_scale, v_scale,
-        )  # fmt: skip
+        dims = (num_kv_heads, head_dim, head_dim_v, page_size)
+        return cls(form, name, scale, *dims, *page_planes(form, order, name, scale, *dims))
 
     # --- addressing -------------------------------------------------------------------------
 
@@ -361,12 +252,12 @@ class KVLayout:
 
     def layer_bytes(self, num_pages: int) -> int:
         """Bytes from a layer's base to the end of its last element (page padding included)."""
-        _require_positive(num_pages=num_pages)
+        require_positive(num_pages=num_pages)
         end = 0
         for _, plane, dims, size in self.planes():
             last = plane.element(num_pages - 1, self.page_size - 1, self.num_kv_heads - 1, dims - 1)
             end = max(end, plane.offset_bytes + (last + 1) * size)
-        return _round_up(end, _PAGE_ALIGNMENT)
+        return round_up(end, PAGE_ALIGNMENT)
 
     def token_bytes(self) -> int:
         """Bytes of one token in one layer: K, V and per-token scales, without padding."""
@@ -391,8 +282,7 @@ class KVLayout:
         )
         planes = (self.k, self.v, self.k_scale, self.v_scale)
         return header + b"".join(
-            _PLANE.pack(p.offset_bytes, p.stride_page, p.stride_slot, p.stride_head, p.stride_dim)
-            for p in planes
+            _PLANE.pack(*(getattr(plane, field) for field in _PLANE_FIELDS)) for plane in planes
         )
 
     @classmethod
@@ -445,16 +335,3 @@ class Shard:
             raise InvalidArgument(f"kv_heads: expected a contiguous rising range; got {heads}")
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "kv_heads", range(heads[0], heads[0] + len(heads)))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def _inner_strides(order: str, num_kv_heads: int, page_size: int, row: int) -> tuple[int, int]:
-    """(stride_slot, stride_head) of rows of `row` elements inside a page."""
-    if order == "nhd":
-        return num_kv_heads * row, row
-    if order == "hnd":
-        return row, page_size * row
-    raise InvalidArgument(f"order: expected 'nhd' or 'hnd'; got {order!r}")
