@@ -2,13 +2,23 @@
 
 from typing import TYPE_CHECKING, Any
 
+from kvlink.cache_ops import append_kv, copy_pages, digest_pages, relayout_pages
 from kvlink.layout import KVLayout, Shard
 from kvlink.pool import KVPool
 
 if TYPE_CHECKING:
     from kvlink.pages import PageAllocator
 
-__all__ = ["KVLayout", "KVPool", "PageAllocator", "Shard"]
+__all__ = [
+    "KVLayout",
+    "KVPool",
+    "PageAllocator",
+    "Shard",
+    "append_kv",
+    "copy_pages",
+    "digest_pages",
+    "relayout_pages",
+]
 
 # Imported on first use, so that `import kvlink` loads neither numpy nor anything it does not need.
 _LAZY = {"PageAllocator": "kvlink.pages"}

@@ -11,4 +11,5 @@ PYBIND11_MODULE(_C, module) {
   register_convert(module);
   register_memory(module);
   register_pool(module);
+  register_cache_ops(module);
 }

@@ -1,0 +1,114 @@
+#include "kvlink/cpu/move_rows.hpp"
+
+#include <algorithm>
+#include <atomic>
+
+#include "kvlink/base/check.hpp"
+#include "kvlink/base/math.hpp"
+#include "kvlink/base/threads.hpp"
+
+namespace kvlink::cpu {
+
+namespace {
+
+constexpr int64_t kTaskBytes = 256 << 10;
+
+int64_t token_bytes(const RowMove& move) {
+  return move.num_heads * move.dims * dtype_bytes(move.dst.dtype);
+}
+
+}  // namespace
+
+int num_planes(const KVLayout& layout) { return layout.has_v_plane() ? 2 : 1; }
+
+RowPlane row_plane(const LayerView& layer, int plane) {
+  const bool is_v = plane == 1;
+  const KVLayout& layout = layer.layout;
+  RowPlane rows{.data = static_cast<char*>(is_v ? layer.v : layer.k),
+                .scale = nullptr,
+                .dtype = layout.dtype,
+                .token_scale = layout.scale == ScaleGranularity::kTokenHead,
+                .at = is_v ? layout.v : layout.k,
+                .scale_at = {}};
+  if (layout.has_scales()) {
+    rows.scale = is_v ? layer.v_scale : layer.k_scale;
+    rows.scale_at = is_v ? layout.v_scale : layout.k_scale;
+  }
+  return rows;
+}
+
+int64_t row_dims(const KVLayout& layout, int plane) {
+  return plane == 1 ? layout.head_dim_v : layout.head_dim;
+}
+
+bool moves_verbatim(const RowMove& move) {
+  if (move.src.dtype != move.dst.dtype || move.src.token_scale != move.dst.token_scale)
+    return false;
+  if (move.src.token_scale) return true;
+  for (int32_t head = 0; head < move.num_heads; ++head) {
+    const float src = move.src.scale ? *move.src.row_scale(0, 0, move.src_head + head) : 1.0f;
+    const float dst = move.dst.scale ? *move.dst.row_scale(0, 0, move.dst_head + head) : 1.0f;
+    if (src != dst) return false;
+  }
+  return true;
+}
+
+void check_run(const TokenRun& run, int64_t num_tokens, int64_t page_size, int64_t num_pages,
+               const char* name) {
+  constexpr int64_t kMax = int64_t{1} << 48;
+  KVLINK_CHECK(run.first_slot >= 0 && run.first_slot < kMax, name,
+               ": expected a first slot >= 0; got ", run.first_slot);
+  KVLINK_CHECK(num_tokens >= 0 && num_tokens < kMax, "num_tokens: expected >= 0; got ", num_tokens);
+  if (num_tokens == 0) return;
+  const int64_t end = ceil_div(run.first_slot + num_tokens, page_size);
+  KVLINK_CHECK(end <= run.num_pages, name, ": expected at least ", end, " pages for ", num_tokens,
+               " tokens from slot ", run.first_slot, "; got ", run.num_pages);
+  for (int64_t i = run.first_slot / page_size; i < end; ++i) {
+    const int32_t page = run.pages[i];
+    if (page >= 0 && page < num_pages) continue;
+    throw PageTableError(concat(name, "[", i, "]: expected a page in [0, ", num_pages, "); got ",
+                                page, page == -1 ? " (unmapped)" : ""));
+  }
+}
+
+int64_t box_tokens(const std::vector<RowMove>& moves) {
+  int64_t limit = INT32_MAX;
+  for (const RowMove& move : moves) {
+    // A digest reads what was just written, so that should still be in a core's first cache.
+    const int64_t box_bytes = move.with_digest ? 32 << 10 : kTaskBytes;
+    limit = std::min(limit, box_bytes / token_bytes(move));
+  }
+  return std::max<int64_t>(limit, 1);
+}
+
+uint64_t for_each_box(const std::vector<RowMove>& moves, const std::vector<RowBox>& boxes,
+                      RowFunction* function) {
+  const int64_t num_boxes = boxes.size();
+  if (moves.empty() || num_boxes == 0) return 0;
+  int64_t num_tokens = 0;
+  for (const RowBox& box : boxes) num_tokens += box.num_tokens;
+  int64_t num_bytes = 0;
+  for (const RowMove& move : moves) num_bytes += num_tokens * token_bytes(move);
+  // Every task takes one move and a stretch of boxes.
+  const int64_t num_moves = moves.size();
+  const int64_t parts = std::clamp<int64_t>(num_bytes / num_moves / kTaskBytes, 1, num_boxes);
+  const int64_t boxes_per_part = ceil_div(num_boxes, parts);
+  std::atomic<uint64_t> sum{0};
+  const auto run_part = [&](int64_t task) {
+    const int64_t first = task / num_moves * boxes_per_part;
+    uint64_t part_sum = 0;
+    for (int64_t i = first; i < std::min(first + boxes_per_part, num_boxes); ++i) {
+      part_sum += function(moves[task % num_moves], boxes[i]);
+    }
+    sum.fetch_add(part_sum, std::memory_order_relaxed);
+  };
+  const int64_t num_tasks = num_moves * ceil_div(num_boxes, boxes_per_part);
+  if (num_bytes < kTaskBytes) {  // not worth waking a thread
+    for (int64_t task = 0; task < num_tasks; ++task) run_part(task);
+  } else {
+    parallel_for(num_tasks, run_part);
+  }
+  return sum;
+}
+
+}  // namespace kvlink::cpu
