@@ -36,7 +36,11 @@ if IS_X86:
     ]
 
 SANITIZE = os.environ.get("KVLINK_SANITIZE", "")
-SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer"] if SANITIZE else []
+SANITIZE_FLAGS = (
+    [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    if SANITIZE
+    else []
+)
 
 
 def cpu_sources() -> list[Path]:
@@ -60,7 +64,11 @@ def find_nvcc() -> str | None:
 
 
 class BuildExtensions(build_ext):
-    """Compiles in parallel, with flags per source, and only what changed."""
+    """Compiles in parallel, with flags per source, and only what changed.
+
+    Objects are kept in build/objects whatever the command (an editable install compiles in
+    temporary folders otherwise), one folder per Python and sanitizer.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         compiles = self.cuda_compiles() if ext.name == "kvlink._cuda" else self.cpu_compiles()
@@ -104,7 +112,7 @@ class BuildExtensions(build_ext):
     def target(self, source: Path, suffix: str = "") -> Path:
         tag = sysconfig.get_config_var("SOABI") + (f"-{SANITIZE}" if SANITIZE else "")
         flat = str(source.with_suffix("")).replace(os.sep, "__")
-        return Path(self.build_temp) / tag / f"{flat}{suffix}.o"
+        return Path("build", "objects", tag, f"{flat}{suffix}.o")
 
     def cxx_flags(self) -> list[str]:
         optimise = ["-O1", "-g"] if SANITIZE else ["-O3", "-DNDEBUG"]

@@ -1,0 +1,58 @@
+# Every target makes .venv and the extension itself, so each works on a clean clone:
+#   make build     the environment and the extension
+#   make demo      generates text with the model in examples/, on two processes
+#   make test      build, lint, all tests, and the operator tests under ASan and UBSan
+#   make lint      ruff, mypy, clang-format
+#   make bench     every benchmark
+#   make sanitize  the operator tests under ASan and UBSan
+#   make clean     removes all of this
+# Variables: PYTHON (which makes .venv), CXX, MAX_JOBS and those of setup.py (KVLINK_CUDA, ...).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/installed
+CXX_SOURCES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.cpp' 'csrc/*.hpp' \
+	'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inl')
+
+.PHONY: build demo test lint pytest sanitize bench clean
+
+build: $(STAMP)
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+# The objects that the editable install compiles are those that later builds reuse.
+$(STAMP): constraints.txt pyproject.toml
+	@echo "making $(VENV) (only the first time, and when the dependencies change)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet --constraint constraints.txt setuptools wheel pybind11
+	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation \
+		--editable '.[serving,test,bench]'
+	@touch $@
+
+demo: build
+	@$(BIN)/python examples/demo.py
+
+test: build lint pytest sanitize
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	@$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES))
+
+pytest: build
+	$(BIN)/python -m pytest
+
+# A second build beside the first: nothing that other targets use is touched.
+SANITIZED_TESTS ?= $(wildcard $(patsubst %,python_tests/test_%.py,layout pool pages append_kv \
+	relayout_pages paged_attention merge_states))
+
+sanitize: build
+	@$(BIN)/python python_tests/run_sanitized.py build/sanitized $(SANITIZED_TESTS)
+
+bench: build
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist kvlink.egg-info kvlink/*.so .pytest_cache .mypy_cache .ruff_cache \
+		.hypothesis

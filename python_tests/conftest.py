@@ -1,0 +1,37 @@
+"""Profiles of hypothesis, and which build the tests run on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+_SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("default", deadline=None, suppress_health_check=_SLOW)
+settings.register_profile(
+    "sanitize", deadline=None, max_examples=15, suppress_health_check=_SLOW, database=None
+)
+settings.load_profile("default")
+
+
+def pytest_report_header() -> str:
+    from kvlink import _C
+
+    build = os.environ.get("KVLINK_EXPECTED_BUILD")
+    if build and Path(build) not in Path(_C.__file__).parents:
+        raise pytest.UsageError(f"expected kvlink._C of {build}; got {_C.__file__}")
+    return f"kvlink._C: {_C.__file__}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a CUDA device are skipped where there is none."""
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

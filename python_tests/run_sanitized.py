@@ -1,0 +1,59 @@
+"""Builds the extension with ASan and UBSan beside the normal one and runs tests with it.
+
+    python python_tests/run_sanitized.py BUILD_DIR TEST_FILE...
+
+The first report of a sanitizer ends the run with a non-zero status. Where the compiler comes
+without the sanitizers' libraries, this says so and succeeds.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# libstdc++ comes along because ASan looks up __cxa_throw when it starts.
+LIBRARIES = ("libasan.so", "libubsan.so", "libstdc++.so")
+
+
+def find_libraries() -> list[str]:
+    """Paths of LIBRARIES; an entry that the compiler does not have stays a bare name."""
+    command = os.environ.get("CXX", "c++").split()
+    return [
+        subprocess.run(
+            [*command, f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for name in LIBRARIES
+    ]
+
+
+def main(build_dir: str, *tests: str) -> int:
+    libraries = find_libraries()
+    missing = [path for path in libraries if not os.path.isabs(path)]
+    if missing:
+        print(f"sanitize: left out, the compiler has no {', '.join(missing)}")
+        return 0
+    shutil.rmtree(build_dir, ignore_errors=True)
+    environment = os.environ | {"KVLINK_SANITIZE": "address,undefined"}
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", build_dir]
+    subprocess.run(command, check=True, env=environment)
+    environment = os.environ | {
+        "LD_PRELOAD": ":".join(libraries),
+        # Python itself leaks at exit; torch and numpy allocate with new and free with free().
+        "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:detect_stack_use_after_return=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",
+        "PYTHONPATH": build_dir,
+        "KVLINK_EXPECTED_BUILD": str(Path(build_dir).resolve()),
+    }
+    pytest = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-x", "-q"]
+    if sys.version_info < (3, 11):  # no -P: keep the current folder off sys.path by other means
+        pytest[1:4] = ["-c", "import sys, pytest; sys.path.remove(''); sys.exit(pytest.main())"]
+    options = ["--hypothesis-profile", "sanitize", "-m", "not two_process and not slow and not gpu"]
+    return subprocess.run([*pytest, *options, *tests], env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
