@@ -25,8 +25,8 @@ build: $(STAMP)
 $(STAMP): constraints.txt pyproject.toml
 	@echo "making $(VENV) (only the first time, and when the dependencies change)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install --quiet --constraint constraints.txt setuptools wheel pybind11
-	@$(PIP) install --quiet --constraint constraints.txt --no-build-isolation \
+	@$(PIP) install -qq --constraint constraints.txt setuptools wheel pybind11
+	@$(PIP) install -qq --constraint constraints.txt --no-build-isolation \
 		--editable '.[serving,test,bench]'
 	@touch $@
 

@@ -16,13 +16,13 @@ settings.register_profile(
 settings.load_profile("default")
 
 
-def pytest_report_header() -> str:
+def pytest_configure() -> None:
+    """Refuses to test another build than the one that was asked for."""
     from kvlink import _C
 
     build = os.environ.get("KVLINK_EXPECTED_BUILD")
     if build and Path(build) not in Path(_C.__file__).parents:
         raise pytest.UsageError(f"expected kvlink._C of {build}; got {_C.__file__}")
-    return f"kvlink._C: {_C.__file__}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
