@@ -1,4 +1,4 @@
-"""Writing, moving and digesting pages: `append_kv`, `relayout_pages`, `digest_pages`, `copy_pages`."""
+"""Writing, moving and digesting pages of pools."""
 
 from __future__ import annotations
 

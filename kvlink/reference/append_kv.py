@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 TORCH_DTYPES = {
     "float32": torch.float32,
@@ -20,16 +21,16 @@ QUANT_MAX = {"float8_e4m3": 448.0, "float8_e5m2": 57344.0, "int8": 127.0}
 
 def plane(pool: Any, layer: int, name: str) -> torch.Tensor:
     """K ("k") or V ("v") of a layer in place: [num_pages, page_size, num_kv_heads, dims]."""
-    return torch.from_dlpack(getattr(pool, name)(layer))
+    return from_dlpack(getattr(pool, name)(layer))
 
 
 def scale_plane(pool: Any, layer: int, name: str) -> torch.Tensor:
     """Scales of a layer's K or V in place: float32 [num_pages, page_size, num_kv_heads]."""
-    return torch.from_dlpack(getattr(pool, f"{name}_scale")(layer))
+    return from_dlpack(getattr(pool, f"{name}_scale")(layer))
 
 
 def round_to(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Float32 values in a storage type: to nearest even; float8 and int8 saturate, NaN in int8 is 0."""
+    """Float32 values rounded to nearest even; float8 and int8 saturate, and NaN in int8 is 0."""
     if dtype == "int8":
         return values.nan_to_num(nan=0.0).round().clamp(-127, 127).to(torch.int8)
     if dtype in QUANT_MAX:

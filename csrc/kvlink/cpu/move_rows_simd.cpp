@@ -107,7 +107,8 @@ void copy_rows(const RowMove& move, const RowBox& box) {
 // --- converting -----------------------------------------------------------------------------
 
 template <DType kDType>
-void load_values(const char* data, int64_t stride, int64_t count, float scale, float* out) {
+void load_values(const char* __restrict data, int64_t stride, int64_t count, float scale,
+                 float* __restrict out) {
   using Type = typename Storage<kDType>::Type;
   const auto* stored = reinterpret_cast<const Type*>(data);
   if (stride == 1) {
@@ -120,7 +121,8 @@ void load_values(const char* data, int64_t stride, int64_t count, float scale, f
 }
 
 template <DType kDType>
-void store_values(float* values, int64_t stride, int64_t count, float scale, char* data) {
+void store_values(float* __restrict values, int64_t stride, int64_t count, float scale,
+                  char* __restrict data) {
   using Type = typename Storage<kDType>::Type;
   auto* stored = reinterpret_cast<Type*>(data);
   if (scale != 1.0f) {
@@ -145,13 +147,13 @@ constexpr Store kStore[] = {store_values<DType::kFloat32>,    store_values<DType
 
 // Bits of the largest finite magnitude, which order like the values.
 uint32_t finite_amax_bits(const float* values, int64_t count) {
-  uint32_t amax = 0;
+  int32_t amax = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const uint32_t magnitude = float_bits(values[i]) & 0x7fffffffu;
-    const uint32_t finite = magnitude < 0x7f800000u ? magnitude : 0;
-    amax = amax < finite ? finite : amax;
+    const auto magnitude = static_cast<int32_t>(float_bits(values[i]) & 0x7fffffffu);
+    const int32_t finite = magnitude < 0x7f800000 ? magnitude : 0;
+    amax = finite > amax ? finite : amax;
   }
-  return amax;
+  return static_cast<uint32_t>(amax);
 }
 
 void convert_row(const RowMove& move, const char* src, float src_scale, char* dst,
