@@ -5,6 +5,7 @@
 #   make lint      ruff, mypy, clang-format
 #   make bench     every benchmark
 #   make sanitize  the operator tests under ASan and UBSan
+#   make stubs     kvlink/_C.pyi from the built extension, after its bindings changed
 #   make clean     removes all of this
 # Variables: PYTHON (which makes .venv), CXX, MAX_JOBS and those of setup.py (KVLINK_CUDA, ...).
 
@@ -16,7 +17,7 @@ STAMP := $(VENV)/installed
 CXX_SOURCES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.cpp' 'csrc/*.hpp' \
 	'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inl')
 
-.PHONY: build demo test lint pytest sanitize bench clean
+.PHONY: build demo test lint pytest sanitize stubs bench clean
 
 build: $(STAMP)
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -49,6 +50,9 @@ SANITIZED_TESTS ?= $(wildcard $(patsubst %,python_tests/test_%.py,layout pool pa
 
 sanitize: build
 	@$(BIN)/python python_tests/run_sanitized.py build/sanitized $(SANITIZED_TESTS)
+
+stubs: build
+	@$(BIN)/python tools/make_stubs.py
 
 bench: build
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

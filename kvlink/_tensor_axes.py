@@ -154,10 +154,12 @@ def _add_scales(layer: DescribedLayer, scale: str, scales: Any, name: str) -> De
                 f"got {dtype} {shape} on {device}"
             )
         steps = {"tensor": [0, 0, 0], "head": [0, 0, *strides], "token_head": strides}[scale]
-        planes.append(Plane(0, *steps, 0))
+        page, slot, head = steps
+        planes.append(Plane(0, page, slot, head, 0))
         addresses.append(address)
     layout = replace(layout, scale=scale, k_scale=planes[0], v_scale=planes[1])
-    return replace(layer, layout=layout, planes=(*layer.planes[:2], *addresses))
+    k, v = layer.planes[:2]
+    return replace(layer, layout=layout, planes=(k, v, addresses[0], addresses[1]))
 
 
 def _read(tensor: Any, axes: str, name: str) -> _Axes:

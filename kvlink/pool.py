@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvlink import _C
+from kvlink._planes import Plane
 from kvlink._tensor_axes import describe_layer
 from kvlink.errors import InvalidArgument, Unsupported
-from kvlink.layout import KVLayout, Plane
+from kvlink.layout import KVLayout
 
 _LAYER_ALIGNMENT = 4096  # bytes, of each layer in a pool made here
 _DEVICE_CPU = (1, 0)  # as in DLPack
