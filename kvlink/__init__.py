@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from kvlink.attention import merge_states, paged_attention
 from kvlink.cache_ops import append_kv, copy_pages, digest_pages, relayout_pages
 from kvlink.layout import KVLayout, Shard
 from kvlink.pool import KVPool
@@ -17,6 +18,8 @@ __all__ = [
     "append_kv",
     "copy_pages",
     "digest_pages",
+    "merge_states",
+    "paged_attention",
     "relayout_pages",
 ]
 

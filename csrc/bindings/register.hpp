@@ -7,6 +7,7 @@ namespace kvlink::bindings {
 
 void register_cache_ops(pybind11::module_& module);  // append_kv, relayout_pages, digest_pages
 void register_convert(pybind11::module_& module);    // scalar conversions, for tests
+void register_attention(pybind11::module_& module);  // paged_attention, merge_states
 void register_memory(pybind11::module_& module);     // Segment, array views, tensor_info
 void register_pool(pybind11::module_& module);       // Layout, PoolView
 void register_runtime(pybind11::module_& module);    // threads, SIMD level, build report

@@ -12,15 +12,16 @@ struct PagedAttentionParams {
   const void* q = nullptr;  // [num_tokens, num_q_heads, head_dim], dim contiguous
   void* out = nullptr;      // [num_tokens, num_q_heads, head_dim_v], dim contiguous, dtype of q
   float* lse = nullptr;     // [num_tokens, num_q_heads] contiguous, natural log; nullable
-  DType q_dtype = DType::kFloat32;  // float32, float16 or bfloat16
+  DType q_dtype = DType::kFloat32;                // float32, float16 or bfloat16
   int64_t q_stride_token = 0, q_stride_head = 0;  // elements
   int64_t out_stride_token = 0, out_stride_head = 0;
 
   const int32_t* q_indptr = nullptr;     // [num_seqs + 1]; null: one query row per sequence
   const int32_t* seq_lens = nullptr;     // [num_seqs], new tokens included
-  const int32_t* page_table = nullptr;   // [num_seqs, page_table_stride], or CSR values
+  const int32_t* page_table = nullptr;   // [num_seqs, num_entries], or CSR: [num_entries]
   const int32_t* page_indptr = nullptr;  // [num_seqs + 1]; non-null: page_table is CSR
-  int64_t page_table_stride = 0;         // row length when dense
+  int64_t num_entries = 0;               // of a row of the page table; CSR: of all of it
+  int64_t page_table_stride = 0;         // elements from row to row when dense
   int64_t num_seqs = 0;
   int64_t num_tokens = 0;
   int32_t num_q_heads = 0;  // a multiple of the layer's num_kv_heads

@@ -1,0 +1,79 @@
+// What the host code of paged_attention asks of the vector code: attend one tile of query rows to a
+// run of splits, fold the states of two runs, and write a finished state out.
+//
+// Positions are cut into splits of kSplitTokens and blocks of kBlockTokens, both counted from
+// position 0. Each split is attended from scratch and splits are folded in rising order, in one
+// task or in many: the bits of a result depend on nothing else.
+#pragma once
+
+#include <cstdint>
+
+#include "kvlink/base/simd_level.hpp"
+#include "kvlink/params/paged_attention.hpp"
+
+namespace kvlink::cpu {
+
+inline constexpr int64_t kSplitTokens = 512;
+inline constexpr int64_t kBlockTokens = 64;
+inline constexpr int64_t kMaxHeadDim = 1024;
+inline constexpr int64_t kRowAlignment = 16;  // floats, of rows of V and of the output in scratch
+
+// Query rows that share a KV head: tokens [first_token, first_token + num_tokens) of one sequence,
+// each with its num_q_heads / num_kv_heads query heads. Row r is token r / group, query head r %
+// group.
+struct AttentionTile {
+  const PagedAttentionParams* params;
+  const int32_t* pages;  // of the sequence, by position / page_size
+  int64_t seq_len;
+  int64_t first_row;       // of q and out
+  int64_t first_position;  // of the first token, in its sequence; negative rows see nothing
+  int32_t num_tokens;
+  int32_t kv_head;
+};
+
+// Running softmax of a tile's rows: the largest score, the sum of exp(score - max), and the
+// values weighted the same way. A row that has seen nothing has max = -inf.
+struct AttentionState {
+  float* max;  // [num_rows]
+  float* sum;  // [num_rows]
+  float* out;  // [num_rows, out_stride]
+};
+
+struct VisibleRange {
+  int64_t begin, end;  // positions
+};
+
+// Positions that a query at `position` sees.
+inline VisibleRange visible_range(const PagedAttentionParams& p, int64_t position,
+                                  int64_t seq_len) {
+  const int64_t end = p.causal && position + 1 < seq_len ? position + 1 : seq_len;
+  const int64_t begin = p.window > 0 && position - p.window + 1 > 0 ? position - p.window + 1 : 0;
+  if (end <= begin) return {0, 0};
+  return {begin, end};
+}
+
+inline int64_t padded_row(int64_t dims) {
+  return (dims + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
+}
+
+// Floats of scratch memory that attend_splits needs for a tile of num_rows rows.
+inline int64_t attention_scratch_floats(const KVLayout& layout, int64_t num_rows) {
+  const int64_t v_row = padded_row(layout.head_dim_v);
+  const int64_t block_rows = layout.head_dim + v_row + 2;  // K, V and their factors
+  const bool gathers = layout.k.stride_dim != 1 || layout.v.stride_dim != 1;
+  const int64_t gathered = gathers ? (layout.head_dim > v_row ? layout.head_dim : v_row) : 0;
+  return kBlockTokens * (block_rows + gathered) + num_rows * (layout.head_dim + kBlockTokens + 1);
+}
+
+KVLINK_SIMD_DECLARE(
+    // Attends the tile to splits [first_split, last_split), folded into one state. `other` is a
+    // second state for the fold; unused for a single split.
+    void attend_splits(const AttentionTile& tile, int64_t first_split, int64_t last_split,
+                       float* scratch, const AttentionState& state, const AttentionState& other);
+    // into += from, where every position of `from` comes after those of `into`.
+    void fold_states(const AttentionState& into, const AttentionState& from, int64_t num_rows,
+                     int64_t out_stride);
+    // Adds the sinks, divides, and writes out and lse of the tile's rows.
+    void finish_tile(const AttentionTile& tile, const AttentionState& state);)
+
+}  // namespace kvlink::cpu

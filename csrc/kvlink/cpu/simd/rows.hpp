@@ -1,0 +1,137 @@
+// Loads that widen kLanes stored elements to float, and stores that narrow them: the vector form of
+// base/convert.hpp, which defines every conversion (tests hold the two together, code by code).
+#pragma once
+
+#include "kvlink/base/dtype.hpp"
+#include "kvlink/cpu/simd/vec.hpp"
+
+namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
+
+// float16 bits in the low half of each lane.
+KVLINK_INLINE Vec widen_float16(VecU half) {
+  const VecU magnitude = (half & 0x7fffu) << 13;
+  const VecU sign = (half & 0x8000u) << 16;
+  const VecU small = bits_of(from_bits(magnitude + 0x38800000u) - splat(6.103515625e-05f));
+  const VecU finite = select(magnitude < 0x00800000u, small, magnitude + 0x38000000u);
+  const VecU nan_bit = (VecU)(magnitude > 0x0f800000u) & 0x400000u;
+  const VecU special = (magnitude + 0x70000000u) | nan_bit;
+  return from_bits(sign | select(magnitude >= 0x0f800000u, special, finite));
+}
+
+KVLINK_INLINE VecU narrow_to_float16(Vec value) {
+  const VecU bits = bits_of(value);
+  const VecU magnitude = bits & 0x7fffffffu;
+  const VecU bounded = select(magnitude < 0x47800000u, magnitude, VecU{} + 0x47800000u);
+  const VecU normal = (bounded - 0x38000000u + 0xfffu + ((bounded >> 13) & 1u)) >> 13;
+  const VecU small = bits_of(from_bits(bounded) + splat(0.5f)) - 0x3f000000u;
+  const VecU finite = select(magnitude < 0x38800000u, small, normal);
+  const VecU nan = ((magnitude >> 13) & 0x1ffu) | 0x7e00u;
+  return ((bits >> 16) & 0x8000u) | select(magnitude > 0x7f800000u, nan, finite);
+}
+
+KVLINK_INLINE VecU narrow_to_bfloat16(Vec value) {
+  const VecU bits = bits_of(value);
+  const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return select((bits & 0x7fffffffu) > 0x7f800000u, (bits >> 16) | 0x40u, rounded);
+}
+
+// What a stored type is: its size, and how kLanes of them become floats.
+template <DType kDType>
+struct Row;
+
+template <>
+struct Row<DType::kFloat32> {
+  static constexpr int kBytes = 4;
+  static KVLINK_INLINE Vec load(const char* source) { return load_unaligned<Vec>(source); }
+  static KVLINK_INLINE void store(char* target, Vec value) { store_unaligned(target, value); }
+};
+
+template <>
+struct Row<DType::kFloat16> {
+  static constexpr int kBytes = 2;
+  static KVLINK_INLINE Vec load(const char* source) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)source));
+#elif defined(__F16C__)
+    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)source));
+#else
+    return widen_float16(__builtin_convertvector(load_unaligned<VecU16>(source), VecU));
+#endif
+  }
+  static KVLINK_INLINE void store(char* target, Vec value) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)target,
+                        _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    _mm_storeu_si128((__m128i*)target, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+#else
+    store_unaligned(target, __builtin_convertvector(narrow_to_float16(value), VecU16));
+#endif
+  }
+};
+
+template <>
+struct Row<DType::kBFloat16> {
+  static constexpr int kBytes = 2;
+  static KVLINK_INLINE Vec load(const char* source) {
+    return from_bits(__builtin_convertvector(load_unaligned<VecU16>(source), VecU) << 16);
+  }
+  static KVLINK_INLINE void store(char* target, Vec value) {
+    store_unaligned(target, __builtin_convertvector(narrow_to_bfloat16(value), VecU16));
+  }
+};
+
+template <>
+struct Row<DType::kFloat8E4M3> {
+  static constexpr int kBytes = 1;
+  static KVLINK_INLINE Vec load(const char* source) {
+    const VecU bits = __builtin_convertvector(load_unaligned<VecU8>(source), VecU);
+    const VecU magnitude = (bits & 0x7fu) << 20;
+    const VecU small = bits_of(from_bits(magnitude + 0x3c800000u) - splat(0.015625f));
+    const VecU finite = select(magnitude < 0x00800000u, small, magnitude + 0x3c000000u);
+    const VecU nan = VecU{} + 0x7ff00000u;
+    return from_bits(((bits & 0x80u) << 24) | select(magnitude == 0x07f00000u, nan, finite));
+  }
+};
+
+template <>
+struct Row<DType::kFloat8E5M2> {  // the upper half of a float16
+  static constexpr int kBytes = 1;
+  static KVLINK_INLINE Vec load(const char* source) {
+#if defined(__AVX512F__)
+    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)source));
+    return (Vec)_mm512_cvtph_ps(_mm256_slli_epi16(wide, 8));
+#elif defined(__F16C__)
+    const __m128i wide = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)source));
+    return (Vec)_mm256_cvtph_ps(_mm_slli_epi16(wide, 8));
+#else
+    return widen_float16(__builtin_convertvector(load_unaligned<VecU8>(source), VecU) << 8);
+#endif
+  }
+};
+
+template <>
+struct Row<DType::kInt8> {
+  static constexpr int kBytes = 1;
+  static KVLINK_INLINE Vec load(const char* source) {
+    const VecI wide = __builtin_convertvector(load_unaligned<VecI8>(source), VecI);
+    return __builtin_convertvector(wide, Vec);
+  }
+};
+
+// The first `count` < kLanes elements, zeros after them; reads nothing past the last.
+template <DType kDType>
+KVLINK_INLINE Vec load_some(const char* source, int64_t count) {
+  char padded[kLanes * Row<kDType>::kBytes] = {};
+  __builtin_memcpy(padded, source, count * Row<kDType>::kBytes);
+  return Row<kDType>::load(padded);
+}
+
+template <DType kDType>
+KVLINK_INLINE void store_some(char* target, Vec value, int64_t count) {
+  char padded[kLanes * Row<kDType>::kBytes];
+  Row<kDType>::store(padded, value);
+  __builtin_memcpy(target, padded, count * Row<kDType>::kBytes);
+}
+
+}  // namespace kvlink::cpu::KVLINK_SIMD_LEVEL

@@ -1,0 +1,78 @@
+"""Arrays of whichever library the caller uses; none is imported for it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from kvlink._planes import dtype_name
+from kvlink.errors import InvalidArgument
+
+
+def library_of(array: Any) -> str:
+    """Top-level package an array comes from: "torch", "numpy", "cupy", ..."""
+    return type(array).__module__.partition(".")[0]
+
+
+def dtype_of(array: Any, name: str) -> str:
+    """Canonical dtype name of an array."""
+    dtype = getattr(array, "dtype", None)
+    if dtype is None:
+        raise InvalidArgument(f"{name}: expected an array; got {type(array).__name__}")
+    return _NAMES.get(dtype) or _remember(dtype)
+
+
+_NAMES: dict[Any, str] = {}
+
+
+def _remember(dtype: Any) -> str:
+    try:
+        name = dtype_name(dtype)
+    except InvalidArgument:
+        name = str(dtype)
+    _NAMES[dtype] = name
+    return name
+
+
+def empty_like(array: Any, shape: tuple[int, ...], dtype: str | None = None) -> Any:
+    """An uninitialised array of `array`'s library, device and (unless given) dtype."""
+    library = sys.modules.get(library_of(array))
+    if library is None or not hasattr(library, "empty"):
+        raise InvalidArgument(
+            f"q: expected a torch, numpy or cupy array; got {type(array).__module__}."
+            f"{type(array).__name__} (results are made in q's library)"
+        )
+    wanted = array.dtype if dtype is None else getattr(library, dtype)
+    if library.__name__ == "torch":
+        return library.empty(shape, dtype=wanted, device=array.device)
+    return library.empty(shape, wanted)
+
+
+def as_int32(values: Any, fill: int = 0) -> Any:
+    """Arrays and None as they are; (nested) sequences as numpy int32, short rows padded."""
+    if not isinstance(values, list | tuple | range):
+        return values
+    import numpy as np
+
+    if not values or not isinstance(values[0], list | tuple | range):
+        return np.asarray(values, dtype=np.int32)
+    padded = np.full((len(values), max(map(len, values))), fill, dtype=np.int32)
+    for row, entries in zip(padded, values, strict=True):
+        row[: len(entries)] = entries
+    return padded
+
+
+def as_reference(array: Any) -> Any:
+    """The array as torch sees it, for `kvlink.reference`."""
+    if array is None:
+        return None
+    import torch
+
+    return torch.as_tensor(array)
+
+
+def from_reference(result: Any, target: Any) -> None:
+    """Copies a torch tensor into an array of any library."""
+    import torch
+
+    torch.from_dlpack(target).copy_(result)

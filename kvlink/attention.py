@@ -1,0 +1,155 @@
+"""`paged_attention` and `merge_states`, and how a backend is chosen for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvlink import _C
+from kvlink._arrays import as_int32, as_reference, dtype_of, empty_like, from_reference
+from kvlink.backends import Capabilities, Choice, choose
+from kvlink.errors import InvalidArgument
+from kvlink.pool import KVPool
+
+_FEATURES = frozenset(
+    {
+        "decode", "extend", "ragged", "bidirectional", "window", "softcap", "sinks",
+        "alibi_slopes", "lse", "out", "csr_page_table", "head_dim_v", "latent",
+    }
+)  # fmt: skip
+_FLOATS = frozenset({"float32", "float16", "bfloat16"})
+_STORED = _FLOATS | {"float8_e4m3", "float8_e5m2", "int8"}
+
+# In order of preference.
+BACKENDS = (
+    Capabilities("cpu", frozenset({"cpu"}), _FLOATS, _STORED, _FEATURES),
+    Capabilities("reference", frozenset({"cpu"}), _FLOATS, _STORED, _FEATURES, automatic=False),
+)
+
+
+def choose_backend(
+    q_dtype: str, pool: KVPool, features: Sequence[str] = (), backend: str = "auto"
+) -> Choice:
+    """(name, why) of the backend that `paged_attention` takes for such a call.
+
+    `features` names what the call needs beyond plain causal decode: "extend", "window", "sinks",
+    "mask", ... Raises Unsupported naming what is missing when no backend (or not the one asked
+    for) can do it, InvalidArgument when there is no such backend.
+    """
+    return choose(BACKENDS, backend, pool.device, q_dtype, pool.layout.dtype, features)
+
+
+def paged_attention(
+    q: Any,
+    pool: KVPool,
+    layer: int,
+    page_table: Any,
+    seq_lens: Any,
+    *,
+    q_indptr: Any = None,
+    page_indptr: Any = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Any = None,
+    alibi_slopes: Any = None,
+    mask: Any = None,
+    out: Any = None,
+    return_lse: bool = False,
+    plan: Any = None,
+    backend: str = "auto",
+) -> Any:
+    """Attention of new tokens over their sequences' pages: decode, extend, or both in one batch.
+
+    `q` [T, Hq, head_dim] float32, float16 or bfloat16 of any DLPack library, dim contiguous.
+    Without `q_indptr` every sequence has one row (decode, T = B); with it (int32 [B + 1]) sequence
+    b owns rows q_indptr[b] to q_indptr[b + 1]. `seq_lens` int32 [B] counts the new tokens, which are the
+    last of their sequence and whose K and V are in the pool already; 0 marks an idle place.
+    `page_table` int32 [B, max_pages], or CSR: int32 [n] with `page_indptr` int32 [B + 1]. Lists are
+    taken for the int32 arguments, too. Entries that are not read may hold anything.
+
+    Scores are scale * q.k (`scale` defaults to head_dim ** -0.5), then softcap * tanh(s / softcap),
+    then + alibi_slopes[head] * (kv_pos - q_pos). `causal` hides later positions; `window=w` hides
+    all but the last w up to the query's own (later ones are the business of `causal`). `sinks`
+    float32 [Hq] are one more logit per head, without a value. `alibi_slopes` float32 [Hq].
+
+    Returns out [T, Hq, head_dim_v] in q's dtype and library, written into `out` if given; with
+    `return_lse=True` (out, lse), lse float32 [T, Hq]: natural log of the softmax denominator, sink
+    included. A row that sees nothing gives zeros and -inf. Slots past seq_len never matter,
+    whatever they hold; a row's bits depend neither on the rest of the batch nor on the number of
+    threads.
+
+    `backend` is "auto" or the name of one in BACKENDS; see `choose_backend`. Raises
+    InvalidArgument, PageTableError (an entry that would be read is unmapped or names no page),
+    Unsupported. Nothing is written then.
+    """
+    q_dtype = dtype_of(q, "q")
+    needed = [
+        name
+        for name, given in (("mask", mask), ("plan", plan), ("sinks", sinks),
+                            ("alibi_slopes", alibi_slopes), ("window", window),
+                            ("softcap", softcap), ("csr_page_table", page_indptr))
+        if given is not None
+    ]  # fmt: skip
+    chosen = choose_backend(q_dtype, pool, needed, backend)
+    layout = pool.layout
+    if window is not None and window < 1:
+        raise InvalidArgument(f"window: expected >= 1 or None; got {window}")
+    if softcap is not None and not softcap > 0:
+        raise InvalidArgument(f"softcap: expected > 0 or None; got {softcap}")
+    if len(q.shape) != 3:
+        raise InvalidArgument(f"q: expected shape [T, Hq, head_dim]; got {tuple(q.shape)}")
+    num_tokens, num_q_heads = q.shape[0], q.shape[1]
+    page_table, seq_lens = as_int32(page_table, -1), as_int32(seq_lens)
+    q_indptr, page_indptr = as_int32(q_indptr), as_int32(page_indptr)
+    if out is None:
+        out = empty_like(q, (num_tokens, num_q_heads, layout.head_dim_v))
+    lse = empty_like(q, (num_tokens, num_q_heads), "float32") if return_lse else None
+    arguments = (
+        q, pool.view, layer, page_table, seq_lens, q_indptr, page_indptr, causal,
+        layout.head_dim**-0.5 if scale is None else scale, window or 0, softcap or 0.0,
+        sinks, alibi_slopes, out, lse,
+    )  # fmt: skip
+    if chosen.name == "reference":
+        _run_reference(pool, arguments)
+    else:
+        _C.paged_attention(*arguments)
+    return (out, lse) if return_lse else out
+
+
+def _run_reference(pool: KVPool, arguments: tuple[Any, ...]) -> None:
+    from kvlink.reference.paged_attention import paged_attention as reference
+
+    q, _, layer, page_table, seq_lens, q_indptr, page_indptr, causal, scale, window = arguments[:10]
+    softcap, sinks, alibi_slopes, out, lse = arguments[10:]
+    result, result_lse = reference(
+        as_reference(q), pool, layer, as_reference(page_table), as_reference(seq_lens),
+        q_indptr=as_reference(q_indptr), page_indptr=as_reference(page_indptr), causal=causal,
+        scale=scale, window=window or None, softcap=softcap or None, sinks=as_reference(sinks),
+        alibi_slopes=as_reference(alibi_slopes),
+    )  # fmt: skip
+    from_reference(result, out)
+    if lse is not None:
+        from_reference(result_lse, lse)
+
+
+def merge_states(out_a: Any, lse_a: Any, out_b: Any = None, lse_b: Any = None) -> tuple[Any, Any]:
+    """Joins attention results over disjoint sets of positions into the result over all of them.
+
+    Two states: `merge_states(out_a, lse_a, out_b, lse_b)`; many: `merge_states(outs, lses)` with
+    lists. Each out is [T, H, D] float32, float16 or bfloat16, each lse float32 [T, H] (natural
+    log), all contiguous. Returns (out, lse) in the dtype and library of the first out. The same
+    states in the same order give the same bits. A state whose lse is -inf has seen nothing and is
+    not read. Give sinks to one of the partial calls only. Raises InvalidArgument, Unsupported.
+    """
+    if out_b is None and lse_b is None:
+        outs, lses = list(out_a), list(lse_a)
+    else:
+        outs, lses = [out_a, out_b], [lse_a, lse_b]
+    if not outs:
+        raise InvalidArgument("outs: expected at least one state; got none")
+    out = empty_like(outs[0], tuple(outs[0].shape))
+    lse = empty_like(outs[0], tuple(outs[0].shape)[:2], "float32")
+    _C.merge_states(outs, lses, out, lse)
+    return out, lse

@@ -1,0 +1,77 @@
+"""Capability records: what each backend of an operator can do, and the choice among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvlink.errors import InvalidArgument, Unsupported
+
+_DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}  # DLPack's device types
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What one backend does. `automatic`: "auto" may pick it."""
+
+    name: str
+    devices: frozenset[str]
+    q_dtypes: frozenset[str]
+    kv_dtypes: frozenset[str]
+    features: frozenset[str]
+    automatic: bool = True
+
+    def missing(
+        self, device: str, q_dtype: str, kv_dtype: str, features: Iterable[str]
+    ) -> list[str]:
+        """What a call needs and this backend lacks, in words."""
+        lacks = [f"feature {name!r}" for name in features if name not in self.features]
+        for what, value, supported in (
+            ("device", device, self.devices),
+            ("q dtype", q_dtype, self.q_dtypes),
+            ("KV dtype", kv_dtype, self.kv_dtypes),
+        ):
+            if value not in supported:
+                lacks.append(f"{what} {value} (it has {', '.join(sorted(supported))})")
+        return lacks
+
+
+class Choice(NamedTuple):
+    """The backend taken, and the reason."""
+
+    name: str
+    why: str
+
+
+def choose(
+    backends: Sequence[Capabilities],
+    wanted: str,
+    device: tuple[int, int],
+    q_dtype: str,
+    kv_dtype: str,
+    features: Iterable[str] = (),
+) -> Choice:
+    """The first automatic backend that can, or the one that is `wanted`.
+
+    Raises InvalidArgument (no backend of that name), Unsupported (what is missing, by backend).
+    """
+    names = [backend.name for backend in backends]
+    if wanted != "auto" and wanted not in names:
+        raise InvalidArgument(
+            f"backend: expected auto or one of {', '.join(names)}; got {wanted!r}"
+        )
+    device_name = _DEVICES.get(device[0], f"DLPack device type {device[0]}")
+    features = tuple(features)
+    refusals = []
+    for backend in backends:
+        if wanted != backend.name and not (wanted == "auto" and backend.automatic):
+            continue
+        lacks = backend.missing(device_name, q_dtype, kv_dtype, features)
+        if not lacks:
+            if wanted == backend.name:
+                return Choice(backend.name, "asked for")
+            others = "".join(f"; {refusal}" for refusal in refusals)
+            return Choice(backend.name, f"first that supports the call on {device_name}{others}")
+        refusals.append(f"{backend.name} lacks {', '.join(lacks)}")
+    raise Unsupported(f"no backend supports this call: {'; '.join(refusals)}")
