@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test once per level that this CPU runs."""
+    from kvlink import _C
+
+    if request.param not in _C.supported_simd_levels():
+        pytest.skip(f"this CPU does not run {request.param}")
+    before = _C.simd_level()
+    _C.set_simd_level(request.param)
+    yield request.param
+    _C.set_simd_level(before)

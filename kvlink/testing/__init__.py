@@ -1,0 +1,1 @@
+"""Cases and helpers that tests and benchmarks share."""
