@@ -13,4 +13,5 @@ PYBIND11_MODULE(_C, module) {
   register_memory(module);
   register_pool(module);
   register_cache_ops(module);
+  register_transport(module);
 }

@@ -1,0 +1,342 @@
+#include "kvlink/transport/host_shm/control.hpp"
+
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <climits>
+#include <cstring>
+
+#include "kvlink/base/check.hpp"
+#include "kvlink/base/math.hpp"
+
+namespace kvlink::transport::host_shm {
+
+namespace {
+
+constexpr uint64_t kMagic = 0x314c5254434c564bULL;  // "KVLCTRL1"
+constexpr uint64_t kSlotsAt = 4096;
+constexpr int64_t kMaxWaitSlice = 100'000'000;  // ns
+
+struct Header {
+  uint64_t magic;
+  uint32_t slot_bytes, num_slots;
+  uint64_t num_page_entries;
+};
+
+uint64_t page_list_at(uint32_t num_slots) {
+  return static_cast<uint64_t>(round_up(kSlotsAt + uint64_t{num_slots} * sizeof(Slot), 4096));
+}
+
+void futex_wait(const std::atomic<uint32_t>& word, uint32_t seen, int64_t timeout_ns) {
+  const timespec timeout{timeout_ns / 1'000'000'000, timeout_ns % 1'000'000'000};
+  syscall(SYS_futex, &word, FUTEX_WAIT, seen, &timeout, nullptr, 0);
+}
+
+// What a closed, reused or still open slot means to somebody who holds `key`.
+Status status_of(const Word& word, SlotKey key) {
+  if (word.generation != key.generation) return Status::kStale;
+  return word.phase == Phase::kClosed ? word.status : Status::kPending;
+}
+
+}  // namespace
+
+void notify(Slot& slot) {
+  slot.changes.fetch_add(1);
+  syscall(SYS_futex, &slot.changes, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+
+Control::Control(Segment segment, uint32_t num_slots, uint64_t num_page_entries)
+    : segment_(std::move(segment)),
+      num_slots_(num_slots),
+      num_page_entries_(num_page_entries),
+      slots_(reinterpret_cast<Slot*>(segment_.data() + kSlotsAt)),
+      page_list_(reinterpret_cast<int32_t*>(segment_.data() + page_list_at(num_slots))) {}
+
+std::shared_ptr<Control> Control::create(uint32_t num_slots, uint64_t num_page_entries) {
+  KVLINK_CHECK(num_slots >= 1 && num_slots <= 65536, "num_slots: expected 1 to 65536; got ",
+               num_slots);
+  KVLINK_CHECK(num_page_entries >= 1 && num_page_entries <= uint64_t{1} << 30,
+               "num_page_entries: expected 1 to 2^30; got ", num_page_entries);
+  auto segment = Segment::create(page_list_at(num_slots) + num_page_entries * 4, true);
+  *reinterpret_cast<Header*>(segment.data()) = {kMagic, sizeof(Slot), num_slots, num_page_entries};
+  return std::make_shared<Control>(std::move(segment), num_slots, num_page_entries);
+}
+
+std::shared_ptr<Control> Control::attach(int fd, uint64_t num_bytes) {
+  KVLINK_CHECK(num_bytes >= kSlotsAt && num_bytes < uint64_t{1} << 40,
+               "control segment: expected 4096 bytes to 1 TiB; got ", num_bytes);
+  auto segment = Segment::attach(fd, num_bytes);
+  const Header header = *reinterpret_cast<const Header*>(segment.data());
+  KVLINK_CHECK(header.magic == kMagic && header.slot_bytes == sizeof(Slot),
+               "control segment: not one of this version");
+  KVLINK_CHECK(header.num_slots >= 1 && header.num_slots <= 65536 &&
+                   header.num_page_entries <= uint64_t{1} << 30 &&
+                   page_list_at(header.num_slots) + header.num_page_entries * 4 <= num_bytes,
+               "control segment: ", num_bytes, " bytes do not hold ", header.num_slots,
+               " slots and ", header.num_page_entries, " page entries");
+  return std::make_shared<Control>(std::move(segment), header.num_slots, header.num_page_entries);
+}
+
+Slot& Control::slot(uint32_t idx) const {
+  KVLINK_CHECK(idx < num_slots_, "slot: expected below ", num_slots_, "; got ", idx);
+  return slots_[idx];
+}
+
+bool Control::owns(SlotKey key, Word* word) const {
+  *word = Word::unpack(slot(key.slot).word.load());
+  return word->generation == key.generation;
+}
+
+// --- the owner -----------------------------------------------------------------------------------
+
+SlotKey Control::open(uint32_t idx, uint64_t first_page, const SlotTerms& terms) {
+  Slot& slot = this->slot(idx);
+  const Word old = Word::unpack(slot.word.load());
+  KVLINK_CHECK(old.phase == Phase::kFree || old.phase == Phase::kClosed, "slot ", idx,
+               ": expected a free one");
+  KVLINK_CHECK(slot.lessee.load() == 0, "slot ", idx, ": expected one nobody has adopted");
+  KVLINK_CHECK(terms.num_layers >= 1 && terms.num_layers <= kMaxLayers,
+               "stored layers: expected 1 to ", kMaxLayers, "; got ", terms.num_layers);
+  KVLINK_CHECK(first_page <= num_page_entries_ && terms.num_pages <= num_page_entries_ - first_page,
+               "pages: no room in the page list");
+  // The generation moves first, so that whoever still holds an old key is told that it is stale.
+  const Word next{(old.generation + 1) & ((uint64_t{1} << 48) - 1), Status::kPending, Phase::kFree};
+  slot.word.store(next.pack());
+  slot.unfinished.store(0);
+  slot.rows.store(0);
+  slot.digest.store(0);
+  for (uint32_t layer = 0; layer < terms.num_layers; ++layer) slot.layer_rows[layer].store(0);
+  slot.deadline_ns.store(terms.deadline_ns);
+  slot.pulls_left.store(terms.num_pulls);
+  slot.with_digest.store(terms.with_digest);
+  slot.kind = terms.kind;
+  slot.num_layers = terms.num_layers;
+  std::copy_n(terms.transfer_id, 2, slot.transfer_id);
+  slot.rows_per_layer = terms.rows_per_layer;
+  slot.first_page = first_page;
+  slot.num_pages = terms.num_pages;
+  std::copy_n(terms.pages, terms.num_pages, page_list_ + first_page);
+  slot.word.store(Word{next.generation, Status::kPending, Phase::kOpen}.pack());
+  return {idx, next.generation};
+}
+
+bool Control::close(SlotKey key, Status status) {
+  Slot& slot = this->slot(key.slot);
+  uint64_t bits = slot.word.load();
+  while (true) {
+    const Word word = Word::unpack(bits);
+    if (word.generation != key.generation) return false;
+    if (word.phase != Phase::kOpen && word.phase != Phase::kAdopted) return false;
+    const Word closed{key.generation, status, Phase::kClosed};
+    if (slot.word.compare_exchange_strong(bits, closed.pack())) break;
+  }
+  notify(slot);
+  return true;
+}
+
+bool Control::extend(SlotKey key, int64_t deadline_ns) {
+  if (status(key) != Status::kPending) return false;
+  slot(key.slot).deadline_ns.store(deadline_ns);
+  return true;
+}
+
+bool Control::expire(SlotKey key, int64_t now) {
+  return now > slot(key.slot).deadline_ns.load() && close(key, Status::kExpired);
+}
+
+bool Control::quiet(SlotKey key) const {
+  const Slot& slot = this->slot(key.slot);
+  const Word word = Word::unpack(slot.word.load());
+  if (word.generation != key.generation) return true;
+  return word.phase == Phase::kClosed && slot.writers.load() == 0 && slot.lessee.load() == 0;
+}
+
+void Control::drop_link(uint32_t bit) {
+  const uint64_t mask = uint64_t{1} << bit;
+  for (uint32_t idx = 0; idx < num_slots_; ++idx) {
+    Slot& slot = slots_[idx];
+    const Word word = Word::unpack(slot.word.load());
+    if (word.phase == Phase::kFree) continue;
+    const SlotKey key{idx, word.generation};
+    uint32_t lessee = bit + 1;
+    const bool adopted = slot.lessee.compare_exchange_strong(lessee, 0);
+    if (adopted) close(key, Status::kPeerLost);
+    const bool inside = slot.writers.fetch_and(~mask) & mask;
+    const bool began = slot.unfinished.fetch_and(~mask) & mask;
+    const bool complete = slot.rows.load() >= slot.rows_per_layer * slot.num_layers;
+    if (began && slot.kind == SlotKind::kGrant && !complete) close(key, Status::kPeerLost);
+    if (inside || began || adopted) notify(slot);
+  }
+}
+
+template <typename Done>
+Status Control::wait(SlotKey key, int64_t deadline_ns, Done done) const {
+  const Slot& slot = this->slot(key.slot);
+  while (true) {
+    const uint32_t seen = slot.changes.load();
+    const Word word = Word::unpack(slot.word.load());
+    const Status status = status_of(word, key);
+    if (status != Status::kPending) return status;
+    if (done(slot, word)) return Status::kOk;
+    const int64_t left = deadline_ns - now_ns();
+    if (left <= 0) return Status::kPending;
+    futex_wait(slot.changes, seen, std::min(left, kMaxWaitSlice));
+  }
+}
+
+Status Control::wait_rows(SlotKey key, int64_t deadline_ns) const {
+  return wait(key, deadline_ns, [](const Slot& slot, const Word& word) {
+    // While another thread verifies, wait for its result.
+    return word.phase == Phase::kOpen && slot.rows.load() >= slot.rows_per_layer * slot.num_layers;
+  });
+}
+
+Status Control::wait_layer(SlotKey key, uint32_t layer, int64_t deadline_ns) const {
+  KVLINK_CHECK(layer < slot(key.slot).num_layers, "layer: expected below ",
+               slot(key.slot).num_layers, "; got ", layer);
+  return wait(key, deadline_ns, [layer](const Slot& slot, const Word&) {
+    return slot.layer_rows[layer].load() >= slot.rows_per_layer;
+  });
+}
+
+Status Control::verify(SlotKey key, const Executor& executor, const OwnPages& own,
+                       int64_t deadline_ns) {
+  Slot& slot = this->slot(key.slot);
+  const Word open{key.generation, Status::kPending, Phase::kOpen};
+  const Word verifying{key.generation, Status::kPending, Phase::kVerifying};
+  uint64_t bits = open.pack();
+  if (!slot.word.compare_exchange_strong(bits, verifying.pack())) {
+    return wait_closed(key, deadline_ns);
+  }
+  // Writers are shut out. One may be between its last byte and leave(); no digest before it is out.
+  while (slot.writers.load() != 0) {
+    const uint32_t seen = slot.changes.load();
+    if (slot.writers.load() == 0) break;
+    const int64_t left = deadline_ns - now_ns();
+    if (left <= 0) {
+      slot.word.store(open.pack());
+      notify(slot);
+      return Status::kPending;
+    }
+    futex_wait(slot.changes, seen, std::min(left, kMaxWaitSlice));
+  }
+  Status result = Status::kOk;
+  try {
+    if (slot.rows.load() != slot.rows_per_layer * slot.num_layers) {
+      result = Status::kRowCountMismatch;
+    } else if (slot.with_digest.load()) {
+      const DigestParams params{
+          .layers = own.layers.data(),
+          .model_layers = own.model_layers.data(),
+          .num_layers = static_cast<int32_t>(own.layers.size()),
+          .num_heads = own.layers.front().layout.num_kv_heads,
+          .head = 0,
+          .model_head = own.model_head,
+          .run = {own.pages.data(), static_cast<int64_t>(own.pages.size()), 0},
+          .num_tokens = own.num_tokens,
+          .token_position = 0};
+      if (executor.digest(params).digest != slot.digest.load()) result = Status::kDigestMismatch;
+    }
+    for (size_t i = 0; i < own.pages.size() && own.generations; ++i) {
+      if (own.generations[own.pages[i]] != own.granted[i]) result = Status::kGenerationMismatch;
+    }
+  } catch (...) {
+    slot.word.store(Word{key.generation, Status::kMoveFailed, Phase::kClosed}.pack());
+    notify(slot);
+    throw;
+  }
+  slot.word.store(Word{key.generation, result, Phase::kClosed}.pack());
+  notify(slot);
+  return result;
+}
+
+// --- both ----------------------------------------------------------------------------------------
+
+Status Control::status(SlotKey key) const {
+  return status_of(Word::unpack(slot(key.slot).word.load()), key);
+}
+
+Status Control::wait_closed(SlotKey key, int64_t deadline_ns) const {
+  return wait(key, deadline_ns, [](const Slot&, const Word&) { return false; });
+}
+
+// --- a peer --------------------------------------------------------------------------------------
+
+Status Control::enter(SlotKey key, uint32_t bit) {
+  Slot& slot = this->slot(key.slot);
+  slot.writers.fetch_or(uint64_t{1} << bit);
+  const Word word = Word::unpack(slot.word.load());
+  Status status = status_of(word, key);
+  if (status == Status::kPending) {
+    const bool late = now_ns() > slot.deadline_ns.load();
+    status = late ? Status::kExpired : word.phase == Phase::kOpen ? Status::kOk : Status::kBusy;
+  }
+  if (status != Status::kOk) leave(key, bit);
+  return status;
+}
+
+void Control::leave(SlotKey key, uint32_t bit) {
+  Slot& slot = this->slot(key.slot);
+  slot.writers.fetch_and(~(uint64_t{1} << bit));
+  notify(slot);
+}
+
+Status Control::begin(SlotKey key, uint32_t bit) {
+  Slot& slot = this->slot(key.slot);
+  const auto check = [&] {
+    const Word word = Word::unpack(slot.word.load());
+    const Status status = status_of(word, key);
+    if (status != Status::kPending) return status;
+    if (now_ns() > slot.deadline_ns.load()) return Status::kExpired;
+    return word.phase == Phase::kOpen ? Status::kOk : Status::kBusy;
+  };
+  if (const Status status = check(); status != Status::kOk) return status;
+  const uint64_t mask = uint64_t{1} << bit;
+  if (slot.unfinished.fetch_or(mask) & mask) return Status::kBusy;
+  const Status status = check();
+  if (status != Status::kOk) slot.unfinished.fetch_and(~mask);
+  return status;
+}
+
+void Control::finish(SlotKey key, uint32_t bit) {
+  Word word;
+  if (owns(key, &word)) slot(key.slot).unfinished.fetch_and(~(uint64_t{1} << bit));
+}
+
+Status Control::adopt(SlotKey key, uint32_t bit) {
+  Slot& slot = this->slot(key.slot);
+  if (const Status status = this->status(key); status != Status::kPending) return status;
+  if (now_ns() > slot.deadline_ns.load()) return Status::kExpired;
+  uint32_t nobody = 0;
+  if (!slot.lessee.compare_exchange_strong(nobody, bit + 1)) return Status::kBusy;
+  uint64_t bits = Word{key.generation, Status::kPending, Phase::kOpen}.pack();
+  const Word adopted{key.generation, Status::kPending, Phase::kAdopted};
+  if (slot.word.compare_exchange_strong(bits, adopted.pack())) return Status::kOk;
+  slot.lessee.store(0);
+  notify(slot);
+  const Status status = status_of(Word::unpack(bits), key);
+  return status == Status::kPending ? Status::kBusy : status;
+}
+
+bool Control::release(SlotKey key, uint32_t bit) {
+  Slot& slot = this->slot(key.slot);
+  // Closed first: the owner takes the pages back when it sees a closed slot without a lessee.
+  const bool ended = close(key, Status::kOk);
+  Word word;
+  uint32_t self = bit + 1;
+  if (owns(key, &word)) slot.lessee.compare_exchange_strong(self, 0);
+  notify(slot);
+  return ended;
+}
+
+Status Control::consume(SlotKey key) {
+  Slot& slot = this->slot(key.slot);
+  if (const Status status = this->status(key); status != Status::kPending) return status;
+  if (slot.pulls_left.fetch_sub(1) > 1) return Status::kOk;
+  close(key, Status::kOk);
+  return status(key);
+}
+
+}  // namespace kvlink::transport::host_shm

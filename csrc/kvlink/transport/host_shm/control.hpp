@@ -1,0 +1,146 @@
+// The control segment of an endpoint: its slots and page lists, in memory that every peer maps.
+//
+// Who may enter the pages is decided here, without a message:
+//   peer:  writers |= bit; read word; not open, another generation, past the deadline? leave.
+//   owner: word = closed;  read writers; not zero? quarantine the pages until it is.
+// All four are sequentially consistent, so at least one of the two sees the other (Dekker).
+#pragma once
+
+#include <memory>
+#include <optional>
+
+#include "kvlink/base/segment.hpp"
+#include "kvlink/transport/transport.hpp"
+
+namespace kvlink::transport::host_shm {
+
+inline constexpr uint32_t kMaxLayers = 256;  // stored layers of a pool
+inline constexpr uint32_t kMaxLinks = 64;    // one bit each
+
+enum class Phase : uint8_t {
+  kFree = 0,
+  kOpen = 1,       // peers may enter
+  kVerifying = 2,  // a grant whose rows are complete: nobody enters
+  kAdopted = 3,    // an offer whose pages a peer uses in place
+  kClosed = 4,     // ended; the status tells how
+};
+
+// generation, status and phase change together.
+struct Word {
+  uint64_t generation = 0;  // 48 bits
+  Status status = Status::kPending;
+  Phase phase = Phase::kFree;
+
+  uint64_t pack() const {
+    return generation << 16 | uint64_t{static_cast<uint8_t>(status)} << 8 |
+           static_cast<uint8_t>(phase);
+  }
+  static Word unpack(uint64_t bits) {
+    return {bits >> 16, static_cast<Status>(bits >> 8 & 0xff), static_cast<Phase>(bits & 0xff)};
+  }
+};
+
+struct alignas(64) Slot {
+  std::atomic<uint64_t> word;
+  std::atomic<uint64_t> writers;     // links that are inside the pages now
+  std::atomic<uint64_t> unfinished;  // links that began and have not finished
+  std::atomic<int64_t> deadline_ns;
+  std::atomic<uint32_t> changes;  // futex: bumped after every change
+  std::atomic<uint32_t> lessee;   // offers: 1 + bit of the link that adopted, or 0
+  std::atomic<uint32_t> pulls_left;
+  std::atomic<uint32_t> with_digest;
+
+  alignas(64) std::atomic<uint64_t> rows;
+  std::atomic<uint64_t> digest;
+
+  alignas(64) SlotKind kind;
+  uint32_t num_layers;
+  uint64_t transfer_id[2];
+  uint64_t rows_per_layer;
+  uint64_t first_page;  // in the page list
+  uint32_t num_pages;
+
+  alignas(64) std::atomic<uint64_t> layer_rows[kMaxLayers];
+};
+static_assert(std::atomic<uint64_t>::is_always_lock_free);
+static_assert(std::atomic<uint32_t>::is_always_lock_free && sizeof(std::atomic<uint32_t>) == 4);
+
+// The receiver's own pages of one grant, as verify reads them.
+struct OwnPages {
+  std::vector<LayerView> layers;      // [stored layers]
+  std::vector<int32_t> model_layers;  // [stored layers] the model layer each travels as
+  int32_t model_head = 0;             // first of the pool's heads, all of which are covered
+  std::vector<int32_t> pages;
+  int64_t num_tokens = 0;
+  const uint32_t* generations = nullptr;  // [pages of the pool] now
+  std::vector<uint32_t> granted;          // [pages] as they were at the grant
+};
+
+// A mapped control segment, one's own or a peer's.
+class Control {
+ public:
+  static std::shared_ptr<Control> create(uint32_t num_slots, uint64_t num_page_entries);
+  // Throws InvalidArgument when the segment is not what its header says.
+  static std::shared_ptr<Control> attach(int fd, uint64_t num_bytes);
+
+  uint32_t num_slots() const { return num_slots_; }
+  uint64_t num_page_entries() const { return num_page_entries_; }
+  const Segment& segment() const { return segment_; }
+  Slot& slot(uint32_t idx) const;  // throws InvalidArgument
+  int32_t* page_list() const { return page_list_; }
+
+  // --- the owner ---
+  // The slot must be free or closed with nobody inside. `first_page` is where the page list goes.
+  SlotKey open(uint32_t slot, uint64_t first_page, const SlotTerms& terms);
+  // Open (or adopted) -> closed; false when it had ended before.
+  bool close(SlotKey key, Status status);
+  // Moves the deadline of an open slot; false when it had ended.
+  bool extend(SlotKey key, int64_t deadline_ns);
+  // As close, when the deadline has passed.
+  bool expire(SlotKey key, int64_t now);
+  // Closed, and no peer inside: the pages are the owner's alone.
+  bool quiet(SlotKey key) const;
+  // Forgets a dead link: its bits and leases, in every slot. Incomplete grants that it was writing
+  // end as kPeerLost.
+  void drop_link(uint32_t bit);
+  // Grant: all rows arrived, or it ended. kOk when complete, kPending at the deadline.
+  Status wait_rows(SlotKey key, int64_t deadline_ns) const;
+  // Grant: all rows of a stored layer arrived.
+  Status wait_layer(SlotKey key, uint32_t layer, int64_t deadline_ns) const;
+  // Grant: shuts writers out, compares count, digest and page generations, and closes the slot with
+  // the result. kPending: a writer is still inside at the deadline; the slot is open again.
+  Status verify(SlotKey key, const Executor& executor, const OwnPages& own, int64_t deadline_ns);
+
+  // --- both ---
+  // kPending while open; kStale when the slot serves another transfer.
+  Status status(SlotKey key) const;
+  // Until it ended or deadline_ns; kPending then.
+  Status wait_closed(SlotKey key, int64_t deadline_ns) const;
+
+  // --- a peer ---
+  Status enter(SlotKey key, uint32_t bit);  // pin; kOk or why not
+  void leave(SlotKey key, uint32_t bit);    // unpin
+  Status begin(SlotKey key, uint32_t bit);  // marks this link unfinished; kBusy if it is
+  void finish(SlotKey key, uint32_t bit);
+  Status adopt(SlotKey key, uint32_t bit);  // takes an offer in place
+  bool release(SlotKey key, uint32_t bit);  // ends the lease; false when it had ended before
+  Status consume(SlotKey key);              // one pull is done
+
+  Control(Segment segment, uint32_t num_slots, uint64_t num_page_entries);
+
+ private:
+  bool owns(SlotKey key, Word* word) const;
+  template <typename Done>
+  Status wait(SlotKey key, int64_t deadline_ns, Done done) const;
+
+  Segment segment_;
+  uint32_t num_slots_;
+  uint64_t num_page_entries_;
+  Slot* slots_;
+  int32_t* page_list_;
+};
+
+// Wakes every waiter of the slot.
+void notify(Slot& slot);
+
+}  // namespace kvlink::transport::host_shm

@@ -1,0 +1,80 @@
+"""Moving KV between processes: endpoints, links, grants, offers (docs/transfer_contract.md)."""
+
+from kvlink import _C
+from kvlink.transfer.endpoint import Endpoint
+from kvlink.transfer.errors import (
+    AlreadyWriting,
+    ConnectError,
+    DigestMismatch,
+    GenerationMismatch,
+    GrantExpired,
+    GrantRevoked,
+    InvalidDescriptor,
+    LinkClosed,
+    LinkRefused,
+    MoveFailed,
+    OutOfSlots,
+    PathUnavailable,
+    PeerLost,
+    PeerUnreachable,
+    ProtocolError,
+    RowCountMismatch,
+    SecretMismatch,
+    StaleTransfer,
+    TransferCancelled,
+    TransferError,
+    TransferFailed,
+    TransferTimeout,
+    Unconvertible,
+    UnknownRegion,
+    VersionMismatch,
+)
+from kvlink.transfer.grant import Arrival, Grant
+from kvlink.transfer.link import Link
+from kvlink.transfer.offer import Lease, Offer
+from kvlink.transfer.plan import TransferPlan
+from kvlink.transfer.region import Region, RegionDescriptor
+from kvlink.transfer.transfer import PartTimes, Progress, Transfer
+
+TransferStatus = _C.TransferStatus
+
+__all__ = [
+    "AlreadyWriting",
+    "Arrival",
+    "ConnectError",
+    "DigestMismatch",
+    "Endpoint",
+    "GenerationMismatch",
+    "Grant",
+    "GrantExpired",
+    "GrantRevoked",
+    "InvalidDescriptor",
+    "Lease",
+    "Link",
+    "LinkClosed",
+    "LinkRefused",
+    "MoveFailed",
+    "Offer",
+    "OutOfSlots",
+    "PartTimes",
+    "PathUnavailable",
+    "PeerLost",
+    "PeerUnreachable",
+    "Progress",
+    "ProtocolError",
+    "Region",
+    "RegionDescriptor",
+    "RowCountMismatch",
+    "SecretMismatch",
+    "StaleTransfer",
+    "Transfer",
+    "TransferCancelled",
+    "TransferError",
+    "TransferFailed",
+    "TransferPlan",
+    "TransferStatus",
+    "TransferTimeout",
+    "Unconvertible",
+    "UnknownRegion",
+    "VersionMismatch",
+]

@@ -1,0 +1,124 @@
+"""`Grant`: the receiver's promise of pages. `Arrival`: the proof that they hold what was sent."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvlink import _C
+from kvlink.errors import InvalidArgument
+from kvlink.transfer.errors import TransferTimeout
+from kvlink.transfer.region import Region
+from kvlink.transfer.reservation import Reservation, SlotTable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_OK = _C.TransferStatus.OK
+_PENDING = _C.TransferStatus.PENDING
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """KV that has arrived and was verified: generation, row count and digest held.
+
+    `pages` (int32, in token order) now belong to the request; `rows` is how many rows (one KV head
+    of one token in one plane of one layer) were counted; `digest_verified` is False only for grants
+    made with `digest=False`; `waited_s` and `verify_s` are seconds spent in the call that returned it.
+    """
+
+    transfer_id: bytes
+    region: Region
+    pages: npt.NDArray[np.int32]
+    num_tokens: int
+    rows: int
+    digest_verified: bool
+    waited_s: float
+    verify_s: float
+
+
+class Grant(Reservation):
+    """Pages that peers may write one request into, until a deadline. `Endpoint.grant` makes it.
+
+    Exactly one of two things happens to the pages: `wait` or `poll` returns an Arrival and they
+    belong to the request, or the grant fails and they return to the owner, once, as soon as no
+    writer is inside (`released`, `wait_released`, `on_release`).
+    """
+
+    _kind = _C.SlotKind.GRANT
+
+    def __init__(self, table: SlotTable, region: Region, *args: Any, **kwargs: Any) -> None:
+        super().__init__(table, region, *args, **kwargs)
+        descriptor = region.descriptor
+        self._with_digest: bool = kwargs["with_digest"]
+        self._arrival: Arrival | None = None
+        self._granted = _C.GrantedPages(
+            region.pool.view, list(descriptor.stored_model_layers),
+            descriptor.shard.kv_heads.start, self.pages, self.num_tokens, region.generations,
+        )  # fmt: skip
+
+    def wait(self, timeout: float) -> Arrival:
+        """Waits until everything has arrived, verifies it, and commits.
+
+        Verifying runs here, in the caller's thread, without the GIL. Raises TransferTimeout (the
+        grant stays open), or the reason why it failed: DigestMismatch, GenerationMismatch,
+        RowCountMismatch, GrantExpired, GrantRevoked, TransferCancelled, PeerLost, MoveFailed. A
+        failed grant keeps failing in the same way; a committed one keeps returning its Arrival.
+        """
+        began = time.monotonic_ns()
+        deadline_ns = began + int(max(0.0, timeout) * 1e9)
+        if self._arrival is not None:
+            return self._arrival
+        status = self._outcome or self._control.wait_rows(self.key, deadline_ns)
+        complete = time.monotonic_ns()
+        if self._outcome is None and status == _OK:
+            status = self._control.verify(self.key, self._granted, deadline_ns)
+        self.advance()
+        # Whoever ended it first (another thread, the reaper) left the outcome.
+        if (self._outcome or status) == _OK:
+            descriptor = self.region.descriptor
+            rows = descriptor.num_stored_layers * descriptor.rows_per_token * self.num_tokens
+            self._arrival = self._arrival or Arrival(
+                self.transfer_id, self.region, self.pages, self.num_tokens, rows,
+                self._with_digest, (complete - began) * 1e-9,
+                (time.monotonic_ns() - complete) * 1e-9,
+            )  # fmt: skip
+            return self._arrival
+        if (self._outcome or status) == _PENDING:
+            raise TransferTimeout(f"transfer {self.transfer_id.hex()}: not there after {timeout} s")
+        raise self._failure(status)
+
+    def poll(self) -> Arrival | None:
+        """As `wait`, without waiting: None while something is still missing."""
+        try:
+            return self.wait(0.0)
+        except TransferTimeout:
+            return None
+
+    def wait_layer(self, layer: int, timeout: float) -> None:
+        """Until every row of `layer` (of the pool) has arrived. Not yet verified: whoever reads it
+        now must drop what it computed if the grant then fails.
+
+        Raises TransferTimeout, or why the grant failed.
+        """
+        descriptor = self.region.descriptor
+        if not 0 <= layer < len(descriptor.layer_map):
+            raise InvalidArgument(
+                f"layer: expected 0 to {len(descriptor.layer_map) - 1}; got {layer}"
+            )
+        if self._arrival is not None:
+            return
+        deadline_ns = time.monotonic_ns() + int(max(0.0, timeout) * 1e9)
+        status = self._outcome or self._control.wait_layer(
+            self.key, descriptor.layer_map[layer], deadline_ns
+        )
+        if status == _PENDING:
+            raise TransferTimeout(f"layer {layer}: not there after {timeout} s")
+        if status != _OK:
+            self.advance()
+            raise self._failure(status)
+
+    def _gives_back(self) -> bool:
+        return self._outcome != _OK

@@ -1,0 +1,231 @@
+"""What grants and offers have in common: pages lent under a deadline, and the slot that says so."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvlink import _C
+from kvlink.errors import InvalidArgument
+from kvlink.transfer.descriptor import Descriptor
+from kvlink.transfer.errors import LinkClosed, OutOfSlots, TransferTimeout, status_error
+from kvlink.transfer.region import Region, granted_ids
+from kvlink.transfer.wire import TRANSFER_ID_BYTES
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_HISTORY = 4096  # outcomes remembered for queries
+_QUIET_POLL = 0.002  # s
+
+
+class SlotTable:
+    """The owner's side of a control segment: free slots, room for page lists, what is open."""
+
+    def __init__(self, num_slots: int, num_page_entries: int) -> None:
+        self.control = _C.ShmControl.create(num_slots, num_page_entries)
+        self.lock = threading.RLock()
+        self.open: dict[bytes, Reservation] = {}  # by transfer id
+        # Slots are used in turn, so that an outcome stays readable as long as possible.
+        self._free = deque(range(num_slots))
+        self._rooms: list[tuple[int, int]] = [(0, num_page_entries)]  # free (first, count), sorted
+        self._outcomes: OrderedDict[bytes, _C.TransferStatus] = OrderedDict()
+        self._closed = False
+
+    def take_slot(self, num_pages: int) -> tuple[int, int]:
+        """(slot, first entry of its page list); raises OutOfSlots."""
+        if self._closed:
+            raise LinkClosed("the endpoint is closed")
+        if not self._free:
+            raise OutOfSlots(f"all {self.control.num_slots} slots hold open grants and offers")
+        for idx, (first, count) in enumerate(self._rooms):
+            if count >= num_pages:
+                rest = (first + num_pages, count - num_pages)
+                self._rooms[idx : idx + 1] = [rest] if rest[1] else []
+                return self._free.popleft(), first
+        raise OutOfSlots(f"no room for a list of {num_pages} pages beside those that are open")
+
+    def give_slot(self, slot: int, first: int, num_pages: int) -> None:
+        """Takes a slot and its page list back."""
+        self._free.append(slot)
+        rooms = sorted([*self._rooms, (first, num_pages)])
+        merged = rooms[:1]
+        for start, count in rooms[1:]:
+            last = merged[-1]
+            if last[0] + last[1] == start:
+                merged[-1] = (last[0], last[1] + count)
+            else:
+                merged.append((start, count))
+        self._rooms = merged
+
+    def remember(self, transfer_id: bytes, status: _C.TransferStatus) -> None:
+        """Keeps an outcome for queries."""
+        self._outcomes[transfer_id] = status
+        while len(self._outcomes) > _HISTORY:
+            self._outcomes.popitem(last=False)
+
+    def status(self, transfer_id: bytes) -> _C.TransferStatus | None:
+        """How a transfer stands or ended; None when it is not (or no longer) known."""
+        with self.lock:
+            reservation = self.open.get(transfer_id)
+            if reservation is not None:
+                return reservation.status
+            return self._outcomes.get(transfer_id)
+
+    def reap(self) -> None:
+        """Ends what is past its deadline, and gives back what nobody is inside of any more."""
+        now = time.monotonic_ns()
+        with self.lock:
+            reservations = list(self.open.values())
+        for reservation in reservations:
+            self.control.expire(reservation.key, now)
+            reservation.advance()
+
+    def shut(self) -> None:
+        """Revokes everything and opens nothing more."""
+        with self.lock:
+            self._closed = True
+            reservations = list(self.open.values())
+        for reservation in reservations:
+            reservation.revoke()
+
+
+class Reservation:
+    """Base of `Grant` and `Offer`.
+
+    Attributes: `transfer_id` (16 random bytes), `region`, `pages` (int32 array), `num_tokens`.
+    """
+
+    _kind: _C.SlotKind
+
+    def __init__(
+        self,
+        table: SlotTable,
+        region: Region,
+        pages: Any,
+        num_tokens: int,
+        ttl: float,
+        *,
+        epoch: bytes,
+        descriptor_key: bytes,
+        with_digest: bool,
+        num_pulls: int,
+        on_release: Callable[[Any], None] | None,
+    ) -> None:
+        descriptor = region.descriptor
+        deadline_ns = time.monotonic_ns() + _ttl_ns(ttl)
+        ids = granted_ids(pages, region.pool.num_pages, num_tokens, descriptor.layout.page_size)
+        self.transfer_id = secrets.token_bytes(TRANSFER_ID_BYTES)
+        self.region = region
+        self.pages: npt.NDArray[np.int32] = ids
+        self.num_tokens = num_tokens
+        self._table = table
+        self._control = table.control
+        self._on_release = on_release
+        self._outcome: _C.TransferStatus | None = None
+        self._released = threading.Event()
+        rows = descriptor.rows_per_token * num_tokens
+        with table.lock:
+            slot, first_page = table.take_slot(ids.size)
+            self._slot = (slot, first_page, ids.size)
+            try:
+                self.key = self._control.open(
+                    slot, self._kind, self.transfer_id, deadline_ns, descriptor.num_stored_layers,
+                    rows, num_pulls, with_digest, first_page, ids,
+                )  # fmt: skip
+            except BaseException:
+                table.give_slot(*self._slot)
+                raise
+            table.open[self.transfer_id] = self
+        self._bytes = Descriptor(
+            self._kind, epoch, self.transfer_id, slot, self.key.generation, region.region_id,
+            num_tokens, first_page, ids.size, deadline_ns,
+        ).to_bytes(descriptor_key)  # fmt: skip
+
+    def to_bytes(self) -> bytes:
+        """What the peer needs. It may travel by any channel: altered bytes are refused."""
+        return self._bytes
+
+    @property
+    def status(self) -> _C.TransferStatus:
+        """How it stands (PENDING) or ended."""
+        if self._outcome is not None:
+            return self._outcome
+        status = self._control.status(self.key)
+        return self._outcome or status
+
+    @property
+    def released(self) -> bool:
+        """It has ended and no peer is inside the pages any more."""
+        return self._released.is_set()
+
+    @property
+    def deadline(self) -> float:
+        """When it ends by itself, in seconds of time.monotonic()."""
+        return float(self._control.deadline_ns(self.key)) * 1e-9
+
+    def extend(self, ttl: float) -> bool:
+        """Moves the deadline to `ttl` seconds from now; False when it has ended already."""
+        return self._control.extend(self.key, time.monotonic_ns() + _ttl_ns(ttl))
+
+    def revoke(self) -> bool:
+        """Takes the pages back: no peer enters them from now on. Does not wait.
+
+        False when it had ended already. `released` tells when the last peer that was inside has
+        left: at once, except when one is being written or read at this moment.
+        """
+        revoked = self._control.close(self.key, _C.TransferStatus.REVOKED)
+        self.advance()
+        return bool(revoked)
+
+    def wait_released(self, timeout: float) -> None:
+        """Until it has ended and the pages are the owner's alone. Raises TransferTimeout."""
+        end = time.monotonic() + timeout
+        if not self._released.is_set():
+            self._control.wait_closed(self.key, int(end * 1e9))
+        while not self._released.is_set():
+            self.advance()
+            left = end - time.monotonic()
+            if self._released.wait(max(0.0, min(_QUIET_POLL, left))):
+                break
+            if left <= 0:
+                raise TransferTimeout(f"pages not released within {timeout} s; {self.status.name}")
+
+    def advance(self) -> None:
+        """Records the outcome, and gives the pages back once nobody is inside."""
+        with self._table.lock:
+            if self._released.is_set():
+                return
+            status = self._control.status(self.key)
+            if status == _C.TransferStatus.PENDING:
+                return
+            if self._outcome is None:
+                self._outcome = status
+                self._table.remember(self.transfer_id, status)
+            if not self._control.quiet(self.key):
+                return
+            del self._table.open[self.transfer_id]
+            self._table.give_slot(*self._slot)
+            self._released.set()
+        if self._on_release is not None and self._gives_back():
+            self._on_release(self)
+
+    def _gives_back(self) -> bool:
+        """The pages return to the owner's pool, rather than to the request that arrived in them."""
+        return True
+
+    def _failure(self, status: _C.TransferStatus) -> Exception:
+        if status == _C.TransferStatus.STALE and self._outcome is not None:
+            status = self._outcome
+        return status_error(status, f"transfer {self.transfer_id.hex()}")
+
+
+def _ttl_ns(ttl: float) -> int:
+    if not 0 < ttl <= 7 * 24 * 3600:
+        raise InvalidArgument(f"ttl: expected seconds in (0, 604800]; got {ttl!r}")
+    return int(ttl * 1e9)

@@ -1,0 +1,139 @@
+"""`Transfer`: one request's KV on its way, in the hands of the side that moves it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvlink import _C
+from kvlink.errors import InvalidArgument
+from kvlink.transfer.errors import StaleTransfer, TransferTimeout, status_error
+from kvlink.transfer.plan import TransferPlan
+
+if TYPE_CHECKING:
+    from kvlink.transfer.link import Link
+
+_OK = _C.TransferStatus.OK
+_PENDING = _C.TransferStatus.PENDING
+_STALE = _C.TransferStatus.STALE
+
+
+class PartTimes(NamedTuple):
+    """When one stored layer was posted, begun and done: time.monotonic_ns(); 0 if not yet."""
+
+    posted_ns: int
+    started_ns: int
+    done_ns: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A snapshot of the work on this side.
+
+    `num_bytes` were stored at the destination, in `moving_s` seconds of moving; `parts` has one
+    entry for each stored layer that both pools hold. `status` is that of the work here (PENDING,
+    OK when all was moved, or why it stopped); whether it arrived is told by `wait_arrived`.
+    """
+
+    status: _C.TransferStatus
+    source_reusable: bool
+    num_bytes: int
+    num_rows: int
+    moving_s: float
+    parts: tuple[PartTimes, ...]
+    message: str
+
+
+class Transfer:
+    """Made by `Link.push`, `Link.begin` and `Link.pull`. Thread-safe.
+
+    Two completions, never the same: *source reusable* (the source pages may be overwritten) and
+    *arrived* (the receiver has verified every byte). Dropping a transfer that was not finished
+    cancels it.
+    """
+
+    def __init__(
+        self, link: Link, moving: Any, plan: TransferPlan, transfer_id: bytes, keep_alive: Any
+    ) -> None:
+        self.link = link
+        self.plan = plan
+        self.transfer_id = transfer_id
+        self._moving = moving
+        self._keep_alive = keep_alive
+
+    def push_layer(self, layer: int, num_tokens: int | None = None) -> None:
+        """Queues a layer of the source pool whose KV is complete, and returns at once.
+
+        Layers may come in any order. `num_tokens` queues only the next that many tokens of the
+        layer (chunked prefill), by default all that are left. A layer whose stored layer was queued
+        before (shared KV), or that the receiver does not hold, is nothing to do. Raises
+        InvalidArgument; a transfer that has failed meanwhile is told by the waits.
+        """
+        parts_of_layer = self.plan.parts_of_layer
+        if not 0 <= layer < len(parts_of_layer):
+            raise InvalidArgument(f"layer: expected 0 to {len(parts_of_layer) - 1}; got {layer}")
+        for part in parts_of_layer[layer]:
+            left = self._moving.tokens_left(part)
+            if left:
+                self._moving.post(part, left if num_tokens is None else num_tokens)
+
+    def post_part(self, part: int) -> None:
+        """Queues what is left of one part; for `Link.pull`, which moves every part at once."""
+        self._moving.post(part, self._moving.tokens_left(part))
+
+    def finish(self) -> None:
+        """Every layer was queued. Raises InvalidArgument when one was not. Does not wait."""
+        self._moving.finish()
+
+    def cancel(self) -> None:
+        """Gives up: nothing more is moved and the receiver sees TransferCancelled. Does not wait;
+        `wait_source_reusable` tells when the chunk under way has ended. No effect on a transfer
+        that has ended."""
+        self._moving.cancel()
+
+    @property
+    def source_reusable(self) -> bool:
+        """No byte of the source pages will be read any more, whatever the outcome."""
+        return bool(self._moving.progress()["source_reusable"])
+
+    def wait_source_reusable(self, timeout: float = 30.0) -> None:
+        """Until the source pages may be overwritten, whatever the outcome (that is told by
+        `wait_arrived`). Raises TransferTimeout."""
+        if not self._moving.wait_source_reusable(_deadline_ns(timeout)):
+            raise TransferTimeout(f"{self._name()}: the source is still needed after {timeout} s")
+
+    def wait_arrived(self, timeout: float = 30.0) -> None:
+        """Until the receiver has verified every byte and committed (for a pull: until this side
+        has). Raises TransferTimeout, or why it failed: TransferCancelled, GrantRevoked,
+        GrantExpired, PeerLost, DigestMismatch, GenerationMismatch, RowCountMismatch, MoveFailed,
+        StaleTransfer."""
+        deadline_ns = _deadline_ns(timeout)
+        status = self._moving.wait_arrived(deadline_ns)
+        if status == _STALE:
+            # The slot was reused before we looked; its owner remembers how this one ended.
+            left = max(0.1, (deadline_ns - time.monotonic_ns()) * 1e-9)
+            answer = self.link.query(self.transfer_id, timeout=left)
+            if answer is None:
+                raise StaleTransfer(f"{self._name()}: the peer does not know how it ended")
+            status = answer
+        if status == _PENDING:
+            raise TransferTimeout(f"{self._name()}: not confirmed after {timeout} s")
+        if status != _OK:
+            raise status_error(status, self._name(), self._moving.progress()["message"])
+
+    def progress(self) -> Progress:
+        """A snapshot: bytes, rows, seconds, times of each layer."""
+        raw = self._moving.progress()
+        parts = tuple(PartTimes(*times) for times in raw["parts"])
+        return Progress(
+            raw["status"], raw["source_reusable"], raw["num_bytes"], raw["num_rows"],
+            raw["moving_ns"] * 1e-9, parts, raw["message"],
+        )  # fmt: skip
+
+    def _name(self) -> str:
+        return f"transfer {self.transfer_id.hex()} to {self.link.peer_name!r}"
+
+
+def _deadline_ns(timeout: float) -> int:
+    return time.monotonic_ns() + int(max(0.0, timeout) * 1e9)
