@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "kvlink/base/check.hpp"
+#include "kvlink/cpu/digest_pages.hpp"
 #include "kvlink/cpu/relayout_pages.hpp"
 #include "kvlink/transport/host_shm/control.hpp"
 #include "kvlink/transport/host_shm/transfer.hpp"

@@ -62,7 +62,9 @@ class Channel:
         while self._backlog:
             message, fds = self._backlog[0]
             try:
-                socket.send_fds(self.sock, [message], fds, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+                socket.send_fds(
+                    self.sock, [message], fds, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
+                )
             except BlockingIOError:
                 return False
             except OSError as error:

@@ -51,7 +51,7 @@ class PeerSide:
 
 @dataclass(frozen=True)
 class OwnSide:
-    """What an endpoint brings to a handshake. `describe` gives our frames with their descriptors."""
+    """What an endpoint brings to a handshake. `describe` gives our frames and descriptors."""
 
     identity: handshake.Identity
     take_bit: Callable[[], int]
@@ -69,9 +69,7 @@ def listen() -> tuple[socket.socket, bytes]:
     return sock, _SCHEME + name
 
 
-def dial(
-    address: bytes, own: OwnSide, timeout: float
-) -> tuple[Channel, PeerSide, int]:
+def dial(address: bytes, own: OwnSide, timeout: float) -> tuple[Channel, PeerSide, int]:
     """Connects and proves; (channel, the peer, the peer's bit in our slots).
 
     Raises ConnectError's subclasses, ProtocolError, InvalidArgument.

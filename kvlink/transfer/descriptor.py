@@ -60,7 +60,7 @@ class Descriptor:
         body = data[: _BODY.size]
         if not hmac.compare_digest(hmac.digest(key, body, "sha256"), data[_BODY.size :]):
             raise InvalidDescriptor(
-                "descriptor: its authentication code is wrong: altered, or made under another secret"
+                "descriptor: wrong authentication code: altered, or made under another secret"
             )
         magic, version, kind_number, reserved, *fields = _BODY.unpack(body)
         if magic != _MAGIC or version != _VERSION or reserved != 0:

@@ -172,9 +172,7 @@ class Endpoint:
 
     # --- peers --------------------------------------------------------------------------------
 
-    def connect(
-        self, address: bytes, *, require: str | None = None, timeout: float = 5.0
-    ) -> Link:
+    def connect(self, address: bytes, *, require: str | None = None, timeout: float = 5.0) -> Link:
         """A link to the endpoint at `address`. A peer that restarts needs a new one.
 
         `require` refuses any other path than the one it names. Raises PeerUnreachable,

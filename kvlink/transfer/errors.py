@@ -35,7 +35,7 @@ class PathUnavailable(ConnectError):
 
 
 class LinkRefused(ConnectError):
-    """The peer refused for another reason, which the message gives (for example: too many links)."""
+    """The peer refused for another reason, which the message gives (too many links, ...)."""
 
 
 class ProtocolError(TransferError):

@@ -26,7 +26,8 @@ class Arrival:
 
     `pages` (int32, in token order) now belong to the request; `rows` is how many rows (one KV head
     of one token in one plane of one layer) were counted; `digest_verified` is False only for grants
-    made with `digest=False`; `waited_s` and `verify_s` are seconds spent in the call that returned it.
+    made with `digest=False`; `waited_s` and `verify_s` are seconds of the call that
+    returned it.
     """
 
     transfer_id: bytes

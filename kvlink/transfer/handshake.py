@@ -70,9 +70,7 @@ def answer(identity: Identity, hello: wire.Hello, challenge: wire.Challenge) -> 
     """The client's proof, after it checked the server's; raises SecretMismatch, VersionMismatch."""
     transcript = _transcript(hello, challenge)
     if not hmac.compare_digest(_proof(identity.secret, b"server", transcript), challenge.proof):
-        raise SecretMismatch(
-            f"{challenge.name!r} does not hold the secret of {identity.name!r}"
-        )
+        raise SecretMismatch(f"{challenge.name!r} does not hold the secret of {identity.name!r}")
     if not hello.min_version <= challenge.version <= hello.max_version:
         raise VersionMismatch(
             f"protocol version: expected {hello.min_version} to {hello.max_version}; "

@@ -1,4 +1,4 @@
-"""`Offer`: the holder of KV lets peers pull or adopt it. `Lease`: pages of a peer, used in place."""
+"""`Offer`: the holder of KV lets peers pull or adopt it. `Lease`: a peer's pages, used in place."""
 
 from __future__ import annotations
 

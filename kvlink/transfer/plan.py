@@ -30,7 +30,7 @@ class TransferPlan:
         last = min(src.shard.kv_heads.stop, dst.shard.kv_heads.stop)
         if first >= last:
             raise Unconvertible(
-                f"shards: KV heads {src.shard.kv_heads} and {dst.shard.kv_heads} have none in common"
+                f"shards: {src.shard.kv_heads} and {dst.shard.kv_heads} have no KV head in common"
             )
         stored_of = dict(zip(src.shard.layers, src.layer_map, strict=True))
         parts = []

@@ -185,7 +185,7 @@ class Refuse:
 
 @dataclass(frozen=True)
 class Describe:
-    """Either way, with the control segment's descriptor: the link's bit, and how many Regions follow."""
+    """Either way, with the control segment: the link's bit, and how many Regions follow."""
 
     type: ClassVar = FrameType.DESCRIBE
     bit: int
@@ -299,12 +299,16 @@ def pack_frame(frame: Frame, sequence: int) -> bytes:
 def unpack_frame(message: bytes, sequence: int) -> Frame:
     """Inverse of `pack_frame`; the sequence number must be the expected one."""
     if not HEADER.size <= len(message) <= MAX_FRAME:
-        raise ProtocolError(f"frame: expected {HEADER.size} to {MAX_FRAME} bytes; got {len(message)}")
+        raise ProtocolError(
+            f"frame: expected {HEADER.size} to {MAX_FRAME} bytes; got {len(message)}"
+        )
     magic, kind, reserved, length, got_sequence = HEADER.unpack_from(message)
     if magic != _MAGIC or reserved != 0:
         raise ProtocolError("frame: not one of this protocol")
     if length != len(message) - HEADER.size:
-        raise ProtocolError(f"frame: body of {len(message) - HEADER.size} bytes says it has {length}")
+        raise ProtocolError(
+            f"frame: body of {len(message) - HEADER.size} bytes says it has {length}"
+        )
     if got_sequence != sequence:
         raise ProtocolError(f"frame: expected sequence number {sequence}; got {got_sequence}")
     unpack = _UNPACK.get(kind)
