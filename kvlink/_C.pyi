@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+SHM_MAX_LAYERS: int
+SHM_MAX_LINKS: int
+
 class ArrayView:
     """Memory of a pool, exported through DLPack."""
 
@@ -23,6 +26,19 @@ class ArrayView:
         dtype: str,
         device: tuple[int, int],
         owner: Any,
+    ) -> None: ...
+
+class GrantedPages:
+    """The receiver's pages of one grant."""
+
+    def __init__(
+        self,
+        pool: PoolView,
+        model_layers: Sequence[int],
+        model_head: int,
+        pages: Any,
+        num_tokens: int,
+        generations: Any | None = None,
     ) -> None: ...
 
 class Layout:
@@ -68,6 +84,162 @@ class Segment:
     @property
     def num_bytes(self) -> int: ...
 
+class ShmControl:
+    """Slots and page lists that peers map."""
+
+    def adopt(self, key: SlotKey, bit: int) -> TransferStatus: ...
+    @staticmethod
+    def attach(fd: int, num_bytes: int) -> ShmControl: ...
+    def close(self, key: SlotKey, status: TransferStatus) -> bool: ...
+    @staticmethod
+    def create(num_slots: int, num_page_entries: int) -> ShmControl: ...
+    def deadline_ns(self, key: SlotKey) -> int: ...
+    def drop_link(self, bit: int) -> None: ...
+    def expire(self, key: SlotKey, now_ns: int) -> bool: ...
+    def extend(self, key: SlotKey, deadline_ns: int) -> bool: ...
+    @property
+    def fd(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def num_page_entries(self) -> int: ...
+    def num_rows(self, key: SlotKey) -> int: ...
+    @property
+    def num_slots(self) -> int: ...
+    def open(
+        self,
+        slot: int,
+        kind: SlotKind,
+        transfer_id: bytes,
+        deadline_ns: int,
+        num_layers: int,
+        rows_per_layer: int,
+        num_pulls: int,
+        with_digest: bool,
+        first_page: int,
+        pages: Any,
+    ) -> SlotKey: ...
+    def page_list(self, first: int, count: int) -> Any:
+        """A read-only int32 view; nothing is copied."""
+    def quiet(self, key: SlotKey) -> bool: ...
+    def release(self, key: SlotKey, bit: int) -> bool: ...
+    def status(self, key: SlotKey) -> TransferStatus: ...
+    def verify(self, key: SlotKey, pages: GrantedPages, deadline_ns: int) -> TransferStatus: ...
+    def wait_closed(self, key: SlotKey, deadline_ns: int) -> TransferStatus: ...
+    def wait_layer(self, key: SlotKey, layer: int, deadline_ns: int) -> TransferStatus: ...
+    def wait_rows(self, key: SlotKey, deadline_ns: int) -> TransferStatus: ...
+
+class ShmLink:
+    """A peer's control segment and the thread that moves pages."""
+
+    def __init__(self, control: ShmControl, bit: int) -> None: ...
+    def begin(
+        self,
+        kind: SlotKind,
+        key: SlotKey,
+        parts: Sequence[Sequence[int]],
+        heads: Sequence[int],
+        src: PoolView,
+        dst: PoolView,
+        src_pages: Any,
+        dst_pages: Any,
+        num_tokens: int,
+        dst_generations: Any | None = None,
+    ) -> Any:
+        """A ShmTransfer, or the TransferStatus that tells why there is none."""
+    def close(self, status: TransferStatus) -> None: ...
+    @property
+    def closed(self) -> bool: ...
+
+class ShmTransfer:
+    """The moving side of one transfer."""
+
+    def cancel(self) -> None: ...
+    def finish(self) -> None: ...
+    def post(self, part: int, num_tokens: int) -> None: ...
+    def progress(self) -> dict[Any, ...]: ...
+    def tokens_left(self, part: int) -> int: ...
+    def wait_arrived(self, deadline_ns: int) -> TransferStatus: ...
+    def wait_source_reusable(self, deadline_ns: int) -> bool: ...
+
+class SlotKey:
+    """One use of one slot."""
+
+    def __init__(self, slot: int, generation: int) -> None: ...
+    @property
+    def generation(self) -> int: ...
+    @property
+    def slot(self) -> int: ...
+
+class SlotKind:
+    """What the owner of the pages opened.
+
+    Members:
+
+      GRANT
+
+      OFFER
+    """
+
+    GRANT: SlotKind
+    OFFER: SlotKind
+    def __init__(self, value: int) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class TransferStatus:
+    """How a transfer stands or ended.
+
+    Members:
+
+      OK
+
+      PENDING
+
+      CANCELLED
+
+      REVOKED
+
+      EXPIRED
+
+      PEER_LOST
+
+      DIGEST_MISMATCH
+
+      GENERATION_MISMATCH
+
+      ROW_COUNT_MISMATCH
+
+      STALE
+
+      MOVE_FAILED
+
+      TIMEOUT
+
+      BUSY
+    """
+
+    BUSY: TransferStatus
+    CANCELLED: TransferStatus
+    DIGEST_MISMATCH: TransferStatus
+    EXPIRED: TransferStatus
+    GENERATION_MISMATCH: TransferStatus
+    MOVE_FAILED: TransferStatus
+    OK: TransferStatus
+    PEER_LOST: TransferStatus
+    PENDING: TransferStatus
+    REVOKED: TransferStatus
+    ROW_COUNT_MISMATCH: TransferStatus
+    STALE: TransferStatus
+    TIMEOUT: TransferStatus
+    def __init__(self, value: int) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
 def append_kv(k: Any, v: Any, pool: PoolView, layer: int, slots: Any) -> None: ...
 
 def convert(src: Any, src_dtype: str, dst: Any, dst_dtype: str) -> None:
@@ -88,8 +260,30 @@ def digest_pages(
 ) -> tuple[Any, ...]:
     """(rows, digest). Layers are stored layers."""
 
+def merge_states(outs: Sequence[Any], lses: Sequence[Any], out: Any, lse: Any) -> None:
+    """See kvlink.merge_states."""
+
 def num_threads() -> int:
     """Threads the CPU operators use."""
+
+def paged_attention(
+    q: Any,
+    pool: PoolView,
+    layer: int,
+    page_table: Any,
+    seq_lens: Any,
+    q_indptr: Any,
+    page_indptr: Any,
+    causal: bool,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Any,
+    alibi_slopes: Any,
+    out: Any,
+    lse: Any,
+) -> None:
+    """See kvlink.paged_attention; window 0 and softcap 0 mean none."""
 
 def relayout_pages(
     *,

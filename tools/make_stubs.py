@@ -37,6 +37,8 @@ REWRITES = (
     (r"typing\.SupportsInt \| typing\.SupportsIndex", "int"),
     (r"typing\.SupportsFloat \| typing\.SupportsIndex", "float"),
     (r"(typing_extensions|types)\.CapsuleType", "Any"),
+    (r"typing\.Annotated\[numpy\.typing\.ArrayLike, numpy\.\w+\]", "Any"),
+    (r"numpy\.typing\.NDArray\[[^\]]*\]", "Any"),
     (r"typing\.Annotated\[(collections\.abc\.Sequence\[\w+\]), \"FixedSize\(\d+\)\"\]", r"\1"),
     (r"\bkvlink\._\w+\.", ""),
     (r"\b(collections\.abc|typing)\.", ""),

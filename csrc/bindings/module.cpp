@@ -9,9 +9,9 @@ PYBIND11_MODULE(_C, module) {
   register_exceptions();
   register_runtime(module);
   register_convert(module);
-  register_attention(module);
   register_memory(module);
   register_pool(module);
+  register_attention(module);
   register_cache_ops(module);
   register_transport(module);
 }

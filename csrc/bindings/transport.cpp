@@ -58,7 +58,7 @@ std::vector<int32_t> to_vector(const PageArray& pages) {
   return {pages.data(), pages.data() + pages.size()};
 }
 
-SlotKey open_slot(Control& self, uint32_t slot, SlotKind kind, const std::string& transfer_id,
+SlotKey open_slot(Control& self, uint32_t slot, SlotKind kind, const py::bytes& transfer_id_bytes,
                   int64_t deadline_ns, uint32_t num_layers, uint64_t rows_per_layer,
                   uint32_t num_pulls, bool with_digest, uint64_t first_page,
                   const PageArray& pages) {
@@ -71,6 +71,7 @@ SlotKey open_slot(Control& self, uint32_t slot, SlotKind kind, const std::string
                   .with_digest = with_digest,
                   .pages = pages.data(),
                   .num_pages = static_cast<uint32_t>(pages.size())};
+  const std::string_view transfer_id(transfer_id_bytes);
   KVLINK_CHECK(transfer_id.size() == 16, "transfer_id: expected 16 bytes; got ",
                transfer_id.size());
   std::memcpy(terms.transfer_id, transfer_id.data(), 16);

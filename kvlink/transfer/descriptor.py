@@ -44,7 +44,7 @@ class Descriptor:
     def to_bytes(self, key: bytes) -> bytes:
         """The canonical bytes, with their authentication code."""
         body = _BODY.pack(
-            _MAGIC, _VERSION, int(self.kind), 0, self.epoch, self.transfer_id, self.slot,
+            _MAGIC, _VERSION, self.kind.value, 0, self.epoch, self.transfer_id, self.slot,
             self.generation, self.region_id, self.num_tokens, self.first_page, self.num_pages,
             self.deadline_ns,
         )  # fmt: skip

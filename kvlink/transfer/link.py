@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from kvlink.transfer.endpoint import Endpoint
 
 _REGION_WAIT = 1.0  # s, for a region that was registered a moment ago
-_STATUSES = {int(status): status for status in _C.TransferStatus.__members__.values()}
 
 
 class Link:
@@ -149,7 +148,7 @@ class Link:
             self._answers.pop(request, None)
         if not answer:
             raise LinkClosed(f"the link to {self.peer_name!r} closed")
-        return None if answer[0] == wire.Reply.UNKNOWN else _STATUSES.get(answer[0])
+        return None if answer[0] == wire.Reply.UNKNOWN else _C.TransferStatus(answer[0])
 
     # --- the end ------------------------------------------------------------------------------
 
@@ -323,7 +322,7 @@ class Link:
         close_fds(fds)
         if isinstance(frame, wire.Query):
             status = self._endpoint.status(frame.transfer_id)
-            known = wire.Reply.UNKNOWN if status is None else int(status)
+            known = wire.Reply.UNKNOWN if status is None else status.value
             self._channel.send(wire.Reply(frame.request, known))
         elif isinstance(frame, wire.Reply):
             waiting = self._answers.get(frame.request)

@@ -24,6 +24,7 @@ NONCE_BYTES = 32
 EPOCH_BYTES = 16
 TRANSFER_ID_BYTES = 16
 MAX_LAYERS = 4096
+NUM_STATUSES = 13
 
 _MAGIC = b"KV"
 HEADER = struct.Struct("<2sBBIQ")  # magic, type, reserved, body bytes, sequence number
@@ -277,6 +278,8 @@ class Reply:
         reader = Reader(body)
         reply = cls(*reader.unpack("QB"))
         reader.end()
+        if reply.status not in (*range(NUM_STATUSES), cls.UNKNOWN):
+            raise ProtocolError(f"reply: unknown status {reply.status}")
         return reply
 
 
