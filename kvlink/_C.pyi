@@ -285,6 +285,15 @@ def paged_attention(
 ) -> None:
     """See kvlink.paged_attention; window 0 and softcap 0 mean none."""
 
+def probe_copy_bandwidth(num_bytes: int, seconds: float) -> float:
+    """Bytes copied a second with num_threads() threads."""
+
+def probe_fma_peak(seconds: float) -> float:
+    """float32 operations a second with num_threads() threads; an FMA is two."""
+
+def probe_read_bandwidth(num_bytes: int, seconds: float) -> float:
+    """Bytes read a second with num_threads() threads."""
+
 def relayout_pages(
     *,
     src: PoolView,

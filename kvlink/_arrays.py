@@ -75,4 +75,4 @@ def from_reference(result: Any, target: Any) -> None:
     """Copies a torch tensor into an array of any library."""
     import torch
 
-    torch.from_dlpack(target).copy_(result)
+    torch.utils.dlpack.from_dlpack(target).copy_(result)

@@ -63,7 +63,7 @@ def choose(
         )
     device_name = _DEVICES.get(device[0], f"DLPack device type {device[0]}")
     features = tuple(features)
-    refusals = []
+    refusals: list[str] = []
     for backend in backends:
         if wanted != backend.name and not (wanted == "auto" and backend.automatic):
             continue

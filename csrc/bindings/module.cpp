@@ -12,6 +12,7 @@ PYBIND11_MODULE(_C, module) {
   register_memory(module);
   register_pool(module);
   register_attention(module);
+  register_probes(module);
   register_cache_ops(module);
   register_transport(module);
 }

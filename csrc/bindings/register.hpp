@@ -11,6 +11,7 @@ void register_attention(pybind11::module_& module);  // paged_attention, merge_s
 void register_memory(pybind11::module_& module);     // Segment, array views, tensor_info
 void register_pool(pybind11::module_& module);       // Layout, PoolView
 void register_transport(pybind11::module_& module);  // slots, links and transfers of host_shm
+void register_probes(pybind11::module_& module);     // limits that benchmarks measure
 void register_runtime(pybind11::module_& module);    // threads, SIMD level, build report
 
 }  // namespace kvlink::bindings

@@ -12,39 +12,44 @@ constexpr int64_t kBlockVecs = kBlockTokens / kLanes;
 
 // --- rows in and out -------------------------------------------------------------------------
 
-// Rows of one block of positions; null where the position is not read.
+// Rows of one block of positions; kNothing where the position is not read.
 using BlockRows = const char* [kBlockTokens];
+alignas(64) constexpr char kNothing[kMaxHeadDim * 4] = {};
 
-// K transposed: keys[dim * kBlockTokens + position]; zeros where a row is null.
+// K transposed: keys[dim * kBlockTokens + position].
 template <DType kDType>
 void pack_keys(const BlockRows& rows, int64_t dims, float* keys) {
+  constexpr int64_t kBytes = Row<kDType>::kBytes;
   for (int64_t first = 0; first < kBlockTokens; first += kLanes) {
-    for (int64_t dim = 0; dim < dims; dim += kLanes) {
-      const int64_t count = dims - dim < kLanes ? dims - dim : kLanes;
-      Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const char* row = rows[first + i];
-        const char* source = row + dim * Row<kDType>::kBytes;
-        if (!row) {
-          block[i] = Vec{};
-        } else if (count == kLanes) {
-          block[i] = Row<kDType>::load(source);
-        } else {
-          block[i] = load_some<kDType>(source, count);
-        }
-      }
+    const char* const* source = rows + first;
+    Vec block[kLanes];
+    int64_t dim = 0;
+    for (; dim + kLanes <= dims; dim += kLanes) {
+      KVLINK_UNROLL
+      for (int i = 0; i < kLanes; ++i) block[i] = Row<kDType>::load(source[i] + dim * kBytes);
       transpose(block);
-      for (int64_t i = 0; i < count; ++i) store(keys + (dim + i) * kBlockTokens + first, block[i]);
+      float* target = keys + dim * kBlockTokens + first;
+      KVLINK_UNROLL
+      for (int i = 0; i < kLanes; ++i) store(target + i * kBlockTokens, block[i]);
+    }
+    if (dim == dims) continue;
+    KVLINK_UNROLL
+    for (int i = 0; i < kLanes; ++i) {
+      block[i] = load_some<kDType>(source[i] + dim * kBytes, dims - dim);
+    }
+    transpose(block);
+    KVLINK_UNROLL
+    for (int i = 0; i < kLanes; ++i) {
+      if (dim + i < dims) store(keys + (dim + i) * kBlockTokens + first, block[i]);
     }
   }
 }
 
-// values[position * stride + dim], zeros from dims to stride; rows that are null are left alone.
+// values[position * stride + dim], zeros from dims to stride.
 template <DType kDType>
 void pack_values(const BlockRows& rows, int64_t dims, int64_t stride, float* values) {
   for (int64_t position = 0; position < kBlockTokens; ++position, values += stride) {
     const char* row = rows[position];
-    if (!row) continue;
     int64_t dim = 0;
     for (; dim + kLanes <= dims; dim += kLanes) {
       store(values + dim, Row<kDType>::load(row + dim * Row<kDType>::kBytes));
@@ -152,7 +157,7 @@ struct TileContext {
 // Fills rows[position - block_begin] for the positions of `range`.
 void find_rows(const TileContext& c, const char* base, const Plane& plane, int64_t block_begin,
                VisibleRange range, BlockRows& rows) {
-  for (auto& row : rows) row = nullptr;
+  for (auto& row : rows) row = kNothing;
   const int64_t page_size = c.layout.page_size;
   const int64_t element_bytes = dtype_bytes(c.layout.dtype);
   const char** target = rows + (range.begin - block_begin);
@@ -174,7 +179,7 @@ void gather_rows(const TileContext& c, const Plane& plane, int64_t dims, BlockRo
   const int64_t step = plane.stride_dim * element_bytes;
   char* copy = c.gathered;
   for (auto& row : rows) {
-    if (!row) continue;
+    if (row == kNothing) continue;
     for (int64_t dim = 0; dim < dims; ++dim) {
       __builtin_memcpy(copy + dim * element_bytes, row + dim * step, element_bytes);
     }

@@ -24,7 +24,9 @@ KVLINK_INLINE void product_block(const TileProduct& t, int64_t row, int64_t vec)
   float* c = t.c + row * t.stride_c + vec * kLanes;
   const float* a = t.a + row * t.stride_a;
   const float* b = t.b + vec * kLanes;
+  KVLINK_UNROLL
   for (int r = 0; r < kRows; ++r) {
+    KVLINK_UNROLL
     for (int v = 0; v < kVecs; ++v) {
       sum[r][v] =
           t.row_scale ? load(c + r * t.stride_c + v * kLanes) * t.row_scale[row + r] : Vec{};
@@ -32,13 +34,18 @@ KVLINK_INLINE void product_block(const TileProduct& t, int64_t row, int64_t vec)
   }
   for (int64_t d = 0; d < t.depth; ++d, b += t.stride_b) {
     Vec right[kVecs];
+    KVLINK_UNROLL
     for (int v = 0; v < kVecs; ++v) right[v] = load(b + v * kLanes);
+    KVLINK_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const float left = a[r * t.stride_a + d];
+      KVLINK_UNROLL
       for (int v = 0; v < kVecs; ++v) sum[r][v] += right[v] * left;
     }
   }
+  KVLINK_UNROLL
   for (int r = 0; r < kRows; ++r) {
+    KVLINK_UNROLL
     for (int v = 0; v < kVecs; ++v) store(c + r * t.stride_c + v * kLanes, sum[r][v]);
   }
 }

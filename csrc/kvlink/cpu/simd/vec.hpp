@@ -22,6 +22,8 @@
 #endif
 
 #define KVLINK_INLINE inline __attribute__((always_inline))
+// Before loops over arrays of vectors, which must become registers.
+#define KVLINK_UNROLL _Pragma("GCC unroll 32")
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
@@ -68,23 +70,34 @@ KVLINK_INLINE VecI lane_indices() {
   return lanes;
 }
 
-// Pairwise, so that the order of additions is the same for every compiler.
-KVLINK_INLINE float sum_lanes(Vec value) {
-  float part[kLanes];
-  store(part, value);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) part[i] += part[i + half];
-  }
-  return part[0];
+// v with lanes i and i ^ kDistance exchanged.
+template <int kDistance>
+KVLINK_INLINE Vec exchange_lanes(Vec v) {
+  constexpr int d = kDistance;
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(v, v, 0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d,
+                                 8 ^ d, 9 ^ d, 10 ^ d, 11 ^ d, 12 ^ d, 13 ^ d, 14 ^ d, 15 ^ d);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(v, v, 0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d);
+#else
+  return __builtin_shufflevector(v, v, 0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d);
+#endif
 }
 
-KVLINK_INLINE float max_lanes(Vec value) {
-  float part[kLanes];
-  store(part, value);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
-  }
-  return part[0];
+KVLINK_INLINE float sum_lanes(Vec v) {
+  if constexpr (kLanes > 8) v += exchange_lanes<kLanes / 2>(v);
+  if constexpr (kLanes > 4) v += exchange_lanes<4>(v);
+  v += exchange_lanes<2>(v);
+  v += exchange_lanes<1>(v);
+  return v[0];
+}
+
+KVLINK_INLINE float max_lanes(Vec v) {
+  if constexpr (kLanes > 8) v = max(v, exchange_lanes<kLanes / 2>(v));
+  if constexpr (kLanes > 4) v = max(v, exchange_lanes<4>(v));
+  v = max(v, exchange_lanes<2>(v));
+  v = max(v, exchange_lanes<1>(v));
+  return v[0];
 }
 
 // The same shuffle of four lanes in every 128-bit part; indices from kLanes on name lanes of b.
@@ -103,6 +116,7 @@ KVLINK_INLINE float max_lanes(Vec value) {
 // Transposes a kLanes x kLanes block held in registers.
 KVLINK_INLINE void transpose(Vec (&rows)[kLanes]) {
   constexpr int b = kLanes;
+  KVLINK_UNROLL
   for (int i = 0; i < kLanes; i += 4) {  // 4 x 4 blocks in place
     const Vec t0 = KVLINK_SHUFFLE(rows[i], rows[i + 1], 0, b, 1, b + 1);
     const Vec t1 = KVLINK_SHUFFLE(rows[i], rows[i + 1], 2, b + 2, 3, b + 3);
@@ -134,6 +148,7 @@ KVLINK_INLINE void transpose(Vec (&rows)[kLanes]) {
                                            29, 30, 31);
   }
 #elif defined(__AVX2__)
+  KVLINK_UNROLL
   for (int i = 0; i < 4; ++i) {
     const Vec low = __builtin_shufflevector(rows[i], rows[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
     rows[i + 4] = __builtin_shufflevector(rows[i], rows[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);

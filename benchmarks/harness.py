@@ -1,0 +1,125 @@
+"""What every benchmark shares: options, timing, the machine's limits, and the output lines.
+
+A benchmark measures its own machine's limits in the same run, with the same number of threads, and
+prints each figure as a fraction of the limit that binds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+from kvlink import _C
+
+_PROBE_BYTES = 256 << 20
+_PROBE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measurement: one JSON object on a line of stdout with --json.
+
+    `GBps` and `GFLOPs` count what the operation must at least move and compute (10^9 a second);
+    `limit_fraction` is the part of `limit` that was reached; `peer` names whose figure it is.
+    """
+
+    op: str
+    case: str
+    backend: str
+    dtype: str
+    page_size: int
+    ms: float
+    GBps: float
+    GFLOPs: float
+    limit: str
+    limit_fraction: float
+    peer: str = "kvlink"
+
+
+@lru_cache(maxsize=1)
+def limits() -> dict[str, float]:
+    """Rates of this machine with num_threads() threads, in 10^9 a second, measured once.
+
+    "read" and "copy" (bytes; a copied byte counts once), "fma" (float32 operations).
+    """
+    return {
+        "read": _C.probe_read_bandwidth(_PROBE_BYTES, _PROBE_SECONDS) / 1e9,
+        "copy": _C.probe_copy_bandwidth(_PROBE_BYTES, _PROBE_SECONDS) / 1e9,
+        "fma": _C.probe_fma_peak(_PROBE_SECONDS) / 1e9,
+    }
+
+
+def limit_fraction(seconds: float, needs: dict[str, float]) -> tuple[str, float]:
+    """(limit, fraction) of the limit that binds: the one that alone would take longest.
+
+    `needs` gives the bytes or operations that the work asks of each limit.
+    """
+    times = {name: amount / (limits()[name] * 1e9) for name, amount in needs.items() if amount}
+    name = max(times, key=lambda each: times[each])
+    return name, times[name] / seconds
+
+
+def measure(work: Callable[[], object], seconds: float = 1.0, min_rounds: int = 5) -> float:
+    """Median seconds of a call, over at least `min_rounds` calls and about `seconds` in all."""
+    work()  # fills caches and thread pools
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < min_rounds or time.perf_counter() < end:
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[len(times) // 2]
+
+
+def figure(
+    op: str, case: str, backend: str, dtype: str, page_size: int, seconds: float,
+    needs: dict[str, float], peer: str = "kvlink",
+) -> Figure:  # fmt: skip
+    """A figure from a time and what the work needs of the limits ("read" or "copy", "fma")."""
+    limit, fraction = limit_fraction(seconds, needs)
+    num_bytes = needs.get("read", 0.0) + needs.get("copy", 0.0)
+    return Figure(
+        op, case, backend, dtype, page_size, round(seconds * 1e3, 4),
+        round(num_bytes / seconds / 1e9, 3), round(needs.get("fma", 0.0) / seconds / 1e9, 3),
+        limit, round(fraction, 4), peer,
+    )  # fmt: skip
+
+
+def arguments(
+    family: str, cases: Sequence[str], dtypes: Sequence[str], devices: Sequence[str] = ("cpu",)
+) -> argparse.Namespace:
+    """The command line that all benchmarks have: device, case, dtype, threads, seconds, json."""
+    parser = argparse.ArgumentParser(description=f"Benchmarks of {family}.")
+    parser.add_argument("--device", choices=devices, default=devices[0])
+    parser.add_argument("--case", nargs="+", choices=cases, default=list(cases), metavar="NAME",
+                        help=f"of: {', '.join(cases)}")  # fmt: skip
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=list(dtypes[:1]))
+    parser.add_argument("--threads", type=int, help="default: kvlink's own choice")
+    parser.add_argument("--seconds", type=float, default=1.0, help="about, per figure")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    options = parser.parse_args()
+    if options.threads:
+        _C.set_num_threads(options.threads)
+    return options
+
+
+def report(figures: Iterable[Figure], as_json: bool) -> None:
+    """Prints figures as they come: JSON lines, or a table with the limits above it."""
+    if not as_json:
+        rates = ", ".join(f"{name} {rate:.1f}" for name, rate in limits().items())
+        print(f"{_C.num_threads()} threads, {_C.simd_level()}; limits in 10^9/s: {rates}")
+        print(f"{'op':<18}{'case':<20}{'dtype':<13}{'peer':<12}{'ms':>10}{'GB/s':>9}"
+              f"{'GFLOP/s':>9}  of limit")  # fmt: skip
+    for each in figures:
+        if as_json:
+            print(json.dumps(asdict(each)), flush=True)
+        else:
+            names = f"{each.op:<18}{each.case:<20}{each.dtype:<13}{each.peer:<12}"
+            rates = f"{each.ms:>10.3f}{each.GBps:>9.2f}{each.GFLOPs:>9.1f}"
+            print(f"{names}{rates}  {each.limit_fraction:.0%} of {each.limit}", flush=True)
+    sys.stdout.flush()

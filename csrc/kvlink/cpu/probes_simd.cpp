@@ -1,0 +1,40 @@
+#include "kvlink/cpu/probes.hpp"
+#include "kvlink/cpu/simd/vec.hpp"
+
+namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
+
+float probe_sum(const float* data, int64_t num_floats) {
+  constexpr int kSums = 8;
+  Vec sums[kSums] = {};
+  for (int64_t i = 0; i < num_floats; i += kSums * kLanes) {
+    KVLINK_UNROLL
+    for (int s = 0; s < kSums; ++s) sums[s] += load(data + i + s * kLanes);
+  }
+  Vec total{};
+  for (const Vec& sum : sums) total += sum;
+  return sum_lanes(total);
+}
+
+int64_t probe_fma(int64_t rounds, float* sink) {
+#if defined(__AVX512F__)
+  constexpr int kSums = 24;  // as many as there are registers, and more than the latency needs
+#else
+  constexpr int kSums = 12;
+#endif
+  Vec sums[kSums];
+  KVLINK_UNROLL
+  for (int s = 0; s < kSums; ++s) sums[s] = splat(*sink + static_cast<float>(s));  // all different
+  Vec factor = splat(0.999f), addend = splat(0.001f);
+  for (int64_t round = 0; round < rounds; ++round) {
+    __asm__ volatile("" : "+m"(*sink));  // rounds are not merged
+    KVLINK_UNROLL
+    for (int s = 0; s < kSums; ++s) sums[s] = sums[s] * factor + addend;
+  }
+  Vec total{};
+  KVLINK_UNROLL
+  for (int s = 0; s < kSums; ++s) total += sums[s];
+  *sink += sum_lanes(total);
+  return rounds * kSums * kLanes * 2;
+}
+
+}  // namespace kvlink::cpu::KVLINK_SIMD_LEVEL
