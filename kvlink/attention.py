@@ -64,10 +64,10 @@ def paged_attention(
 
     `q` [T, Hq, head_dim] float32, float16 or bfloat16 of any DLPack library, dim contiguous.
     Without `q_indptr` every sequence has one row (decode, T = B); with it (int32 [B + 1]) sequence
-    b owns rows q_indptr[b] to q_indptr[b + 1]. `seq_lens` int32 [B] counts the new tokens, which are the
-    last of their sequence and whose K and V are in the pool already; 0 marks an idle place.
-    `page_table` int32 [B, max_pages], or CSR: int32 [n] with `page_indptr` int32 [B + 1]. Lists are
-    taken for the int32 arguments, too. Entries that are not read may hold anything.
+    b owns rows q_indptr[b] to q_indptr[b + 1]. `seq_lens` int32 [B] counts the new tokens, which
+    are the last of their sequence and whose K and V are in the pool already; 0 marks an idle place.
+    `page_table` int32 [B, max_pages], or CSR: int32 [n] with `page_indptr` int32 [B + 1]. Lists
+    are taken for the int32 arguments, too. Entries that are not read may hold anything.
 
     Scores are scale * q.k (`scale` defaults to head_dim ** -0.5), then softcap * tanh(s / softcap),
     then + alibi_slopes[head] * (kv_pos - q_pos). `causal` hides later positions; `window=w` hides
