@@ -1,0 +1,1 @@
+"""Reference serving loop: one prefill and one decode process over one KV layout."""

@@ -1,0 +1,119 @@
+"""`Options` of a run, and the layouts and pool sizes that follow from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from kvlink.errors import InvalidArgument
+from kvlink.layout import KVLayout
+from kvlink.pool import pool_bytes
+from kvlink.serving.config import ModelConfig
+
+LAYOUTS = ("nhd", "hnd", "packed")
+KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "fp8_e4m3", "fp8_e5m2", "int8")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class SideOptions:
+    """One of the two processes. `num_pages` 0: sized to the input, within the machine's memory."""
+
+    page_size: int = 16
+    layout: str = "nhd"
+    kv_dtype: str = "auto"
+    num_pages: int = 0
+    num_threads: int = 1
+
+    def kv_layout(self, config: ModelConfig, model_dtype: str) -> KVLayout:
+        """The layout of this side's pool; 8-bit types carry a scale per token and head."""
+        dtype = model_dtype if self.kv_dtype == "auto" else self.kv_dtype
+        make = {"nhd": KVLayout.nhd, "hnd": KVLayout.hnd, "packed": KVLayout.packed}[self.layout]
+        return make(
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            page_size=self.page_size,
+            dtype=dtype,
+            scale="token_head" if dtype in ("fp8_e4m3", "fp8_e5m2", "int8") else "none",
+        )
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that hold `num_tokens`."""
+        return -(-num_tokens // self.page_size)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What both processes must know; plain values, sent to them as JSON."""
+
+    model_dir: str
+    dtype: str = "auto"  # of weights and activations
+    prefill: SideOptions = SideOptions()
+    decode: SideOptions = SideOptions()
+    max_num_seqs: int = 64  # sequences that decode holds or has granted pages to
+    max_batch_tokens: int = 1024  # prompt tokens in one prefill step
+    ignore_eos: bool = False
+    grant_ttl_s: float = 60.0
+
+    def to_message(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any]) -> Options:
+        """Inverse of `to_message`."""
+        sides = {name: SideOptions(**message[name]) for name in ("prefill", "decode")}
+        return cls(**{**message, **sides})
+
+    def model_dtype(self, config: ModelConfig) -> str:
+        """The dtype of weights and activations, resolved."""
+        return config.dtype if self.dtype == "auto" else self.dtype
+
+    def sized(self, config: ModelConfig, num_tokens: Sequence[tuple[int, int]]) -> Options:
+        """Page counts filled in where they are 0.
+
+        `num_tokens` gives per request what prefill and decode must hold. A pool gets room for the
+        `max_num_seqs` longest of them, at most a quarter of the memory that is available.
+        """
+        prefill, decode = (
+            self._sized(side, config, [tokens[which] for tokens in num_tokens])
+            for which, side in enumerate((self.prefill, self.decode))
+        )
+        return replace(self, prefill=prefill, decode=decode)
+
+    def _sized(
+        self, side: SideOptions, config: ModelConfig, num_tokens: Sequence[int]
+    ) -> SideOptions:
+        layout = side.kv_layout(config, self.model_dtype(config))
+        num_pages = side.num_pages
+        if num_pages == 0:
+            longest = sorted(map(side.pages_for, num_tokens), reverse=True)[: self.max_num_seqs]
+            page_bytes = config.num_layers * layout.layer_bytes(1)
+            num_pages = max(1, min(sum(longest), available_memory() // 4 // page_bytes))
+        need = pool_bytes(layout, config.num_layers, num_pages)
+        if need > available_memory():
+            raise InvalidArgument(
+                f"num_pages: {num_pages} pages take {need >> 20} MiB; "
+                f"{available_memory() >> 20} MiB are available"
+            )
+        return replace(side, num_pages=num_pages)
+
+
+def available_memory() -> int:
+    """Bytes this machine could give to new allocations."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def split_threads(num_threads: int) -> tuple[int, int]:
+    """Threads of prefill and of decode; at least one each. 0: all CPUs this process may use."""
+    total = num_threads or len(os.sched_getaffinity(0))
+    return max(1, total - total // 2), max(1, total // 2)

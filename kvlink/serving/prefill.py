@@ -1,0 +1,93 @@
+"""The prefill process: runs prompts and sends their KV to decode, layer by layer."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections import Counter
+from typing import Any
+
+from kvlink.serving.batch import Batch, Chunk
+from kvlink.serving.channel import Channel, Message
+from kvlink.serving.migration import Migration
+from kvlink.serving.request import Request
+from kvlink.serving.sampling import sample
+from kvlink.serving.scheduler import PrefillJob, PrefillScheduler
+from kvlink.serving.worker import BUSY_S, IDLE_S, Worker
+
+Step = list[tuple[PrefillJob, Chunk]]
+
+
+class PrefillWorker(Worker):
+    """Sees only requests that decode has granted pages to; that is the backpressure."""
+
+    def __init__(self, role: str, setup: Message, channel: Channel) -> None:
+        super().__init__(role, setup, channel)
+        self.scheduler = PrefillScheduler(
+            self.allocator, self.options.max_batch_tokens, self.options.max_num_seqs
+        )
+        self.link: Any = None
+        self.migrations: list[Migration] = []  # whose source pages may still be read
+        self.totals: Counter[str] = Counter()
+
+    def serve(self) -> None:
+        """Works until the router says stop."""
+        while not self.stopping:
+            step = self.scheduler.schedule()
+            started = self.run_and_migrate(step) if step else []
+            self.collect(started)
+            self.receive(0.0 if step else BUSY_S if self.migrations else IDLE_S)
+
+    def run_and_migrate(self, step: Step) -> list[Migration]:
+        """One forward pass. The prompts that it completes migrate while it goes on."""
+        migrations = [Migration(self.link, job) for job, chunk in step if chunk.wants_logits]
+
+        def push_layer(layer: int) -> None:
+            for migration in migrations:
+                migration.push_layer(layer)
+
+        batch = Batch.of([chunk for _, chunk in step], self.allocator.page_size)
+        logits = self.model(batch, self.pool, on_layer=push_layer)
+        computed_ns = time.monotonic_ns()
+        for migration, row in zip(migrations, logits, strict=True):
+            migration.finish(computed_ns)
+            job = migration.job
+            self.channel.send(
+                "prefilled",
+                index=job.request.index,
+                attempt=job.attempt,
+                token=sample(row, job.request.sampling, step=0),
+                at=time.monotonic(),
+                error=None if migration.error is None else str(migration.error),
+            )
+        return migrations
+
+    def collect(self, started: list[Migration]) -> None:
+        """Frees the pages that migrations no longer read."""
+        pending = []
+        for migration in self.migrations + started:
+            if migration.source_reusable():
+                self.scheduler.release(migration.job)
+                self.totals.update(migration.account())
+            else:
+                pending.append(migration)
+        self.migrations = pending
+
+    def receive(self, timeout: float) -> None:
+        """Takes what the router sent; waits up to `timeout` seconds for something."""
+        for message in self.channel.take(timeout):
+            if message["type"] == "prefill":
+                request = Request.from_message(message["request"])
+                grant = base64.b64decode(message["grant"])
+                self.scheduler.add(PrefillJob(request, message["attempt"], grant))
+            elif message["type"] == "connect":
+                self.link = self.endpoint.connect(bytes.fromhex(message["address"]))
+                self.channel.send("linked", path=str(self.link.path))
+            elif message["type"] == "stop":
+                self.stopping = True
+
+    def stats(self) -> dict[str, Any]:
+        """Totals over all migrations."""
+        for migration in self.migrations:
+            self.totals.update(migration.account())
+        return dict(self.totals)

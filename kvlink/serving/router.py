@@ -1,0 +1,132 @@
+"""The router: the parent process, which carries small messages between the two workers.
+
+A request goes to decode first. Once decode has pages for it, the grant goes with the prompt to
+prefill, which pushes the KV straight into those pages and sends the first token back this way.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
+from typing import Any
+
+from kvlink.serving.channel import Message
+from kvlink.serving.options import Options
+from kvlink.serving.request import Request, Result
+from kvlink.serving.workers import WorkerFailed, WorkerProcess
+
+_START_S = 600.0  # to load a model
+_POLL_S = 1.0
+_STOP_S = 10.0
+
+
+class Router:
+    """Use as a context manager: on the way out, both workers are gone whatever happened."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.path = ""  # how the link moves bytes
+        self.num_generated = 0  # tokens so far, for progress
+        self.started_at = 0.0  # time.monotonic() when the requests were submitted
+        self.stats: dict[str, dict[str, Any]] = {}
+        self._workers: list[WorkerProcess] = []
+
+    def __enter__(self) -> Router:
+        secret = os.urandom(32).hex()
+        try:
+            for role in ("prefill", "decode"):
+                side = self.options.prefill if role == "prefill" else self.options.decode
+                worker = WorkerProcess(role, side.num_threads)
+                self._workers.append(worker)
+                worker.send("setup", options=self.options.to_message(), secret=secret)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.end()
+
+    def connect(self) -> None:
+        """Waits for both workers to load, and links them. Raises WorkerFailed."""
+        prefill, decode = self._workers
+        ready = self._one_from_each(_START_S)
+        prefill.send("connect", address=ready[decode.role]["address"])
+        self.path = self._one_from_each(_START_S, [prefill])[prefill.role]["path"]
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Result]:
+        """Serves all requests; yields results as they end. Raises WorkerFailed."""
+        prefill, decode = self._workers
+        by_index = {request.index: request for request in requests}
+        self.started_at = time.monotonic()
+        for request in requests:
+            decode.send("admit", request=request.to_message())
+        while by_index:
+            for _, message in self._messages(_POLL_S, self._workers):
+                kind = message["type"]
+                if kind == "granted":
+                    prompt = by_index[message["index"]].to_message()
+                    prefill.send("prefill", **_without_type(message), request=prompt)
+                elif kind == "prefilled":
+                    decode.send("prefilled", **_without_type(message))
+                elif kind == "progress":
+                    self.num_generated = message["num_tokens"]
+                elif kind in ("finished", "gave_up"):
+                    del by_index[message["index"]]
+                    yield _result(message)
+                if not by_index:
+                    break
+
+    def stop(self) -> None:
+        """Ends both workers in good order and keeps what they report in `stats`."""
+        for worker in self._workers:
+            worker.send("stop")
+        self.stats = self._one_from_each(_STOP_S, wanted="stats")
+        for worker in self._workers:
+            worker.end(grace=_STOP_S)
+
+    def _one_from_each(
+        self, timeout: float, workers: Sequence[WorkerProcess] = (), wanted: str = ""
+    ) -> dict[str, Message]:
+        """The next message (of type `wanted`, if given) of each worker, by role."""
+        workers = workers or self._workers
+        found: dict[str, Message] = {}
+        while missing := [worker for worker in workers if worker.role not in found]:
+            for worker, message in self._messages(timeout, missing):
+                if not wanted or message["type"] == wanted:
+                    found[worker.role] = message
+                    break
+            else:
+                names = ", ".join(f"{worker.role} worker (pid {worker.pid})" for worker in missing)
+                raise WorkerFailed(f"{names}: no answer within {timeout:g} s")
+        return found
+
+    def _messages(
+        self, timeout: float, workers: Sequence[WorkerProcess]
+    ) -> Iterator[tuple[WorkerProcess, Message]]:
+        """What the workers send, until nothing came for `timeout` seconds."""
+        while ready := wait([worker.connection for worker in workers], timeout):
+            for worker in workers:
+                if worker.connection in ready:
+                    yield worker, worker.receive()
+
+
+def _without_type(message: Message) -> Message:
+    return {name: value for name, value in message.items() if name != "type"}
+
+
+def _result(message: Message) -> Result:
+    if message["type"] == "gave_up":
+        return Result(message["index"], [], error=message["error"])
+    return Result(
+        message["index"],
+        message["token_ids"],
+        message["finish_reason"],
+        message["first_token_at"],
+        message["last_token_at"],
+    )

@@ -1,0 +1,102 @@
+"""`WorkerProcess`: one child of the router, which never outlives it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from multiprocessing.connection import Connection
+from typing import Any
+
+from kvlink.errors import KVLinkError
+from kvlink.serving.channel import Message, receive, send
+
+_EXIT_S = 5.0  # given to a worker to end by itself
+_CHILD = "import sys; sys.path[:] = {path!r}; from kvlink.serving.worker import main; main({args})"
+
+
+class WorkerFailed(KVLinkError):
+    """A worker died or reported that it cannot go on; the message names it."""
+
+
+class WorkerProcess:
+    """Started on construction. `connection` is the router's end of its channel."""
+
+    def __init__(self, role: str, num_threads: int) -> None:
+        self.role = role
+        ours, theirs = socket.socketpair()
+        with theirs:
+            args = f"{role!r}, {theirs.fileno()}, {os.getpid()}"
+            # A session of its own: Ctrl-C goes to the router alone, which then ends its workers.
+            # Standard output belongs to the results.
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _CHILD.format(path=sys.path, args=args)],
+                pass_fds=(theirs.fileno(),),
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": str(num_threads),
+                    "KVLINK_NUM_THREADS": str(num_threads),
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr.fileno() if _has_fd(sys.stderr) else subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self.connection = Connection(ours.detach())
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self.process.pid
+
+    def send(self, kind: str, **fields: Any) -> None:
+        """Sends a message. Raises WorkerFailed."""
+        try:
+            send(self.connection, kind, **fields)
+        except OSError:
+            raise self._gone() from None
+
+    def receive(self) -> Message:
+        """Reads a message. Raises WorkerFailed when the worker is gone or reports a failure."""
+        try:
+            message = receive(self.connection)
+        except (EOFError, OSError):
+            raise self._gone() from None
+        if message["type"] == "failed":
+            raise WorkerFailed(f"{self.role} worker (pid {self.pid}) failed: {message['error']}")
+        return message
+
+    def end(self, grace: float = 0.0) -> None:
+        """Waits up to `grace` seconds for the process to exit, then kills it."""
+        try:
+            self.process.wait(grace)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(_EXIT_S)
+        self.connection.close()
+
+    def _gone(self) -> WorkerFailed:
+        try:
+            status = self.process.wait(_EXIT_S)
+        except subprocess.TimeoutExpired:
+            how = "closed its channel"
+        else:
+            ended = f"exited with status {status}"
+            how = ended if status >= 0 else f"was killed by {_name(-status)}"
+        return WorkerFailed(f"{self.role} worker (pid {self.pid}) {how}")
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _has_fd(stream: Any) -> bool:
+    try:
+        stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return False
+    return True

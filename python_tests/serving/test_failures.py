@@ -1,0 +1,162 @@
+"""A worker or the command dies: a clear error within seconds, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import command, generate
+from tiny import CONTEXT, to_jsonl
+
+pytestmark = pytest.mark.two_process
+SECONDS = 20.0  # bound of every wait here; far above what anything takes
+LINES = to_jsonl([{"prompt_token_ids": [i % 256], "max_new_tokens": CONTEXT} for i in range(200)])
+
+
+class Running:
+    """A command that is generating, and its two workers."""
+
+    def __init__(self, model: Path) -> None:
+        self.process = subprocess.Popen(
+            command(model, "--ignore-eos", "--max-num-seqs=2"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self.process.stdin is not None
+        self.process.stdin.write(LINES)
+        self.process.stdin.close()
+        self.process.stdin = None
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline()  # a first request has ended: both are at work
+        self.workers = {role: self._find(role) for role in ("prefill", "decode")}
+
+    def _find(self, role: str) -> int:
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                arguments = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if parent == self.process.pid and f"main({role!r}".encode() in arguments:
+                return int(entry.name)
+        raise AssertionError(f"no {role} worker")
+
+    def finish(self) -> tuple[int, str]:
+        """Exit status and standard error of the command."""
+        _, errors = self.process.communicate(timeout=SECONDS)
+        return self.process.returncode, errors.decode()
+
+
+@pytest.fixture
+def running(checkpoint: Callable[[str], tuple[Any, Path]]) -> Iterator[Running]:
+    run = Running(checkpoint("llama2")[1])
+    yield run
+    for pid in (run.process.pid, *run.workers.values()):
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+    run.process.communicate(timeout=SECONDS)
+
+
+def alive(pid: int) -> bool:
+    """The process exists and has not ended (a zombie has)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while any(map(alive, pids)):
+        assert time.monotonic() < deadline, "a worker is left behind"
+        time.sleep(0.01)
+
+
+def shared_memory() -> set[str]:
+    """Named shared memory of this machine; kvlink's is to have no name."""
+    return {entry.name for entry in Path("/dev/shm").iterdir() if "kvlink" in entry.name}
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_killed_worker(running: Running, role: str) -> None:
+    before = shared_memory()
+    os.kill(running.workers[role], signal.SIGKILL)
+    status, errors = running.finish()
+    assert status == 1
+    pid = running.workers[role]
+    assert errors.strip() == f"kvlink generate: {role} worker (pid {pid}) was killed by SIGKILL"
+    wait_until_gone(list(running.workers.values()))
+    assert shared_memory() <= before
+
+
+def test_interrupted(running: Running) -> None:
+    os.kill(running.process.pid, signal.SIGINT)
+    status, errors = running.finish()
+    assert status == 130
+    assert errors.strip() == "kvlink generate: interrupted"
+    wait_until_gone(list(running.workers.values()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_command(running: Running, number: signal.Signals) -> None:
+    os.kill(running.process.pid, number)
+    status, _ = running.finish()
+    assert status == -number
+    wait_until_gone(list(running.workers.values()))
+
+
+def test_worker_that_cannot_start(
+    checkpoint: Callable[[str], tuple[Any, Path]], tmp_path: Path
+) -> None:
+    _, path = checkpoint("llama2")
+    for source in path.iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    _, errors = generate(tmp_path, LINES, status=1)
+    assert "worker (pid" in errors
+    assert "model.safetensors: cannot be read" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        (lambda path: (path / "config.json").unlink(), "config.json: cannot be read"),
+        (lambda path: (path / "config.json").write_text("{"), "config.json: not valid JSON"),
+        (lambda path: (path / "config.json").write_text("{}"), "architectures: expected one of"),
+        (lambda path: (path / "model.safetensors").unlink(), "model.safetensors: no such file"),
+        (
+            lambda path: (path / "tokenizer.json").write_text("{}"),
+            "tokenizer.json: not a tokenizer",
+        ),
+    ],
+    ids=["no config", "bad config", "no architecture", "no weights", "bad tokenizer"],
+)
+def test_bad_model_directory(
+    break_it: Callable[[Path], Any],
+    reason: str,
+    checkpoint: Callable[[str], tuple[Any, Path]],
+    tmp_path: Path,
+) -> None:
+    _, path = checkpoint("llama2")
+    for source in path.iterdir():
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    break_it(tmp_path)
+    _, errors = generate(tmp_path, LINES, status=2)
+    assert len(errors.splitlines()) == 1
+    assert reason in errors
+
+
+def test_no_model_directory(tmp_path: Path) -> None:
+    _, errors = generate(tmp_path / "nowhere", LINES, status=2)
+    assert errors.strip().endswith("no such directory")
