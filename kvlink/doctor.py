@@ -1,0 +1,247 @@
+"""`kvlink doctor`: what this build and this machine can do, and why not more. Needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import array
+import ctypes
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import resource
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+_LIBRARIES = ("numpy", "torch", "triton", "safetensors", "tokenizers", "transformers")
+
+
+def report() -> dict[str, Any]:
+    """Everything `kvlink doctor --json` prints. A part that cannot be found out has an "error"."""
+    return {
+        name: _guarded(section)
+        for name, section in (
+            ("kvlink", _package),
+            ("machine", _machine),
+            ("simd", _simd),
+            ("threads", _threads),
+            ("parts", _parts),
+            ("libraries", _libraries),
+            ("memory", _memory),
+            ("paths", _paths),
+        )
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser("kvlink doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    arguments = parser.parse_args(argv)
+    found = report()
+    print(json.dumps(found, indent=2) if arguments.json else _text(found))
+    return 0
+
+
+def _guarded(probe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return probe()
+    except Exception as error:  # a doctor that falls ill helps nobody
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _package() -> dict[str, Any]:
+    try:
+        version = importlib.metadata.version("kvlink")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed (run from its source)"
+    return {"version": version, "location": os.path.dirname(os.path.abspath(__file__))}
+
+
+def _machine() -> dict[str, Any]:
+    found = {
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": f"{platform.system()} {platform.release()}",
+        "libc": " ".join(platform.libc_ver()),
+        "architecture": platform.machine(),
+        "cpu": platform.processor() or "unknown",
+        "cpus": os.cpu_count(),
+        "cpus_allowed": len(os.sched_getaffinity(0)),
+    }
+    try:
+        with open("/proc/cpuinfo") as lines:
+            models = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+        found["cpu"] = models[0] if models else found["cpu"]
+    except OSError:
+        pass
+    return found
+
+
+def _simd() -> dict[str, Any]:
+    from kvlink import _C
+
+    wanted = os.environ.get("KVLINK_SIMD")
+    supported = _C.supported_simd_levels()
+    why = f"KVLINK_SIMD={wanted}" if wanted else "the highest that this build has and this CPU runs"
+    return {"level": _C.simd_level(), "supported": supported, "why": why}
+
+
+def _threads() -> dict[str, Any]:
+    from kvlink import _C
+
+    names = [name for name in ("KVLINK_NUM_THREADS", "OMP_NUM_THREADS") if os.environ.get(name)]
+    why = f"{names[0]}={os.environ[names[0]]}" if names else "the CPUs this process may run on"
+    return {"count": _C.num_threads(), "why": why}
+
+
+def _parts() -> dict[str, Any]:
+    from kvlink import _C
+
+    return {"_C": {"built": True, "file": _C.__file__}, "_cuda": _guarded(_cuda)}
+
+
+def _cuda() -> dict[str, Any]:
+    if importlib.util.find_spec("kvlink._cuda") is None:
+        return {"built": False, "why": "nvcc was not found, or not wanted, when kvlink was built"}
+    module = importlib.import_module("kvlink._cuda")
+    found: dict[str, Any] = {"built": True, "file": module.__file__}
+    archs = getattr(module, "architectures", None)
+    if archs is not None:
+        found["architectures"] = list(archs()) if callable(archs) else list(archs)
+    found["driver"] = _cuda_driver()
+    return found
+
+
+def _cuda_driver() -> str:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "none: libcuda.so.1 was not found"
+    status, count, version = driver.cuInit(0), ctypes.c_int(), ctypes.c_int()
+    if status:
+        return f"unusable: cuInit returned {status}"
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    major, minor = version.value // 1000, version.value % 1000 // 10
+    return f"CUDA {major}.{minor}, {count.value} device(s)"
+
+
+def _libraries() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _memory() -> dict[str, Any]:
+    soft, hard = (
+        "unlimited" if limit == resource.RLIM_INFINITY else limit
+        for limit in resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    )
+    found: dict[str, Any] = {
+        "page_bytes": os.sysconf("SC_PAGE_SIZE"),
+        "physical_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "lockable_bytes": soft,
+        "lockable_bytes_hard": hard,
+    }
+    for name in ("enabled", "shmem_enabled"):
+        try:
+            with open(f"/sys/kernel/mm/transparent_hugepage/{name}") as setting:
+                found[f"transparent_hugepage_{name}"] = setting.read().strip()
+        except OSError:
+            found[f"transparent_hugepage_{name}"] = "unknown"
+    return found
+
+
+def _paths() -> dict[str, Any]:
+    return {
+        "host_shm": _guarded(_host_shm),
+        "cuda_ipc": {"available": False, "why": "this version of kvlink has no such path"},
+        "ucx": {"available": False, "why": "this version of kvlink has no such path"},
+        "nccl": {"available": False, "why": "this version of kvlink has no such path"},
+    }
+
+
+def _host_shm() -> dict[str, Any]:
+    """Tries what the path is made of."""
+    for what, probe in (
+        ("shared memory without a name (memfd)", _try_segment),
+        ("abstract UNIX sockets that carry descriptors", _try_socket),
+    ):
+        try:
+            probe()
+        except Exception as error:
+            return {"available": False, "why": f"{what}: {type(error).__name__}: {error}"}
+    if importlib.util.find_spec("kvlink.transfer") is None:
+        return {"available": False, "why": "kvlink.transfer is missing from this installation"}
+    return {"available": True, "why": "memfd and abstract UNIX sockets work"}
+
+
+def _try_segment() -> None:
+    from kvlink import _C
+
+    segment = _C.Segment.create(4096, True)
+    peer = _C.Segment.attach(segment.fd, 4096)
+    ctypes.memset(segment.address, 7, 1)
+    if ctypes.string_at(peer.address, 1) != b"\x07":
+        raise OSError("a second mapping does not show what the first one wrote")
+
+
+def _try_socket() -> None:
+    name = f"\0kvlink-doctor-{secrets.token_hex(8)}"
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        for each in (server, client):
+            each.settimeout(2.0)
+        server.bind(name)
+        server.listen(1)
+        client.connect(name)
+        peer, _ = server.accept()
+        with peer:
+            peer.settimeout(2.0)
+            rights = array.array("i", [client.fileno()])
+            client.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            data, fds, _, _ = socket.recv_fds(peer, 1, 1)
+            for fd in fds:
+                os.close(fd)
+            if data != b"x" or len(fds) != 1:
+                raise OSError("a descriptor sent through a socket did not arrive")
+
+
+def _text(found: dict[str, Any]) -> str:
+    lines = []
+    for section, values in found.items():
+        lines.append(section)
+        width = max(len(key) for key in values)
+        for key, value in values.items():
+            lines.append(f"  {key:<{width}}  {_value(value)}")
+    return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "not installed"
+    if isinstance(value, list):
+        return ", ".join(str(each) for each in value)
+    if not isinstance(value, dict):
+        return str(value)
+    flag = next((key for key in ("available", "built") if key in value), None)
+    if flag is None:
+        return "; ".join(f"{key}: {_value(each)}" for key, each in value.items())
+    rest = [
+        str(each) if key in ("why", "file") else f"{key} {_value(each)}"
+        for key, each in value.items()
+        if key != flag
+    ]
+    return f"{flag if value[flag] else f'not {flag}'}: {'; '.join(rest)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""`import kvlink`: quick, and without the heavy libraries."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+import kvlink
+
+LIMIT_S = 0.3
+
+
+def run(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    return result.stdout
+
+
+def best_start_s(code: str) -> float:
+    """Of several starts: the least disturbed one says what the code itself takes."""
+    times = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        run(code)
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def test_import_is_quick() -> None:
+    extra = best_start_s("import kvlink") - best_start_s("pass")
+    assert extra < LIMIT_S, f"import kvlink takes {extra:.3f} s"
+
+
+def test_import_loads_no_heavy_library() -> None:
+    code = "import json, sys, kvlink; print(json.dumps(sorted(sys.modules)))"
+    loaded = set(json.loads(run(code)))
+    assert "kvlink._C" in loaded
+    assert not loaded & {"torch", "numpy", "cupy", "triton", "transformers", "kvlink._cuda"}
+
+
+def test_import_loads_no_cuda_library() -> None:
+    maps = run("import kvlink; print(open('/proc/self/maps').read())")
+    assert "/_C." in maps
+    assert "libcuda" not in maps
+    assert "libtorch" not in maps
+
+
+@pytest.mark.parametrize("name", kvlink.__all__)
+def test_every_public_name_can_be_had_without_torch(name: str) -> None:
+    run(f"import sys; sys.modules['torch'] = None; from kvlink import {name}")
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="'kvlink' has no attribute 'nothing'"):
+        kvlink.nothing  # type: ignore[attr-defined] # noqa: B018
+
+
+def test_operators_work_without_torch() -> None:
+    code = """
+import sys
+sys.modules["torch"] = None
+import numpy as np
+import kvlink
+layout = kvlink.KVLayout.nhd(num_kv_heads=1, head_dim=32, page_size=4, dtype="float32")
+pool = kvlink.KVPool.create(layout, num_layers=1, num_pages=2)
+k = np.random.default_rng(0).standard_normal((5, 1, 32), np.float32)
+kvlink.append_kv(k, k, pool, 0, np.arange(5))
+assert (np.from_dlpack(pool.k(0)).reshape(8, 1, 32)[:5] == k).all()
+"""
+    run(code)
