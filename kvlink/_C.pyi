@@ -1,7 +1,7 @@
 """Written by tools/make_stubs.py from the built module; `make stubs` brings it up to date."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 SHM_MAX_LAYERS: int
 SHM_MAX_LINKS: int
@@ -23,7 +23,7 @@ class ArrayView:
         address: int,
         shape: Sequence[int],
         strides: Sequence[int],
-        dtype: str,
+        dtype: str | bytes,
         device: tuple[int, int],
         owner: Any,
     ) -> None: ...
@@ -54,7 +54,7 @@ class Layout:
 class PageIds:
     """Page ids, int32: an array without a copy, or a sequence."""
 
-    def __init__(self, pages: Any, name: str) -> None: ...
+    def __init__(self, pages: Any, name: str | bytes) -> None: ...
     def __len__(self) -> int: ...
 
 class PoolView:
@@ -157,7 +157,7 @@ class ShmTransfer:
     def cancel(self) -> None: ...
     def finish(self) -> None: ...
     def post(self, part: int, num_tokens: int) -> None: ...
-    def progress(self) -> dict[Any, ...]: ...
+    def progress(self) -> dict[str, Any]: ...
     def tokens_left(self, part: int) -> int: ...
     def wait_arrived(self, deadline_ns: int) -> TransferStatus: ...
     def wait_source_reusable(self, deadline_ns: int) -> bool: ...
@@ -172,77 +172,47 @@ class SlotKey:
     def slot(self) -> int: ...
 
 class SlotKind:
-    """What the owner of the pages opened.
+    """What the owner of the pages opened."""
 
-    Members:
-
-      GRANT
-
-      OFFER
-    """
-
-    GRANT: SlotKind
-    OFFER: SlotKind
+    GRANT: ClassVar[SlotKind]
+    OFFER: ClassVar[SlotKind]
+    def __index__(self, /) -> int: ...
     def __init__(self, value: int) -> None: ...
+    def __int__(self, /) -> int: ...
     @property
     def name(self) -> str: ...
     @property
     def value(self) -> int: ...
+    __members__: ClassVar[dict[str, SlotKind]]
 
 class TransferStatus:
-    """How a transfer stands or ended.
+    """How a transfer stands or ended."""
 
-    Members:
-
-      OK
-
-      PENDING
-
-      CANCELLED
-
-      REVOKED
-
-      EXPIRED
-
-      PEER_LOST
-
-      DIGEST_MISMATCH
-
-      GENERATION_MISMATCH
-
-      ROW_COUNT_MISMATCH
-
-      STALE
-
-      MOVE_FAILED
-
-      TIMEOUT
-
-      BUSY
-    """
-
-    BUSY: TransferStatus
-    CANCELLED: TransferStatus
-    DIGEST_MISMATCH: TransferStatus
-    EXPIRED: TransferStatus
-    GENERATION_MISMATCH: TransferStatus
-    MOVE_FAILED: TransferStatus
-    OK: TransferStatus
-    PEER_LOST: TransferStatus
-    PENDING: TransferStatus
-    REVOKED: TransferStatus
-    ROW_COUNT_MISMATCH: TransferStatus
-    STALE: TransferStatus
-    TIMEOUT: TransferStatus
+    BUSY: ClassVar[TransferStatus]
+    CANCELLED: ClassVar[TransferStatus]
+    DIGEST_MISMATCH: ClassVar[TransferStatus]
+    EXPIRED: ClassVar[TransferStatus]
+    GENERATION_MISMATCH: ClassVar[TransferStatus]
+    MOVE_FAILED: ClassVar[TransferStatus]
+    OK: ClassVar[TransferStatus]
+    PEER_LOST: ClassVar[TransferStatus]
+    PENDING: ClassVar[TransferStatus]
+    REVOKED: ClassVar[TransferStatus]
+    ROW_COUNT_MISMATCH: ClassVar[TransferStatus]
+    STALE: ClassVar[TransferStatus]
+    TIMEOUT: ClassVar[TransferStatus]
+    def __index__(self, /) -> int: ...
     def __init__(self, value: int) -> None: ...
+    def __int__(self, /) -> int: ...
     @property
     def name(self) -> str: ...
     @property
     def value(self) -> int: ...
+    __members__: ClassVar[dict[str, TransferStatus]]
 
 def append_kv(k: Any, v: Any, pool: PoolView, layer: int, slots: Any) -> None: ...
 
-def convert(src: Any, src_dtype: str, dst: Any, dst_dtype: str) -> None:
+def convert(src: Any, src_dtype: str | bytes, dst: Any, dst_dtype: str | bytes) -> None:
     """Converts elements, given as contiguous uint8 arrays, one by one through float32."""
 
 def digest_pages(
@@ -317,7 +287,7 @@ def relayout_pages(
 
 def set_num_threads(count: int) -> None: ...
 
-def set_simd_level(name: str) -> None: ...
+def set_simd_level(name: str | bytes) -> None: ...
 
 def simd_level() -> str:
     """Level of the vector code in use: portable, avx2 or avx512."""
@@ -327,6 +297,6 @@ def supported_simd_levels() -> list[str]:
 
 def tensor_info(
     object: Any,
-    name: str,
+    name: str | bytes,
 ) -> tuple[int, list[int], list[int], str, tuple[int, int], bool]:
     """(address, shape, strides in elements, dtype name, (device type, device id), read_only)."""

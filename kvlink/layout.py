@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from kvlink._planes import (
@@ -24,16 +23,11 @@ from kvlink._planes import (
     require_positive,
     round_up,
 )
+from kvlink._serialise import FORMS, PLANE_FIELDS, SCALES, pack, unpack
+from kvlink._serialise import LAYOUT_BYTES as LAYOUT_BYTES
+from kvlink._serialise import LAYOUT_VERSION as LAYOUT_VERSION
 from kvlink.errors import InvalidArgument
 
-FORMS = ("separate", "packed", "latent", "opaque")
-SCALES = ("none", "tensor", "head", "token_head")
-_MAGIC = b"KVLY"
-LAYOUT_VERSION = 1
-_HEADER = struct.Struct("<4sHBBBxxx4i")
-_PLANE = struct.Struct("<5q")
-LAYOUT_BYTES = _HEADER.size + 4 * _PLANE.size
-_PLANE_FIELDS = tuple(field.name for field in fields(Plane))
 _MAX_STRIDE = 1 << 48
 _NO_PLANE = Plane()
 
@@ -85,7 +79,7 @@ class KVLayout:
             )
         for name in ("k", "v", "k_scale", "v_scale"):
             plane = getattr(self, name)
-            for field in _PLANE_FIELDS:
+            for field in PLANE_FIELDS:
                 value = getattr(plane, field)
                 if not 0 <= value < _MAX_STRIDE:
                     raise InvalidArgument(
@@ -269,46 +263,15 @@ class KVLayout:
 
     def to_bytes(self) -> bytes:
         """Canonical form: LAYOUT_BYTES bytes, little-endian, equal for equal layouts."""
-        header = _HEADER.pack(
-            _MAGIC,
-            LAYOUT_VERSION,
-            FORMS.index(self.form),
-            DTYPES.index(self.dtype),
-            SCALES.index(self.scale),
-            self.num_kv_heads,
-            self.head_dim,
-            self.head_dim_v,
-            self.page_size,
-        )
+        dims = (self.num_kv_heads, self.head_dim, self.head_dim_v, self.page_size)
         planes = (self.k, self.v, self.k_scale, self.v_scale)
-        return header + b"".join(
-            _PLANE.pack(*(getattr(plane, field) for field in _PLANE_FIELDS)) for plane in planes
-        )
+        return pack(self.form, self.dtype, self.scale, dims, planes)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> KVLayout:
         """Inverse of `to_bytes`; raises InvalidArgument on anything that is not a valid layout."""
-        if len(data) != LAYOUT_BYTES:
-            raise InvalidArgument(f"layout: expected {LAYOUT_BYTES} bytes; got {len(data)}")
-        magic, version, form, dtype, scale, *dims = _HEADER.unpack_from(data)
-        if magic != _MAGIC:
-            raise InvalidArgument(f"layout: expected magic {_MAGIC!r}; got {magic!r}")
-        if version != LAYOUT_VERSION:
-            raise InvalidArgument(f"layout version: expected {LAYOUT_VERSION}; got {version}")
-        for name, value, allowed in (
-            ("form", form, FORMS),
-            ("dtype", dtype, DTYPES),
-            ("scale", scale, SCALES),
-        ):
-            if value >= len(allowed):
-                raise InvalidArgument(f"layout {name}: expected < {len(allowed)}; got {value}")
-        planes = [
-            Plane(*_PLANE.unpack_from(data, _HEADER.size + i * _PLANE.size)) for i in range(4)
-        ]
-        layout = cls(FORMS[form], DTYPES[dtype], SCALES[scale], *dims, *planes)
-        if layout.to_bytes() != data:
-            raise InvalidArgument("layout: reserved bytes are not zero")
-        return layout
+        form, dtype, scale, dims, planes = unpack(data)
+        return cls(form, dtype, scale, *dims, *planes)
 
     @property
     def fingerprint(self) -> str:

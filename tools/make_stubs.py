@@ -21,17 +21,16 @@ HEADER = '''\
 """Written by tools/make_stubs.py from the built module; `make stubs` brings it up to date."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any, ClassVar, overload
+
+import numpy
+from numpy.typing import NDArray
 
 '''
-SPECIAL_METHODS = (
-    "__init__",
-    "__dlpack__",
-    "__dlpack_device__",
-    "__len__",
-    "__enter__",
-    "__exit__",
-)
+SPECIAL_METHODS = {
+    *("__init__", "__len__", "__enter__", "__exit__", "__int__", "__index__"),
+    *("__dlpack__", "__dlpack_device__"),
+}
 # What pybind11 says, and what a caller needs to know.
 REWRITES = (
     (r"typing\.SupportsInt \| typing\.SupportsIndex", "int"),
@@ -40,9 +39,14 @@ REWRITES = (
     (r"typing\.Annotated\[numpy\.typing\.ArrayLike, numpy\.\w+\]", "Any"),
     (r"numpy\.typing\.NDArray\[[^\]]*\]", "Any"),
     (r"typing\.Annotated\[(collections\.abc\.Sequence\[\w+\]), \"FixedSize\(\d+\)\"\]", r"\1"),
+    (r"typing\.Annotated\[numpy\.typing\.ArrayLike, numpy\.\w+\]", "Any"),
+    (r"\bnumpy\.typing\.", ""),
     (r"\bkvlink\._\w+\.", ""),
     (r"\b(collections\.abc|typing)\.", ""),
-    (r"-> (tuple|list|dict)$", r"-> \1[Any, ...]"),
+    (r"-> tuple$", "-> tuple[Any, ...]"),
+    (r"-> list$", "-> list[Any]"),
+    (r"-> dict$", "-> dict[str, Any]"),
+    (r"(?<=: )str\b", "str | bytes"),  # as any std::string
     (r"\bobject\b(?!:)", "Any"),
     (r"= <[^>]*>", "= ..."),
 )
@@ -112,7 +116,7 @@ def function(value: Any, indent: str, decorator: str = "", name: str | None = No
 
 def class_(cls: type) -> str:
     out = f"class {cls.__name__}:\n"
-    doc = (cls.__doc__ or "").strip()
+    doc = (cls.__doc__ or "").partition("\n\nMembers:")[0].strip()
     out += docstring(doc, "    ") + "\n" if doc else ""
     members = [
         (name, value)
@@ -139,7 +143,9 @@ def class_(cls: type) -> str:
         elif callable(value) and "->" in (value.__doc__ or ""):
             out += function(value, "    ")
         elif isinstance(value, cls):  # an enum's member
-            out += f"    {name}: {cls.__name__}\n"
+            out += f"    {name}: ClassVar[{cls.__name__}]\n"
+    if "__members__" in vars(cls):
+        out += f"    __members__: ClassVar[dict[str, {cls.__name__}]]\n"
     return out if members or doc else out.rstrip("\n") + " ...\n"
 
 
@@ -158,9 +164,11 @@ def stub(module: ModuleType) -> str:
     text = "".join(values) + "\n" * bool(values)
     text += "\n".join(classes + functions)
     header = HEADER
-    for name in ("Callable", "Sequence", "overload"):
+    for name in ("Callable", "Sequence", "ClassVar", "overload"):
         if not re.search(rf"\b{name}\b", text):
             header = re.sub(rf"\b{name}, |, {name}\b", "", header)
+    if "NDArray" not in text:
+        header = header[: header.index("import numpy\n")]
     return header + text
 
 

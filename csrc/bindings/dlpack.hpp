@@ -1,5 +1,6 @@
-// The DLPack ABI (https://dmlc.github.io/dlpack): the structures that arrays travel in. Declared here
-// because the extension needs no more of DLPack than these; both the legacy and the versioned form.
+// The DLPack ABI (https://dmlc.github.io/dlpack): the structures that arrays travel in. Declared
+// here because the extension needs no more of DLPack than these; both the legacy and the versioned
+// form.
 #pragma once
 
 #include <cstdint>

@@ -25,9 +25,9 @@ LayerView make_layer(const KVLayout& layout, const PlaneAddresses& planes, int64
   const bool has_v = layout.form != KVForm::kOpaque;
   KVLINK_CHECK(planes[0] != 0, "planes: K has no address");
   KVLINK_CHECK((planes[1] != 0) == has_v, "planes: V must have an address exactly when there is V");
-  KVLINK_CHECK((planes[2] != 0) == layout.has_scales() &&
-                   (planes[3] != 0) == (has_v && layout.has_scales()),
-               "planes: scales must have addresses exactly when the layout has scales");
+  KVLINK_CHECK(
+      (planes[2] != 0) == layout.has_scales() && (planes[3] != 0) == (has_v && layout.has_scales()),
+      "planes: scales must have addresses exactly when the layout has scales");
   return {.layout = layout,
           .k = reinterpret_cast<void*>(planes[0]),
           .v = reinterpret_cast<void*>(planes[1]),
@@ -62,7 +62,8 @@ PoolView make_pool(const py::bytes& layout_bytes, const std::vector<PlaneAddress
 
 void register_pool(py::module_& module) {
   py::class_<KVLayout>(module, "Layout", "The C++ twin of kvlink.KVLayout.")
-      .def(py::init([](const py::bytes& bytes) { return layout_from_bytes(std::string_view(bytes)); }),
+      .def(py::init(
+               [](const py::bytes& bytes) { return layout_from_bytes(std::string_view(bytes)); }),
            py::arg("bytes"))
       .def("to_bytes",
            [](const KVLayout& self) {

@@ -118,7 +118,7 @@ def fill_run(filled: Filled, pages: list[int], start: int, num_tokens: int, seed
 
 def model_pool(**shape: Any) -> Filled:
     """Three layers of four heads and 24 filled slots."""
-    filled = make_pool(num_kv_heads=4, num_layers=3, head_dim=16, **shape)  # type: ignore[arg-type]
+    filled = make_pool(num_kv_heads=4, num_layers=3, head_dim=16, **shape)
     fill_run(filled, list(range(filled.pool.num_pages)), 0, 24)
     return filled
 

@@ -1,4 +1,5 @@
-// Storage types. The numbers are part of the serialised layout (docs/kv_layout.md): never reuse one.
+// Storage types. The numbers are part of the serialised layout (docs/kv_layout.md): never reuse
+// one.
 #pragma once
 
 #include <cstdint>

@@ -8,7 +8,8 @@ namespace kvlink {
 
 class Segment {
  public:
-  // shared: backed by a memfd whose descriptor other processes may receive. Throws std::system_error.
+  // shared: backed by a memfd whose descriptor other processes may receive. Throws
+  // std::system_error.
   static Segment create(size_t num_bytes, bool shared);
   // Maps a descriptor received from elsewhere (which stays the caller's; it is duplicated).
   // Throws InvalidArgument when the file is shorter than num_bytes or can still be shrunk under us.

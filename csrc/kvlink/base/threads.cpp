@@ -135,19 +135,20 @@ std::shared_ptr<Pool>& pool_slot() {
   return *slot;
 }
 
-// The child of a fork has none of the pool's threads, so it must not touch (or destroy) the old one.
+// The child of a fork has none of the pool's threads, so it must not touch (or destroy) the old
+// one.
 void forget_pool_in_child() {
   new std::shared_ptr<Pool>(std::move(pool_slot()));
   pool_slot().reset();
 }
 
 std::shared_ptr<Pool> current_pool(int* threads) {
-  static const int registered = pthread_atfork([] { settings_mutex.lock(); },
-                                               [] { settings_mutex.unlock(); },
-                                               [] {
-                                                 forget_pool_in_child();
-                                                 settings_mutex.unlock();
-                                               });
+  static const int registered =
+      pthread_atfork([] { settings_mutex.lock(); }, [] { settings_mutex.unlock(); },
+                     [] {
+                       forget_pool_in_child();
+                       settings_mutex.unlock();
+                     });
   (void)registered;
   std::lock_guard lock(settings_mutex);
   if (configured_threads == 0) configured_threads = default_num_threads();

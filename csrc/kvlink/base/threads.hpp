@@ -11,10 +11,10 @@ namespace kvlink {
 int num_threads();
 void set_num_threads(int count);  // for tests and embedders; count >= 1
 
-// Calls body(task) for every task in [0, num_tasks), on the pool and the calling thread, and returns
-// when all are done. The first exception thrown by a body is rethrown here. Which thread runs which
-// task is unspecified. Safe to call from several threads; a nested call runs inline. After fork()
-// the child starts a fresh pool.
+// Calls body(task) for every task in [0, num_tasks), on the pool and the calling thread, and
+// returns when all are done. The first exception thrown by a body is rethrown here. Which thread
+// runs which task is unspecified. Safe to call from several threads; a nested call runs inline.
+// After fork() the child starts a fresh pool.
 void parallel_for(int64_t num_tasks, const std::function<void(int64_t)>& body);
 
 }  // namespace kvlink

@@ -17,16 +17,17 @@ struct TokenRun {
 // Copies num_tokens tokens x num_heads heads x num_layers layers from one pool to another, whatever
 // their layouts, converting, quantising and digesting on the way.
 struct RelayoutParams {
-  const LayerView* src_layers = nullptr;    // [num_layers]
-  const LayerView* dst_layers = nullptr;    // [num_layers]
-  const int32_t* model_layers = nullptr;    // [num_layers] layer number in the model; enters the digest
+  const LayerView* src_layers = nullptr;  // [num_layers]
+  const LayerView* dst_layers = nullptr;  // [num_layers]
+  const int32_t* model_layers =
+      nullptr;  // [num_layers] layer number in the model; enters the digest
   int32_t num_layers = 0;
-  int32_t num_heads = 0;                    // heads moved; heads are contiguous on both sides
-  int32_t src_head = 0, dst_head = 0;       // first of them in each pool
-  int32_t model_head = 0;                   // first of them in the model; enters the digest
+  int32_t num_heads = 0;               // heads moved; heads are contiguous on both sides
+  int32_t src_head = 0, dst_head = 0;  // first of them in each pool
+  int32_t model_head = 0;              // first of them in the model; enters the digest
   TokenRun src, dst;
   int64_t num_tokens = 0;
-  int64_t token_position = 0;               // of the first token in its request; enters the digest
+  int64_t token_position = 0;  // of the first token in its request; enters the digest
   bool with_digest = false;
 };
 
