@@ -221,6 +221,9 @@ void register_control(py::module_& module) {
       .def("quiet", &Control::quiet, py::arg("key"))
       .def("drop_link", &Control::drop_link, py::arg("bit"))
       .def("status", &Control::status, py::arg("key"))
+      .def("enter", &Control::enter, py::arg("key"), py::arg("bit"),
+           "What a writer does before each chunk; for fault injection.")
+      .def("leave", &Control::leave, py::arg("key"), py::arg("bit"))
       .def("adopt", &Control::adopt, py::arg("key"), py::arg("bit"))
       .def("release", &Control::release, py::arg("key"), py::arg("bit"))
       .def(

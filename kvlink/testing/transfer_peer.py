@@ -1,0 +1,308 @@
+"""An endpoint in a process of its own, driven call by call, so that tests choose every step.
+
+`Peer` is the handle in the test's process; `Body` runs in the other one. Imports no torch: the
+process starts in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvlink import _C
+from kvlink.cache_ops import append_kv
+from kvlink.layout import KVLayout, Shard
+from kvlink.pool import KVPool
+from kvlink.transfer import Endpoint, Link, Transfer, errors
+from kvlink.transfer.descriptor import Descriptor
+
+SECRET = b"a secret of the transfer tests"
+CALL_TIMEOUT = 30.0  # s
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """A pool that any process can make again: a shard of a model of `model_heads` KV heads."""
+
+    kind: str = "nhd"
+    dtype: str = "float32"
+    scale: str = "none"
+    page_size: int = 16
+    num_pages: int = 32
+    head_dim: int = 16
+    layers: tuple[int, ...] = (0, 1, 2, 3)
+    kv_heads: tuple[int, int] = (0, 4)  # first and past the last
+    layer_map: tuple[int, ...] | None = None
+    shared: bool = True
+
+    @property
+    def shard(self) -> Shard:
+        return Shard(self.layers, range(*self.kv_heads))
+
+    def build(self) -> KVPool:
+        """The pool, every byte of its pages 0xff: NaN wherever that is a value."""
+        arguments: dict[str, Any] = dict(
+            head_dim=self.head_dim, page_size=self.page_size, dtype=self.dtype, scale=self.scale
+        )
+        if self.kind == "latent":
+            layout = KVLayout.latent(head_dim_v=self.head_dim // 2, **arguments)
+        elif self.kind == "opaque":
+            layout = KVLayout.opaque((self.head_dim,), self.dtype)
+        else:
+            arguments["num_kv_heads"] = len(self.shard.kv_heads)
+            layout = getattr(KVLayout, self.kind)(**arguments)
+        pool = KVPool.create(
+            layout, num_layers=len(self.layers), num_pages=self.num_pages, shared=self.shared,
+            layer_map=self.layer_map,
+        )  # fmt: skip
+        pool_bytes(pool)[:] = 0xFF
+        if self.scale in ("tensor", "head"):
+            for layer in range(pool.num_layers):
+                num = layout.num_kv_heads if self.scale == "head" else 1
+                pool.set_scales(layer, [0.01] * num, [0.02] * num)
+        return pool
+
+    def fill(self, pool: KVPool, pages: list[int], num_tokens: int, seed: int = 0) -> None:
+        """Writes the KV of request `seed`, as every shard of the model has it."""
+        at = np.arange(num_tokens)
+        slots = np.array(pages, np.int64)[at // self.page_size] * self.page_size
+        slots += at % self.page_size
+        for layer, model_layer in enumerate(self.layers):
+            heads = slice(*self.kv_heads)
+            if self.kind == "opaque":
+                values = logical_kv(model_layer, 0, num_tokens, self.head_dim, seed)[:, 0]
+                np.from_dlpack(pool.k(layer)).reshape(self.num_pages, -1)[pages] = values
+                continue
+            k, v = (
+                logical_kv(model_layer, plane, num_tokens, self.head_dim, seed)[:, heads]
+                for plane in (0, 1)
+            )
+            append_kv(k, None if self.kind == "latent" else v, pool, layer, slots)
+
+
+def logical_kv(
+    model_layer: int, plane: int, num_tokens: int, head_dim: int, seed: int
+) -> npt.NDArray[np.float32]:
+    """What the model computed: float32 [num_tokens, 8 heads, head_dim]."""
+    random = np.random.default_rng([seed, model_layer, plane])
+    return random.standard_normal((num_tokens, 8, head_dim), dtype=np.float32)
+
+
+def pool_bytes(pool: KVPool) -> npt.NDArray[np.uint8]:
+    """All memory behind a pool made by `KVPool.create`, padding included."""
+    segment = pool.segment
+    assert segment is not None
+    view = _C.ArrayView(segment.address, [segment.num_bytes], [1], "uint8", (1, 0), segment)
+    return np.from_dlpack(view)
+
+
+@dataclass
+class Body:
+    """What runs in the other process. Each method is one command; transfers have numbers."""
+
+    spec: PoolSpec
+    secret: bytes
+    endpoint: Endpoint = field(init=False)
+    pool: KVPool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.endpoint = Endpoint("peer", secret=self.secret)
+        self.pool = self.spec.build()
+        self.endpoint.register(self.pool, self.spec.shard)
+        self.link: Link | None = None
+        self.transfers: list[Transfer] = []
+        self.held: dict[bytes, Any] = {}  # grants, offers and leases, by transfer id
+
+    def address(self) -> bytes:
+        return self.endpoint.address
+
+    def connect(self, address: bytes) -> str:
+        self.link = self.endpoint.connect(address)
+        return self.link.path
+
+    def accept(self) -> None:
+        self.link = self.endpoint.accept(5.0)
+
+    def close_link(self) -> None:
+        self.open_link.close()
+
+    @property
+    def open_link(self) -> Link:
+        assert self.link is not None
+        return self.link
+
+    def fill(self, pages: list[int], num_tokens: int, seed: int = 0) -> None:
+        self.spec.fill(self.pool, pages, num_tokens, seed)
+
+    def content(self) -> bytes:
+        return pool_bytes(self.pool).tobytes()
+
+    def begin(self, pages: list[int], grant: bytes) -> int:
+        self.transfers.append(self.open_link.begin(pages, grant))
+        return len(self.transfers) - 1
+
+    def push(self, pages: list[int], grant: bytes) -> int:
+        self.transfers.append(self.open_link.push(pages, grant))
+        return len(self.transfers) - 1
+
+    def pull(self, offer: bytes, pages: list[int]) -> int:
+        self.transfers.append(self.open_link.pull(offer, pages))
+        return len(self.transfers) - 1
+
+    def push_layer(self, idx: int, layer: int, num_tokens: int | None = None) -> None:
+        self.transfers[idx].push_layer(layer, num_tokens)
+
+    def finish(self, idx: int) -> None:
+        self.transfers[idx].finish()
+
+    def cancel(self, idx: int) -> None:
+        self.transfers[idx].cancel()
+
+    def wait_source_reusable(self, idx: int, timeout: float = 10.0) -> None:
+        self.transfers[idx].wait_source_reusable(timeout)
+
+    def wait_arrived(self, idx: int, timeout: float = 10.0) -> None:
+        self.transfers[idx].wait_arrived(timeout)
+
+    def moved_bytes(self, idx: int) -> int:
+        return self.transfers[idx].progress().num_bytes
+
+    def offer(self, pages: list[int], num_tokens: int, ttl: float = 30.0, pulls: int = 1) -> bytes:
+        offer = self.endpoint.offer(pages, num_tokens, ttl, pulls=pulls)
+        self.held[offer.transfer_id] = offer
+        return offer.to_bytes()
+
+    def grant(self, pages: list[int], num_tokens: int, ttl: float = 30.0) -> bytes:
+        grant = self.endpoint.grant(pages, num_tokens, ttl)
+        self.held[grant.transfer_id] = grant
+        return grant.to_bytes()
+
+    def wait(self, grant: bytes, timeout: float = 10.0) -> list[int]:
+        pages: list[int] = self.held[grant[24:40]].wait(timeout).pages.tolist()
+        return pages
+
+    def wait_released(self, token: bytes, timeout: float = 10.0) -> str:
+        held = self.held[token[24:40]]
+        held.wait_released(timeout)
+        return str(held.status.name)
+
+    def adopt(self, offer: bytes) -> bytes:
+        """The first layer's K of the offered pages, as bytes."""
+        lease = self.open_link.adopt(offer)
+        self.held[offer[24:40]] = lease
+        return np.from_dlpack(lease.pool.k(0))[lease.pages].tobytes()
+
+    def release(self, offer: bytes) -> None:
+        self.held[offer[24:40]].release()
+
+    def check_lease(self, offer: bytes) -> None:
+        self.held[offer[24:40]].check()
+
+    def enter(self, token: bytes) -> str:
+        """Pins the pages and stays inside: what a writer is between two instructions."""
+        link = self.open_link
+        kind = _C.SlotKind.GRANT if token[6] == 1 else _C.SlotKind.OFFER
+        parsed = Descriptor.from_bytes(token, self.endpoint.descriptor_key, kind)
+        self.key = _C.SlotKey(parsed.slot, parsed.generation)
+        return str(link._control.enter(self.key, link._bit).name)
+
+    def leave(self) -> None:
+        link = self.open_link
+        link._control.leave(self.key, link._bit)
+
+    def num_fds(self) -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def close(self) -> None:
+        self.endpoint.close()
+
+
+def _main(connection: Any, spec: PoolSpec, secret: bytes) -> None:
+    body = Body(spec, secret)
+    connection.send(("ok", body.address()))
+    while True:
+        try:
+            name, args = connection.recv()
+        except EOFError:
+            break
+        try:
+            connection.send(("ok", getattr(body, name)(*args)))
+        except Exception as error:
+            connection.send(("error", type(error).__name__, str(error)))
+        if name == "close":
+            break
+    body.close()
+
+
+class Peer:
+    """The other process. A context manager: at its end the process has gone."""
+
+    def __init__(self, spec: PoolSpec | None = None, secret: bytes = SECRET) -> None:
+        context = mp.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self.process = context.Process(
+            target=_main, args=(theirs, spec or PoolSpec(), secret), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+        self.address: bytes = self.result()
+
+    def start(self, name: str, *args: Any) -> None:
+        """Sends a command without waiting for its result."""
+        self._connection.send((name, args))
+
+    def result(self) -> Any:
+        """The result of the oldest command; an error there is raised here."""
+        if not self._connection.poll(CALL_TIMEOUT):
+            raise AssertionError(f"the peer did not answer within {CALL_TIMEOUT} s")
+        kind, *content = self._connection.recv()
+        if kind == "ok":
+            return content[0]
+        name, message = content
+        raise getattr(errors, name, AssertionError)(f"{name} at the peer: {message}")
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Runs a command there."""
+        self.start(name, *args)
+        return self.result()
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to that process alone."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, and waits until it is gone."""
+        self.process.kill()
+        self.process.join(CALL_TIMEOUT)
+        assert self.process.exitcode == -signal.SIGKILL
+
+    def close(self) -> None:
+        """An orderly end: its exit code must be 0."""
+        self.call("close")
+        self.process.join(CALL_TIMEOUT)
+        assert self.process.exitcode == 0
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.process.is_alive() and kind is None:
+            self.close()
+        if self.process.is_alive():
+            self.signal(signal.SIGCONT)
+            self.process.kill()
+            self.process.join(CALL_TIMEOUT)
+        self._connection.close()
