@@ -134,7 +134,7 @@ def test_finish_needs_every_layer(source: Peer) -> None:
         grant = endpoint.grant([1, 2, 4], NUM_TOKENS)
         transfer = source.call("begin", SRC_PAGES, grant.to_bytes())
         source.call("push_layer", transfer, 0)
-        with pytest.raises(AssertionError, match="finish: .* expected 40 tokens; got 0"):
+        with pytest.raises(AssertionError, match=r"finish: .* expected 40 tokens; got 0"):
             source.call("finish", transfer)
         with pytest.raises(AlreadyWriting):
             source.call("begin", SRC_PAGES, grant.to_bytes())
@@ -218,8 +218,8 @@ def test_adopt_moves_nothing(source: Peer) -> None:
         assert pool_bytes(lease.pool).tobytes() == before == pool_bytes(reference).tobytes()
         with pytest.raises(AlreadyWriting):
             link.adopt(offer)
+        endpoint.register(SRC.build())
         with pytest.raises(AlreadyWriting):
-            endpoint.register(SRC.build())
             link.pull(offer, [1, 2, 3])
         with pytest.raises(TransferTimeout):
             source.call("wait_released", offer, 0.05)

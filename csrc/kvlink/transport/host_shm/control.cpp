@@ -40,6 +40,12 @@ Status status_of(const Word& word, SlotKey key) {
   return word.phase == Phase::kClosed ? word.status : Status::kPending;
 }
 
+// The same to a peer that wants in: a transfer that has ended well takes no more part in anything.
+Status entry_status(const Word& word, SlotKey key) {
+  const Status status = status_of(word, key);
+  return status == Status::kOk ? Status::kStale : status;
+}
+
 }  // namespace
 
 void notify(Slot& slot) {
@@ -268,7 +274,7 @@ Status Control::enter(SlotKey key, uint32_t bit) {
   Slot& slot = this->slot(key.slot);
   slot.writers.fetch_or(uint64_t{1} << bit);
   const Word word = Word::unpack(slot.word.load());
-  Status status = status_of(word, key);
+  Status status = entry_status(word, key);
   if (status == Status::kPending) {
     const bool late = now_ns() > slot.deadline_ns.load();
     status = late ? Status::kExpired : word.phase == Phase::kOpen ? Status::kOk : Status::kBusy;
@@ -287,7 +293,7 @@ Status Control::begin(SlotKey key, uint32_t bit) {
   Slot& slot = this->slot(key.slot);
   const auto check = [&] {
     const Word word = Word::unpack(slot.word.load());
-    const Status status = status_of(word, key);
+    const Status status = entry_status(word, key);
     if (status != Status::kPending) return status;
     if (now_ns() > slot.deadline_ns.load()) return Status::kExpired;
     return word.phase == Phase::kOpen ? Status::kOk : Status::kBusy;
@@ -307,7 +313,8 @@ void Control::finish(SlotKey key, uint32_t bit) {
 
 Status Control::adopt(SlotKey key, uint32_t bit) {
   Slot& slot = this->slot(key.slot);
-  if (const Status status = this->status(key); status != Status::kPending) return status;
+  const Status before = entry_status(Word::unpack(slot.word.load()), key);
+  if (before != Status::kPending) return before;
   if (now_ns() > slot.deadline_ns.load()) return Status::kExpired;
   uint32_t nobody = 0;
   if (!slot.lessee.compare_exchange_strong(nobody, bit + 1)) return Status::kBusy;
@@ -316,14 +323,15 @@ Status Control::adopt(SlotKey key, uint32_t bit) {
   if (slot.word.compare_exchange_strong(bits, adopted.pack())) return Status::kOk;
   slot.lessee.store(0);
   notify(slot);
-  const Status status = status_of(Word::unpack(bits), key);
+  const Status status = entry_status(Word::unpack(bits), key);
   return status == Status::kPending ? Status::kBusy : status;
 }
 
 bool Control::release(SlotKey key, uint32_t bit) {
   Slot& slot = this->slot(key.slot);
   // Closed first: the owner takes the pages back when it sees a closed slot without a lessee.
-  const bool ended = close(key, Status::kOk);
+  const bool late = now_ns() > slot.deadline_ns.load();
+  const bool ended = close(key, late ? Status::kExpired : Status::kOk);
   Word word;
   uint32_t self = bit + 1;
   if (owns(key, &word)) slot.lessee.compare_exchange_strong(self, 0);
@@ -333,10 +341,10 @@ bool Control::release(SlotKey key, uint32_t bit) {
 
 Status Control::consume(SlotKey key) {
   Slot& slot = this->slot(key.slot);
-  if (const Status status = this->status(key); status != Status::kPending) return status;
-  if (slot.pulls_left.fetch_sub(1) > 1) return Status::kOk;
-  close(key, Status::kOk);
-  return status(key);
+  const Status status = entry_status(Word::unpack(slot.word.load()), key);
+  if (status != Status::kPending) return status;
+  if (slot.pulls_left.fetch_sub(1) == 1) close(key, Status::kOk);
+  return Status::kOk;
 }
 
 }  // namespace kvlink::transport::host_shm

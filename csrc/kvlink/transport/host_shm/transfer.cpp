@@ -292,7 +292,7 @@ void ShmTransfer::complete() {
 Status ShmTransfer::verify_pull(std::string* message) {
   // The offer held while we read: nobody reused its pages, since ours was the bit inside them.
   const Status held = control_->status(spec_.key);
-  if (held != Status::kPending) return held;
+  if (held != Status::kPending) return held == Status::kOk ? Status::kStale : held;
   std::vector<LayerView> layers;
   std::vector<int32_t> model_layers;
   for (const Part& part : spec_.plan.parts) {
