@@ -1,0 +1,36 @@
+"""What the README promises on its first screen."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_example_runs_as_printed() -> None:
+    (example,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert len(example.splitlines()) == 12
+    (expected,) = re.findall(r"^print\(.*\)  # (.*)$", example, re.MULTILINE)
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.modules['torch'] = None\n{example}"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == expected
+
+
+def test_the_two_commands_are_targets() -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"build", "demo", "test", "lint", "bench"} <= set(targets)
+    assert {"demo", "test"} <= set(re.findall(r"^    make (\w+)", README, re.MULTILINE))
+
+
+def test_links_lead_somewhere() -> None:
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "third_party/README.md"]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
