@@ -29,7 +29,7 @@ def _remember(dtype: Any) -> str:
     try:
         name = dtype_name(dtype)
     except InvalidArgument:
-        name = str(dtype)
+        name = str(dtype).removeprefix("torch.")
     _NAMES[dtype] = name
     return name
 

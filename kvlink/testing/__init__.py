@@ -1,1 +1,1 @@
-"""Cases and helpers that tests and benchmarks share."""
+"""Cases and tolerances that tests and benchmarks share."""

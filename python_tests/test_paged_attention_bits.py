@@ -1,0 +1,136 @@
+"""What results of paged_attention do not depend on, bit for bit; how values are converted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import kvlink
+from kvlink import _C
+from kvlink.testing.cases import AttentionCase, make_attention, starts
+from kvlink.testing.tolerances import assert_same_bits
+
+LEVELS = _C.supported_simd_levels()
+
+
+@pytest.fixture(autouse=True)
+def _restore_settings() -> Iterator[None]:
+    level, threads = _C.simd_level(), _C.num_threads()
+    yield
+    _C.set_simd_level(level)
+    _C.set_num_threads(threads)
+
+
+# --- what never matters -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
+def test_the_batch_does_not_matter(level: str, kv_dtype: str) -> None:
+    _C.set_simd_level(level)
+    scale = "token_head" if kv_dtype == "int8" else "none"
+    case = AttentionCase(
+        q_lens=(1, 7, 30, 1), seq_lens=(1600, 65, 700, 530), kv_dtype=kv_dtype, kv_scale=scale
+    )
+    inputs = make_attention(case)
+    q, pool, layer, page_table, seq_lens = inputs.args
+    out, lse = kvlink.paged_attention(*inputs.args, **inputs.kwargs, return_lse=True)
+    indptr = inputs.kwargs["q_indptr"].tolist()
+    for order in ([0], [1], [2], [3], [3, 1], [2, 0, 1, 3, 2]):
+        rows = torch.cat([torch.arange(indptr[seq], indptr[seq + 1]) for seq in order])
+        again, again_lse = kvlink.paged_attention(
+            q[rows], pool, layer, page_table[order], seq_lens[order], return_lse=True,
+            q_indptr=starts([case.q_lens[seq] for seq in order]),
+        )  # fmt: skip
+        assert_same_bits(again, out[rows])
+        assert_same_bits(again_lse, lse[rows], "lse")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_chunks_of_the_new_tokens_do_not_matter(level: str) -> None:
+    _C.set_simd_level(level)
+    case = AttentionCase(q_lens=(60,), seq_lens=(700,), num_q_heads=6, kv_dtype="bfloat16")
+    q, pool, layer, page_table, _ = make_attention(case).args
+    whole = kvlink.paged_attention(q, pool, layer, page_table, [700], q_indptr=[0, 60])
+    row = 0
+    for size in (1, 2, 5, 20, 32):
+        part = kvlink.paged_attention(
+            q[row : row + size], pool, layer, page_table, [640 + row + size], q_indptr=[0, size]
+        )
+        assert_same_bits(part, whole[row : row + size])
+        row += size
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("num_q_heads", [4, 200])
+def test_the_number_of_threads_does_not_matter(level: str, num_q_heads: int) -> None:
+    _C.set_simd_level(level)
+    case = AttentionCase(
+        q_lens=(1, 90), seq_lens=(3000, 1400), kv_dtype="float16", num_q_heads=num_q_heads
+    )
+    results = []
+    for threads in (1, 2, 3, 16):
+        _C.set_num_threads(threads)
+        inputs = make_attention(case)
+        results.append(kvlink.paged_attention(*inputs.args, **inputs.kwargs, return_lse=True))
+    for out, lse in results[1:]:
+        assert_same_bits(out, results[0][0])
+        assert_same_bits(lse, results[0][1], "lse")
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "float8_e4m3"])
+def test_nan_in_a_later_new_token_stays_there(kv_dtype: str) -> None:
+    case = AttentionCase(q_lens=(20,), seq_lens=(80,), kv_dtype=kv_dtype, page_size=80)
+    inputs = make_attention(case)
+    clean, _ = kvlink.paged_attention(*inputs.args, **inputs.kwargs, return_lse=True)
+    _, pool, layer, page_table, _ = inputs.args
+    for plane in (pool.k(layer), pool.v(layer)):
+        torch.from_dlpack(plane)[int(page_table[0, 0]), 71] = torch.tensor(float("nan"))
+    out, _ = kvlink.paged_attention(*inputs.args, **inputs.kwargs, return_lse=True)
+    assert_same_bits(out[:11], clean[:11])
+    assert bool(out[11:].isnan().all())
+
+
+# --- conversions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3", "float8_e5m2", "int8"])
+def test_every_stored_code_becomes_its_value(level: str, dtype: str) -> None:
+    """A row that sees one position returns that position's V as it is."""
+    _C.set_simd_level(level)
+    code_bits = 16 if dtype in ("float16", "bfloat16") else 8
+    num_seqs, dims = (64, 1024) if code_bits == 16 else (1, 256)
+    layout = kvlink.KVLayout.nhd(
+        num_kv_heads=1, head_dim=8, head_dim_v=dims, page_size=1, dtype=dtype
+    )
+    pool = kvlink.KVPool.create(layout, num_layers=1, num_pages=num_seqs)
+    v = torch.from_dlpack(pool.v(0))
+    codes = torch.arange(2**code_bits).to(torch.int16 if code_bits == 16 else torch.uint8)
+    v.view(codes.dtype).copy_(codes.view(v.shape))
+    out = kvlink.paged_attention(
+        torch.zeros(num_seqs, 1, 8), pool, 0, [[seq] for seq in range(num_seqs)], [1] * num_seqs
+    )
+    expected = v.view(codes.dtype).view(v.dtype).float().view(out.shape)
+    same = (out == expected) | (out.isnan() & expected.isnan())
+    assert bool(same.all())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_results_are_rounded_to_nearest_even(level: str, dtype: torch.dtype) -> None:
+    _C.set_simd_level(level)
+    layout = kvlink.KVLayout.nhd(
+        num_kv_heads=1, head_dim=8, head_dim_v=1000, page_size=1, dtype="float32"
+    )
+    pool = kvlink.KVPool.create(layout, num_layers=1, num_pages=20)
+    v = torch.from_dlpack(pool.v(0))
+    generator = torch.Generator().manual_seed(5)
+    v.copy_(torch.randn(v.shape, generator=generator) * 10 ** torch.linspace(-9, 5, 1000))
+    ties = torch.arange(1000).float() * (1 + 1 / 256 if dtype == torch.bfloat16 else 1 + 1 / 2048)
+    v[0, 0, 0] = ties
+    q = torch.zeros(20, 1, 8, dtype=dtype)
+    out = kvlink.paged_attention(q, pool, 0, [[page] for page in range(20)], [1] * 20)
+    assert torch.equal(out, v.view(out.shape).to(dtype))
