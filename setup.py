@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -63,6 +64,17 @@ def find_nvcc() -> str | None:
     return os.path.realpath(nvcc) if nvcc else None
 
 
+def nvcc_paths(nvcc: str, variable: str, flag: str) -> list[str]:
+    """Flags for the toolkit's headers or libraries, wherever they are (nvcc may be a wrapper)."""
+    command = [nvcc, "-dryrun", "-E", "-x", "cu", os.devnull]
+    plan = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    found = [line for line in plan.splitlines() if line.startswith(f"#$ {variable}=")]
+    if not found:
+        raise SystemExit(f"{nvcc} -dryrun names no {variable}")
+    words = shlex.split(found[0].split("=", 1)[1])
+    return [word for part in words for word in part.split() if word.startswith(flag)]
+
+
 class BuildExtensions(build_ext):
     """Compiles in parallel, with flags per source, and only what changed.
 
@@ -94,8 +106,8 @@ class BuildExtensions(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         link = [*self.cxx(), "-shared", "-o", str(output), *objects, *SANITIZE_FLAGS, "-pthread"]
         if ext.name == "kvlink._cuda":
-            lib = Path(self.nvcc).parent.parent / "lib64"
-            link += [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt"]
+            link += nvcc_paths(self.nvcc, "LIBRARIES", "-L")
+            link += ["-lcudart_static", "-ldl", "-lrt"]
         elif not SANITIZE:
             link += ["-Wl,-s"]
         subprocess.run(link, check=True)
@@ -143,7 +155,7 @@ class BuildExtensions(build_ext):
     def cuda_compiles(self) -> list[tuple[Path, Path, list[str]]]:
         archs = os.environ.get("KVLINK_CUDA_ARCHS", "80;90a;100").replace(",", ";").split(";")
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        include = Path(self.nvcc).parent.parent / "include"
+        includes = nvcc_paths(self.nvcc, "INCLUDES", "-I")
         compiles = []
         for source in sorted((CSRC / "kvlink" / "cuda").glob("*.cu")):
             target = self.target(source, ".cu")
@@ -155,12 +167,12 @@ class BuildExtensions(build_ext):
             compiles.append((source, target, command))
         host = [
             CSRC / "bindings" / f"{name}.cpp"
-            for name in ("cuda_module", "errors", "pool", "tensor")
+            for name in ("cuda_module", "errors", "op_args", "pool", "tensor")
         ] + [CSRC / "kvlink" / "layout" / "serialise.cpp"]
         for source in host:
             target = self.target(source, ".cuda")
             command = [
-                *(*self.cxx(), *self.cxx_flags(), f"-I{include}", "-c", str(source)),
+                *(*self.cxx(), *self.cxx_flags(), *includes, "-c", str(source)),
                 *("-o", str(target)),
             ]
             compiles.append((source, target, command))

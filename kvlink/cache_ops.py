@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -9,6 +11,8 @@ from kvlink import _C
 from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.layout import Shard
 from kvlink.pool import KVPool
+
+_DEVICE_CUDA = 2  # as in DLPack
 
 
 class RelayoutResult(NamedTuple):
@@ -21,7 +25,9 @@ class RelayoutResult(NamedTuple):
     digest: int
 
 
-def append_kv(k: Any, v: Any, pool: KVPool, layer: int, slots: Any) -> None:
+def append_kv(
+    k: Any, v: Any, pool: KVPool, layer: int, slots: Any, *, stream: int | None = None
+) -> None:
     """Writes the K and V of new tokens into the slots of one layer, in the pool's dtype.
 
     `k` [num_tokens, num_kv_heads, head_dim] and `v` [num_tokens, num_kv_heads, head_dim_v] are
@@ -31,9 +37,14 @@ def append_kv(k: Any, v: Any, pool: KVPool, layer: int, slots: Any) -> None:
     Naming a slot twice leaves either token, or a mix of both, in it. Mutates the pool.
 
     Raises InvalidArgument (shapes, dtypes, a slot outside the pool: then nothing is written) and
-    Unsupported (opaque pools).
+    Unsupported (opaque pools). On a CUDA pool all arrays are on its device and the work is queued
+    on `stream` (a handle; default: torch's current stream if torch is loaded, else the default
+    stream); a slot outside the pool is skipped and raised by a later call.
     """
-    _C.append_kv(k, v, pool.view, layer, slots)
+    if _on_cuda(pool):
+        _cuda_ops().append_kv(k, v, pool.view, layer, slots, _stream(pool, stream))
+    else:
+        _C.append_kv(k, v, pool.view, layer, slots)
 
 
 def relayout_pages(
@@ -50,6 +61,7 @@ def relayout_pages(
     layers: Iterable[int] | None = None,
     token_position: int = 0,
     digest: bool = False,
+    stream: int | None = None,
 ) -> RelayoutResult:
     """Copies a run of tokens from one pool to another, whatever their layouts, dtypes and scales.
 
@@ -66,7 +78,10 @@ def relayout_pages(
 
     Raises, before any byte is written: InvalidArgument (sizes, shards), PageTableError (an entry
     that is used names no page), Unsupported (forms that do not convert; a destination layer that
-    would receive two different source layers).
+    would receive two different source layers; pools on two devices). On CUDA the work is queued on
+    `stream` as for `append_kv`, and waited for only if a digest is asked for; page ids may be on
+    the device; bad ones are skipped and raised by a later call; that destination pages are
+    distinct is not checked.
     """
     src_shard = _checked_shard(src_pool, src_shard, "src_shard")
     dst_shard = _checked_shard(dst_pool, dst_shard, "dst_shard")
@@ -77,11 +92,12 @@ def relayout_pages(
     )
     if not moved or not heads:
         return RelayoutResult(0, 0)
-    rows, value = _C.relayout_pages(
-        src=src_pool.view,
-        src_pages=_C.PageIds(src_pages, "src_pages"),
-        dst=dst_pool.view,
-        dst_pages=_C.PageIds(dst_pages, "dst_pages"),
+    return _relayout(
+        src_pool,
+        src_pages,
+        dst_pool,
+        dst_pages,
+        stream,
         src_layers=[src for _, src, _ in moved],
         dst_layers=[dst for _, _, dst in moved],
         model_layers=[model for model, _, _ in moved],
@@ -95,7 +111,6 @@ def relayout_pages(
         token_position=token_position,
         digest=digest,
     )
-    return RelayoutResult(rows, value)
 
 
 def digest_pages(
@@ -107,6 +122,7 @@ def digest_pages(
     shard: Shard | None = None,
     token_position: int = 0,
     layers: Iterable[int] | None = None,
+    stream: int | None = None,
 ) -> RelayoutResult:
     """Rows and digest of a run of tokens as stored: what relayout_pages reports for moving it here.
 
@@ -118,9 +134,7 @@ def digest_pages(
         stored.setdefault(pool.layer_map[shard.layers.index(model)], model)
     if not stored:
         return RelayoutResult(0, 0)
-    rows, value = _C.digest_pages(
-        pool=pool.view,
-        pages=_C.PageIds(pages, "pages"),
+    arguments: dict[str, Any] = dict(
         layers=list(stored),
         model_layers=list(stored.values()),
         num_heads=len(shard.kv_heads),
@@ -130,27 +144,81 @@ def digest_pages(
         start=start,
         token_position=token_position,
     )
-    return RelayoutResult(rows, value)
+    if _on_cuda(pool):
+        result = _cuda_ops().digest_pages(
+            pool=pool.view, pages=pages, stream=_stream(pool, stream), **arguments
+        )
+    else:
+        result = _C.digest_pages(pool=pool.view, pages=_C.PageIds(pages, "pages"), **arguments)
+    return RelayoutResult(*result)
 
 
-def copy_pages(pool: KVPool, src_pages: Any, dst_pages: Any) -> None:
+def copy_pages(pool: KVPool, src_pages: Any, dst_pages: Any, *, stream: int | None = None) -> None:
     """Copies whole pages inside a pool, in all stored layers: what copy-on-write needs.
 
-    Page `src_pages[i]` goes to `dst_pages[i]`. Raises InvalidArgument (lengths differ, a
-    destination is listed twice or is a source, too) and PageTableError (an id names no page).
+    Page `src_pages[i]` goes to `dst_pages[i]`; both have a length. Raises InvalidArgument (lengths
+    differ, a destination is listed twice or is a source, too) and PageTableError (an id names no
+    page). `stream` as for `relayout_pages`.
     """
-    src = _C.PageIds(src_pages, "src_pages")
-    dst = _C.PageIds(dst_pages, "dst_pages")
-    if len(src) != len(dst):
-        raise InvalidArgument(f"dst_pages: expected {len(src)} pages; got {len(dst)}")
+    if len(src_pages) != len(dst_pages):
+        raise InvalidArgument(f"dst_pages: expected {len(src_pages)} pages; got {len(dst_pages)}")
     stored = list(range(pool.num_stored_layers))
-    _C.relayout_pages(
-        src=pool.view, src_pages=src, dst=pool.view, dst_pages=dst,
+    _relayout(
+        pool, src_pages, pool, dst_pages, stream,
         src_layers=stored, dst_layers=stored, model_layers=stored,
         num_heads=pool.layout.num_kv_heads, src_head=0, dst_head=0, model_head=0,
-        num_tokens=len(src) * pool.layout.page_size, src_start=0, dst_start=0,
+        num_tokens=len(src_pages) * pool.layout.page_size, src_start=0, dst_start=0,
         token_position=0, digest=False,
     )  # fmt: skip
+
+
+def _relayout(
+    src_pool: KVPool,
+    src_pages: Any,
+    dst_pool: KVPool,
+    dst_pages: Any,
+    stream: int | None,
+    **arguments: Any,
+) -> RelayoutResult:
+    if src_pool.device != dst_pool.device and (_on_cuda(src_pool) or _on_cuda(dst_pool)):
+        raise Unsupported(
+            "relayout_pages: both pools on one device; got DLPack devices "
+            f"{src_pool.device} and {dst_pool.device}"
+        )
+    if _on_cuda(dst_pool):
+        result = _cuda_ops().relayout_pages(
+            src=src_pool.view, src_pages=src_pages, dst=dst_pool.view, dst_pages=dst_pages,
+            stream=_stream(dst_pool, stream), **arguments,
+        )  # fmt: skip
+    else:
+        result = _C.relayout_pages(
+            src=src_pool.view, src_pages=_C.PageIds(src_pages, "src_pages"),
+            dst=dst_pool.view, dst_pages=_C.PageIds(dst_pages, "dst_pages"), **arguments,
+        )  # fmt: skip
+    return RelayoutResult(*result)
+
+
+def _on_cuda(pool: KVPool) -> bool:
+    return pool.device[0] == _DEVICE_CUDA
+
+
+def _cuda_ops() -> Any:
+    try:
+        return importlib.import_module("kvlink._cuda")
+    except ImportError as error:
+        raise Unsupported(
+            f"the pool is on CUDA, but kvlink has no CUDA part here: {error}"
+        ) from None
+
+
+def _stream(pool: KVPool, stream: int | None) -> int:
+    """The handle given, else torch's current stream if torch is there, else the default stream."""
+    if stream is not None:
+        return stream
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return 0
+    return int(torch.cuda.current_stream(pool.device[1]).cuda_stream)
 
 
 def _checked_shard(pool: KVPool, shard: Shard | None, name: str) -> Shard:

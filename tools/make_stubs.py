@@ -10,13 +10,14 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import importlib.util
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-MODULES = ("kvlink._C",)
+MODULES = ("kvlink._C", "kvlink._cuda")  # the second where it is built
 HEADER = '''\
 """Written by tools/make_stubs.py from the built module; `make stubs` brings it up to date."""
 
@@ -167,15 +168,19 @@ def stub(module: ModuleType) -> str:
     for name in ("Callable", "Sequence", "ClassVar", "overload"):
         if not re.search(rf"\b{name}\b", text):
             header = re.sub(rf"\b{name}, |, {name}\b", "", header)
+            header = re.sub(rf"from \S+ import {name}\n", "", header)
     if "NDArray" not in text:
         header = header[: header.index("import numpy\n")]
+    if module.__name__ != "kvlink._C" and re.search(r"\bPoolView\b", text):
+        header = header.rstrip("\n") + "\n\nfrom kvlink._C import PoolView\n\n"
     return header + text
 
 
 def main(arguments: list[str]) -> int:
     check = "--check" in arguments
     status = 0
-    for name in [a for a in arguments if a != "--check"] or MODULES:
+    built = [name for name in MODULES if importlib.util.find_spec(name)]
+    for name in [a for a in arguments if a != "--check"] or built:
         module = importlib.import_module(name)
         path = Path(__file__).parents[1] / f"{name.replace('.', '/')}.pyi"
         new, old = stub(module), path.read_text() if path.exists() else ""

@@ -7,7 +7,7 @@
 #include "kvlink/cpu/append_kv.hpp"
 #include "kvlink/cpu/digest_pages.hpp"
 #include "kvlink/cpu/relayout_pages.hpp"
-#include "page_ids.hpp"
+#include "op_args.hpp"
 #include "pool.hpp"
 #include "register.hpp"
 #include "tensor.hpp"
@@ -27,38 +27,9 @@ void check_host(const PoolView& pool, const char* name) {
 void append_kv(const py::object& k, const py::object& v, const PoolView& pool, int64_t layer,
                const py::object& slots) {
   check_host(pool, "pool");
-  const LayerView& kv = pool.layer(layer);
-  const KVLayout& layout = kv.layout;
-  Symbols symbols;
-  symbols.bind("num_kv_heads", layout.num_kv_heads, "the pool");
-  symbols.bind("head_dim", layout.head_dim, "the pool");
-  symbols.bind("head_dim_v", layout.head_dim_v, "the pool");
-  const Tensor keys =
-      TensorSpec{"k", {"num_tokens", "num_kv_heads", "head_dim"}, kFloatTypes}.import(k, symbols);
-  const bool has_v = layout.has_v_plane();
-  KVLINK_CHECK(has_v || v.is_none(), "v: expected None, as V is part of K in latent pages");
-  std::optional<Tensor> values;
-  if (has_v) {
-    values = TensorSpec{"v", {"num_tokens", "num_kv_heads", "head_dim_v"}, kFloatTypes}.import(
-        v, symbols);
-    KVLINK_CHECK(values->dtype() == keys.dtype(), "v: expected dtype ", keys.type_name(),
-                 " as in k; got ", values->type_name());
-  }
-  const Tensor slot_ids =
-      TensorSpec{"slots", {"num_tokens"}, {"int64"}, TensorSpec::Strides::kContiguous}.import(
-          slots, symbols);
-  AppendKVParams params{.k = keys.data<void>(),
-                        .v = values ? values->data<void>() : nullptr,
-                        .slots = slot_ids.data<int64_t>(),
-                        .num_tokens = slot_ids.dim(0),
-                        .dtype = *keys.dtype(),
-                        .k_stride_token = keys.stride(0),
-                        .k_stride_head = keys.stride(1),
-                        .v_stride_token = values ? values->stride(0) : 0,
-                        .v_stride_head = values ? values->stride(1) : 0,
-                        .kv = kv};
+  const AppendArgs args(k, v, pool, layer, slots);
   const py::gil_scoped_release release;
-  cpu::append_kv(params);
+  cpu::append_kv(args.params);
 }
 
 py::tuple relayout_pages(const PoolView& src, const PageIds& src_pages, const PoolView& dst,

@@ -17,6 +17,9 @@ struct PoolView {
   dlpack::Device device;
   pybind11::object owner;  // whatever holds the memory
 
+  bool on_host() const {
+    return device.type == dlpack::kDeviceCpu || device.type == dlpack::kDeviceCudaHost;
+  }
   const KVLayout& layout() const { return stored_layers.front().layout; }
   // The stored layer behind a logical one. Throws InvalidArgument.
   const LayerView& layer(int64_t logical) const;

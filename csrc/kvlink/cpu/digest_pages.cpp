@@ -3,39 +3,15 @@
 #include <algorithm>
 #include <vector>
 
-#include "kvlink/base/check.hpp"
 #include "kvlink/cpu/move_rows.hpp"
+#include "kvlink/params/plan_moves.hpp"
 
 namespace kvlink::cpu {
 
 RelayoutResult digest_pages(const DigestParams& params) {
-  KVLINK_CHECK(params.num_layers >= 1, "num_layers: expected >= 1; got ", params.num_layers);
-  const LayerView& first = params.layers[0];
-  const int64_t page_size = first.layout.page_size;
-  std::vector<RowMove> moves;
-  for (int32_t i = 0; i < params.num_layers; ++i) {
-    const LayerView& layer = params.layers[i];
-    KVLINK_CHECK(params.head >= 0 && params.num_heads >= 1 &&
-                     params.head <= layer.layout.num_kv_heads - params.num_heads,
-                 "head: expected heads within [0, ", layer.layout.num_kv_heads, "); got ",
-                 params.head, " to ", int64_t{params.head} + params.num_heads - 1);
-    KVLINK_CHECK(layer.layout.page_size == page_size && layer.num_pages == first.num_pages,
-                 "layers: expected one page size and page count");
-    for (int plane = 0; plane < num_planes(layer.layout); ++plane) {
-      moves.push_back({.src = {},
-                       .dst = row_plane(layer, plane),
-                       .dims = row_dims(layer.layout, plane),
-                       .num_heads = params.num_heads,
-                       .src_head = 0,
-                       .dst_head = params.head,
-                       .verbatim = true,
-                       .with_digest = true,
-                       .model_layer = params.model_layers ? params.model_layers[i] : i,
-                       .model_head = params.model_head,
-                       .model_plane = plane});
-    }
-  }
-  check_run(params.run, params.num_tokens, page_size, first.num_pages, "pages");
+  const std::vector<RowMove> moves = plan_digests(params);
+  const int64_t page_size = params.layers[0].layout.page_size;
+  check_run(params.run, params.num_tokens, params.layers[0], "pages");
   const int64_t max_tokens = box_tokens(moves);
   std::vector<RowBox> boxes;
   for (int64_t token = 0; token < params.num_tokens;) {

@@ -6,6 +6,7 @@
 #include "kvlink/base/check.hpp"
 #include "kvlink/base/math.hpp"
 #include "kvlink/base/threads.hpp"
+#include "kvlink/params/plan_moves.hpp"
 
 namespace kvlink::cpu {
 
@@ -19,28 +20,6 @@ int64_t token_bytes(const RowMove& move) {
 
 }  // namespace
 
-int num_planes(const KVLayout& layout) { return layout.has_v_plane() ? 2 : 1; }
-
-RowPlane row_plane(const LayerView& layer, int plane) {
-  const bool is_v = plane == 1;
-  const KVLayout& layout = layer.layout;
-  RowPlane rows{.data = static_cast<char*>(is_v ? layer.v : layer.k),
-                .scale = nullptr,
-                .dtype = layout.dtype,
-                .token_scale = layout.scale == ScaleGranularity::kTokenHead,
-                .at = is_v ? layout.v : layout.k,
-                .scale_at = {}};
-  if (layout.has_scales()) {
-    rows.scale = is_v ? layer.v_scale : layer.k_scale;
-    rows.scale_at = is_v ? layout.v_scale : layout.k_scale;
-  }
-  return rows;
-}
-
-int64_t row_dims(const KVLayout& layout, int plane) {
-  return plane == 1 ? layout.head_dim_v : layout.head_dim;
-}
-
 bool moves_verbatim(const RowMove& move) {
   if (move.src.dtype != move.dst.dtype || move.src.token_scale != move.dst.token_scale)
     return false;
@@ -53,21 +32,16 @@ bool moves_verbatim(const RowMove& move) {
   return true;
 }
 
-void check_run(const TokenRun& run, int64_t num_tokens, int64_t page_size, int64_t num_pages,
-               const char* name) {
-  constexpr int64_t kMax = int64_t{1} << 48;
-  KVLINK_CHECK(run.first_slot >= 0 && run.first_slot < kMax, name,
-               ": expected a first slot >= 0; got ", run.first_slot);
-  KVLINK_CHECK(num_tokens >= 0 && num_tokens < kMax, "num_tokens: expected >= 0; got ", num_tokens);
+void check_run(const TokenRun& run, int64_t num_tokens, const LayerView& layer, const char* name) {
+  const int64_t page_size = layer.layout.page_size;
+  check_run_bounds(run, num_tokens, page_size, name);
   if (num_tokens == 0) return;
   const int64_t end = ceil_div(run.first_slot + num_tokens, page_size);
-  KVLINK_CHECK(end <= run.num_pages, name, ": expected at least ", end, " pages for ", num_tokens,
-               " tokens from slot ", run.first_slot, "; got ", run.num_pages);
   for (int64_t i = run.first_slot / page_size; i < end; ++i) {
     const int32_t page = run.pages[i];
-    if (page >= 0 && page < num_pages) continue;
-    throw PageTableError(concat(name, "[", i, "]: expected a page in [0, ", num_pages, "); got ",
-                                page, page == -1 ? " (unmapped)" : ""));
+    if (page >= 0 && page < layer.num_pages) continue;
+    throw PageTableError(concat(name, "[", i, "]: expected a page in [0, ", layer.num_pages,
+                                "); got ", page, page == -1 ? " (unmapped)" : ""));
   }
 }
 

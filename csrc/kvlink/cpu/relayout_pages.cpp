@@ -5,43 +5,11 @@
 
 #include "kvlink/base/check.hpp"
 #include "kvlink/cpu/move_rows.hpp"
+#include "kvlink/params/plan_moves.hpp"
 
 namespace kvlink::cpu {
 
 namespace {
-
-const char* form_name(KVForm form) {
-  constexpr const char* kNames[] = {"separate", "packed", "latent", "opaque"};
-  return kNames[static_cast<int>(form)];
-}
-
-std::string describe(const KVLayout& layout) {
-  return concat(form_name(layout.form), " pages of ", layout.head_dim, " x ",
-                dtype_name(layout.dtype));
-}
-
-void check_layers(const KVLayout& src, const KVLayout& dst) {
-  const bool same_meaning = src.form == dst.form || (src.has_v_plane() && dst.has_v_plane());
-  const bool opaque = src.form == KVForm::kOpaque;
-  const bool same_elements = src.dtype == dst.dtype && src.head_dim == dst.head_dim;
-  if (!same_meaning || (opaque && !same_elements)) {
-    throw Unsupported(concat("relayout_pages: no conversion from ", describe(src), " to ",
-                             describe(dst),
-                             "; separate and packed convert to each other, latent to latent, "
-                             "opaque to opaque of the same elements"));
-  }
-  KVLINK_CHECK(src.head_dim == dst.head_dim && src.head_dim_v == dst.head_dim_v,
-               "head_dim and head_dim_v: expected ", src.head_dim, " and ", src.head_dim_v,
-               " as in the source; got ", dst.head_dim, " and ", dst.head_dim_v);
-  KVLINK_CHECK(opaque || (src.dtype != DType::kUInt8 && dst.dtype != DType::kUInt8),
-               "dtype: uint8 is for opaque pages");
-}
-
-void check_heads(const char* name, int32_t first, int32_t count, int32_t num_kv_heads) {
-  KVLINK_CHECK(first >= 0 && count >= 1 && first <= num_kv_heads - count, name,
-               ": expected heads within [0, ", num_kv_heads, "); got ", first, " to ",
-               int64_t{first} + count - 1);
-}
 
 // Pages that the run touches, sorted.
 std::vector<int32_t> used_pages(const TokenRun& run, int64_t num_tokens, int64_t page_size) {
@@ -71,48 +39,6 @@ void check_overlap(const RelayoutParams& params) {
   }
 }
 
-void check(const RelayoutParams& params) {
-  KVLINK_CHECK(params.num_layers >= 1, "num_layers: expected >= 1; got ", params.num_layers);
-  const LayerView& src = params.src_layers[0];
-  const LayerView& dst = params.dst_layers[0];
-  for (int32_t i = 0; i < params.num_layers; ++i) {
-    const LayerView& from = params.src_layers[i];
-    const LayerView& to = params.dst_layers[i];
-    check_layers(from.layout, to.layout);
-    check_heads("src_head", params.src_head, params.num_heads, from.layout.num_kv_heads);
-    check_heads("dst_head", params.dst_head, params.num_heads, to.layout.num_kv_heads);
-    KVLINK_CHECK(from.layout.page_size == src.layout.page_size && from.num_pages == src.num_pages &&
-                     to.layout.page_size == dst.layout.page_size && to.num_pages == dst.num_pages,
-                 "layers: expected one page size and page count on either side");
-  }
-  check_run(params.src, params.num_tokens, src.layout.page_size, src.num_pages, "src_pages");
-  check_run(params.dst, params.num_tokens, dst.layout.page_size, dst.num_pages, "dst_pages");
-}
-
-std::vector<RowMove> plan_moves(const RelayoutParams& params) {
-  std::vector<RowMove> moves;
-  for (int32_t i = 0; i < params.num_layers; ++i) {
-    const LayerView& from = params.src_layers[i];
-    const LayerView& to = params.dst_layers[i];
-    for (int plane = 0; plane < num_planes(to.layout); ++plane) {
-      RowMove move{.src = row_plane(from, plane),
-                   .dst = row_plane(to, plane),
-                   .dims = row_dims(to.layout, plane),
-                   .num_heads = params.num_heads,
-                   .src_head = params.src_head,
-                   .dst_head = params.dst_head,
-                   .verbatim = false,
-                   .with_digest = params.with_digest,
-                   .model_layer = params.model_layers ? params.model_layers[i] : i,
-                   .model_head = params.model_head,
-                   .model_plane = plane};
-      move.verbatim = moves_verbatim(move);
-      moves.push_back(move);
-    }
-  }
-  return moves;
-}
-
 // Cuts the run where either side changes its page.
 std::vector<RowBox> plan_boxes(const RelayoutParams& params, int64_t max_tokens) {
   const int64_t src_size = params.src_layers[0].layout.page_size;
@@ -136,10 +62,12 @@ std::vector<RowBox> plan_boxes(const RelayoutParams& params, int64_t max_tokens)
 }  // namespace
 
 RelayoutResult relayout_pages(const RelayoutParams& params) {
-  check(params);
+  std::vector<RowMove> moves = plan_moves(params);
+  check_run(params.src, params.num_tokens, params.src_layers[0], "src_pages");
+  check_run(params.dst, params.num_tokens, params.dst_layers[0], "dst_pages");
   if (params.num_tokens == 0) return {};
   check_overlap(params);
-  const std::vector<RowMove> moves = plan_moves(params);
+  for (RowMove& move : moves) move.verbatim = moves_verbatim(move);
   const std::vector<RowBox> boxes = plan_boxes(params, box_tokens(moves));
   const uint64_t digest = for_each_box(moves, boxes, KVLINK_SIMD_PICK(move_rows));
   return {.rows = static_cast<uint64_t>(params.num_tokens) * params.num_heads * moves.size(),

@@ -1,4 +1,4 @@
-// Page ids as users pass them, and the stored layers they page.
+// The arguments of the cache operators as users pass them; the same on every device.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "kvlink/params/append_kv.hpp"
 #include "kvlink/params/relayout_pages.hpp"
 #include "pool.hpp"
 #include "tensor.hpp"
@@ -28,6 +29,15 @@ class PageIds {
   std::vector<int32_t> copied_;
   const int32_t* data_ = nullptr;
   int64_t size_ = 0;
+};
+
+// What append_kv takes, checked against the pool; all arrays must be where the pool is.
+struct AppendArgs {
+  AppendArgs(const pybind11::object& k, const pybind11::object& v, const PoolView& pool,
+             int64_t layer, const pybind11::object& slots);
+
+  std::vector<Tensor> arrays;  // keeps what params points to
+  AppendKVParams params;
 };
 
 // Throws InvalidArgument, naming the argument.

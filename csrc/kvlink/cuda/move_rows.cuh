@@ -1,0 +1,270 @@
+// Moving rows on the device: what append_kv and relayout_pages share. A group of kLanes lanes of a
+// warp moves one row; conversions and the digest are those of the host.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kvlink/base/convert.hpp"
+#include "kvlink/base/row_digest.hpp"
+#include "kvlink/layout/rows.hpp"
+
+namespace kvlink::cuda {
+
+inline constexpr int kVector = 8;  // elements a lane converts at a time
+
+// Where one row is, on both sides.
+struct RowPlace {
+  int64_t src_page, src_slot, src_head;
+  int64_t dst_page, dst_slot, dst_head;
+};
+
+template <int kLanes>
+struct Group {
+  int lane = static_cast<int>(threadIdx.x) % kLanes;
+  unsigned mask = static_cast<unsigned>((1ull << kLanes) - 1)
+                  << (static_cast<int>(threadIdx.x) % 32 / kLanes * kLanes);
+
+  __device__ void sync() const { __syncwarp(mask); }
+  template <typename T>
+  __device__ T exchange(T value, int distance) const {
+    return __shfl_xor_sync(mask, value, distance, kLanes);
+  }
+};
+
+// --- elements -------------------------------------------------------------------------------
+
+template <DType kDType>
+__device__ void load_vector(const char* data, int64_t stride, int count, float* out) {
+  using Type = typename Storage<kDType>::Type;
+  alignas(16) Type stored[kVector];
+  const auto* from = reinterpret_cast<const Type*>(data);
+  constexpr int kAlign = sizeof(stored) < 16 ? sizeof(stored) : 16;
+  if (stride == 1 && count == kVector && reinterpret_cast<uintptr_t>(data) % kAlign == 0) {
+    if constexpr (kAlign == 8) {
+      *reinterpret_cast<uint2*>(stored) = *reinterpret_cast<const uint2*>(data);
+    } else {
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(stored) / 16); ++i) {
+        reinterpret_cast<uint4*>(stored)[i] = reinterpret_cast<const uint4*>(data)[i];
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) stored[i] = i < count ? from[i * stride] : Type{};
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) out[i] = Storage<kDType>::load(stored[i]);
+}
+
+template <DType kDType>
+__device__ void store_vector(const float* values, int64_t stride, int count, char* data) {
+  using Type = typename Storage<kDType>::Type;
+  alignas(16) Type stored[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) stored[i] = Storage<kDType>::store(values[i]);
+  auto* to = reinterpret_cast<Type*>(data);
+  constexpr int kAlign = sizeof(stored) < 16 ? sizeof(stored) : 16;
+  if (stride == 1 && count == kVector && reinterpret_cast<uintptr_t>(data) % kAlign == 0) {
+    if constexpr (kAlign == 8) {
+      *reinterpret_cast<uint2*>(data) = *reinterpret_cast<const uint2*>(stored);
+    } else {
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(stored) / 16); ++i) {
+        reinterpret_cast<uint4*>(data)[i] = reinterpret_cast<const uint4*>(stored)[i];
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (i < count) to[i * stride] = stored[i];
+    }
+  }
+}
+
+// uint8 has no values; the host refuses to convert it.
+__device__ inline void load_values(DType dtype, const char* data, int64_t stride, int count,
+                                   float* out) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return load_vector<DType::kFloat32>(data, stride, count, out);
+    case DType::kFloat16:
+      return load_vector<DType::kFloat16>(data, stride, count, out);
+    case DType::kBFloat16:
+      return load_vector<DType::kBFloat16>(data, stride, count, out);
+    case DType::kFloat8E4M3:
+      return load_vector<DType::kFloat8E4M3>(data, stride, count, out);
+    case DType::kFloat8E5M2:
+      return load_vector<DType::kFloat8E5M2>(data, stride, count, out);
+    default:
+      return load_vector<DType::kInt8>(data, stride, count, out);
+  }
+}
+
+__device__ inline void store_values(DType dtype, const float* values, int64_t stride, int count,
+                                    char* data) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return store_vector<DType::kFloat32>(values, stride, count, data);
+    case DType::kFloat16:
+      return store_vector<DType::kFloat16>(values, stride, count, data);
+    case DType::kBFloat16:
+      return store_vector<DType::kBFloat16>(values, stride, count, data);
+    case DType::kFloat8E4M3:
+      return store_vector<DType::kFloat8E4M3>(values, stride, count, data);
+    case DType::kFloat8E5M2:
+      return store_vector<DType::kFloat8E5M2>(values, stride, count, data);
+    default:
+      return store_vector<DType::kInt8>(values, stride, count, data);
+  }
+}
+
+// --- rows -----------------------------------------------------------------------------------
+
+template <int kLanes>
+__device__ void copy_row(const Group<kLanes>& group, const RowMove& move, const char* src,
+                         char* dst) {
+  const int64_t size = dtype_bytes(move.dst.dtype);
+  const int64_t num_bytes = move.dims * size;
+  const bool contiguous = move.src.at.stride_dim == 1 && move.dst.at.stride_dim == 1;
+  const uintptr_t low_bits =
+      reinterpret_cast<uintptr_t>(src) | reinterpret_cast<uintptr_t>(dst) | num_bytes;
+  if (contiguous && low_bits % 16 == 0) {
+    for (int64_t i = group.lane; i < num_bytes / 16; i += kLanes) {
+      reinterpret_cast<uint4*>(dst)[i] = reinterpret_cast<const uint4*>(src)[i];
+    }
+    return;
+  }
+  for (int64_t i = group.lane; i < move.dims; i += kLanes) {
+    const char* from = src + i * move.src.at.stride_dim * size;
+    char* to = dst + i * move.dst.at.stride_dim * size;
+    if (size == 1) {
+      *to = *from;
+    } else if (size == 2) {
+      *reinterpret_cast<uint16_t*>(to) = *reinterpret_cast<const uint16_t*>(from);
+    } else {
+      *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
+    }
+  }
+}
+
+template <int kLanes>
+__device__ void convert_row(const Group<kLanes>& group, const RowMove& move, const char* src,
+                            float src_scale, char* dst, float* dst_scale) {
+  const int64_t src_step = move.src.at.stride_dim * dtype_bytes(move.src.dtype);
+  const int64_t dst_step = move.dst.at.stride_dim * dtype_bytes(move.dst.dtype);
+  float values[kVector];
+  float scale = 1.0f;
+  if (move.dst.token_scale) {
+    float amax = 0.0f;
+    for (int64_t i = group.lane * kVector; i < move.dims; i += kLanes * kVector) {
+      const int count = move.dims - i < kVector ? static_cast<int>(move.dims - i) : kVector;
+      load_values(move.src.dtype, src + i * src_step, move.src.at.stride_dim, count, values);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        const float value = src_scale == 1.0f ? values[j] : values[j] * src_scale;
+        const uint32_t magnitude = float_bits(value) & 0x7fffffffu;
+        if (magnitude < 0x7f800000u) amax = fmaxf(amax, float_from_bits(magnitude));
+      }
+    }
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+      amax = fmaxf(amax, group.exchange(amax, distance));
+    }
+    scale = dynamic_scale(amax, move.dst.dtype);
+    if (group.lane == 0) *dst_scale = scale;
+  } else if (dst_scale) {
+    scale = *dst_scale;
+  }
+  for (int64_t i = group.lane * kVector; i < move.dims; i += kLanes * kVector) {
+    const int count = move.dims - i < kVector ? static_cast<int>(move.dims - i) : kVector;
+    load_values(move.src.dtype, src + i * src_step, move.src.at.stride_dim, count, values);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      if (src_scale != 1.0f) values[j] *= src_scale;
+      if (scale != 1.0f) values[j] = __fdiv_rn(values[j], scale);
+    }
+    store_values(move.dst.dtype, values, move.dst.at.stride_dim, count, dst + i * dst_step);
+  }
+}
+
+// Word `idx` of a row's bytes, zero past their end.
+__device__ inline uint64_t row_word(const char* row, int64_t idx, int64_t dims, int64_t stride,
+                                    int64_t size) {
+  const int64_t num_bytes = dims * size;
+  if (stride == 1 && idx * 8 + 8 <= num_bytes && reinterpret_cast<uintptr_t>(row) % 8 == 0) {
+    return reinterpret_cast<const uint64_t*>(row)[idx];
+  }
+  uint64_t word = 0;
+  for (int64_t byte = idx * 8; byte < idx * 8 + 8 && byte < num_bytes; ++byte) {
+    const char* at = row + byte / size * stride * size + byte % size;
+    word |= static_cast<uint64_t>(static_cast<uint8_t>(*at)) << (byte % 8 * 8);
+  }
+  return word;
+}
+
+// In lane 0: the digest of the destination row. Other lanes: unspecified.
+template <int kLanes>
+__device__ uint64_t digest_row(const Group<kLanes>& group, const RowMove& move,
+                               const RowPlace& place, int32_t model_head, int64_t position) {
+  static_assert(kLanes >= row_digest::kLanes);
+  const int64_t size = dtype_bytes(move.dst.dtype);
+  const char* row = move.dst.row(place.dst_page, place.dst_slot, place.dst_head);
+  const int64_t num_words = (move.dims * size + row_digest::kStripeBytes - 1) /
+                            row_digest::kStripeBytes * row_digest::kLanes;
+  // Lane l has words l, l + kLanes, ..., which all belong to digest lane l % 8.
+  const int j = group.lane % row_digest::kLanes;
+  uint64_t products = 0, words = 0;
+  for (int64_t i = group.lane; i < num_words; i += kLanes) {
+    const uint64_t word = row_word(row, i, move.dims, move.dst.at.stride_dim, size);
+    const uint64_t stripe = static_cast<uint64_t>(i / row_digest::kLanes);
+    const uint64_t x = word ^ (row_digest::key(j) + stripe * row_digest::kStep);
+    products += (x & 0xffffffffu) * (x >> 32);
+    words += word;
+  }
+  for (int distance = row_digest::kLanes; distance < kLanes; distance *= 2) {
+    products += group.exchange(products, distance);
+    words += group.exchange(words, distance);
+  }
+  const uint64_t mine = (products + group.exchange(words, 1)) ^ row_digest::key(8 + j);
+  uint64_t fold = row_digest::multiply_fold(mine, group.exchange(mine, 1));
+  fold += group.exchange(fold, 2);
+  fold += group.exchange(fold, 4);
+  if (group.lane != 0) return 0;
+  uint64_t seed = row_digest::seed(
+      row_digest::base(move.model_layer, model_head, move.model_plane, move.dims * size), position);
+  if (move.dst.token_scale) {
+    const float scale = *move.dst.row_scale(place.dst_page, place.dst_slot, place.dst_head);
+    seed = row_digest::seed_with_scale(seed, float_bits(scale));
+  }
+  return row_digest::finish(fold, seed);
+}
+
+template <int kLanes>
+__device__ void move_row(const Group<kLanes>& group, const RowMove& move, const RowPlace& place) {
+  const char* src = move.src.row(place.src_page, place.src_slot, place.src_head);
+  char* dst = move.dst.row(place.dst_page, place.dst_slot, place.dst_head);
+  float src_scale = 1.0f;
+  if (move.src.scale) {
+    src_scale = *move.src.row_scale(place.src_page, place.src_slot, place.src_head);
+  }
+  float* dst_scale = nullptr;
+  if (move.dst.scale) {
+    dst_scale = move.dst.row_scale(place.dst_page, place.dst_slot, place.dst_head);
+  }
+  const bool same_kind =
+      move.src.dtype == move.dst.dtype && move.src.token_scale == move.dst.token_scale;
+  if (same_kind && (move.src.token_scale || src_scale == (dst_scale ? *dst_scale : 1.0f))) {
+    copy_row(group, move, src, dst);
+    if (move.src.token_scale && group.lane == 0) *dst_scale = src_scale;
+  } else {
+    convert_row(group, move, src, src_scale, dst, dst_scale);
+  }
+}
+
+// Lanes that a row of this many bytes keeps busy with 16 bytes each: 8, 16 or 32.
+inline int group_lanes(int64_t row_bytes) {
+  return row_bytes <= 128 ? 8 : row_bytes <= 256 ? 16 : 32;
+}
+
+}  // namespace kvlink::cuda

@@ -1,0 +1,57 @@
+"""Written by tools/make_stubs.py from the built module; `make stubs` brings it up to date."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvlink._C import PoolView
+
+runtime_version: int
+
+def append_kv(k: Any, v: Any, pool: PoolView, layer: int, slots: Any, stream: int) -> None: ...
+
+def check_errors(device: int) -> None:
+    """Waits for the device and raises what its kernels recorded."""
+
+def device_count() -> int:
+    """CUDA devices; 0 without a driver."""
+
+def digest_pages(
+    *,
+    pool: PoolView,
+    pages: Any,
+    layers: Sequence[int],
+    model_layers: Sequence[int],
+    num_heads: int,
+    head: int,
+    model_head: int,
+    num_tokens: int,
+    start: int,
+    token_position: int,
+    stream: int,
+) -> tuple[Any, ...]:
+    """(rows, digest). Layers are stored layers."""
+
+def relayout_pages(
+    *,
+    src: PoolView,
+    src_pages: Any,
+    dst: PoolView,
+    dst_pages: Any,
+    src_layers: Sequence[int],
+    dst_layers: Sequence[int],
+    model_layers: Sequence[int],
+    num_heads: int,
+    src_head: int,
+    dst_head: int,
+    model_head: int,
+    num_tokens: int,
+    src_start: int,
+    dst_start: int,
+    token_position: int,
+    digest: bool,
+    stream: int,
+) -> tuple[Any, ...]:
+    """(rows, digest). Layers are stored layers."""
+
+def unavailable_reason() -> str:
+    """Empty when there is a device."""

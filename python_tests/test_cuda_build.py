@@ -1,0 +1,89 @@
+"""kvlink._cuda: what can be told without a GPU. Its kernels are run by the tests marked gpu."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kvlink import KVLayout, KVPool, append_kv, copy_pages, digest_pages, relayout_pages
+from kvlink.errors import KVLinkError, Unsupported
+from kvlink.layout import KVLayout as Layout
+
+SPEC = importlib.util.find_spec("kvlink._cuda")
+built = pytest.mark.skipif(SPEC is None, reason="kvlink._cuda is not built (no nvcc)")
+LAYOUT = KVLayout.nhd(num_kv_heads=2, head_dim=16, page_size=4, dtype="bfloat16")
+
+
+def pool_on(device: tuple[int, int], layout: Layout = LAYOUT) -> KVPool:
+    """A pool that claims to be on a device; its addresses are never dereferenced here."""
+    planes = [(4096, 8192, 0, 0)]
+    return KVPool(layout, 4, planes, [0], device, None)
+
+
+@built
+def test_loads_without_a_driver_and_counts_devices() -> None:
+    code = (
+        "import kvlink, kvlink._cuda as c;"
+        "assert (c.device_count() == 0) == bool(c.unavailable_reason());"
+        "print(c.device_count(), c.unavailable_reason(), c.runtime_version)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
+
+
+@built
+def test_one_image_per_architecture() -> None:
+    assert SPEC is not None
+    cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump")
+    listed = subprocess.run(
+        [cuobjdump, "--list-elf", str(SPEC.origin)],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    wanted = re.split("[;,]", os.environ.get("KVLINK_CUDA_ARCHS", "80;90a;100"))
+    assert set(re.findall(r"sm_(\d+a?)", listed.stdout)) == set(wanted)
+
+
+@built
+def test_calls_without_a_device_say_so() -> None:
+    from kvlink import _cuda
+
+    if _cuda.device_count() > 0:
+        pytest.skip("there is a CUDA device")
+    pool = pool_on((2, 0))
+    k, slots = torch.zeros(1, 2, 16), torch.zeros(1).long()
+    for call in (
+        lambda: append_kv(k, k, pool, 0, slots, stream=0),
+        lambda: relayout_pages(pool, [0], pool, [1], num_tokens=1, stream=0),
+        lambda: copy_pages(pool, [0], [1], stream=0),
+        lambda: digest_pages(pool, [0], num_tokens=1, stream=0),
+        lambda: _cuda.check_errors(0),
+    ):
+        with pytest.raises(Unsupported, match="no usable device"):
+            call()
+
+
+def test_without_the_cuda_part_calls_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kvlink._cuda", None)
+    with pytest.raises(Unsupported, match="kvlink has no CUDA part here"):
+        copy_pages(pool_on((2, 0)), [0], [1], stream=0)
+
+
+def test_pools_of_two_devices_do_not_mix() -> None:
+    host = KVPool.create(LAYOUT, num_layers=1, num_pages=4)
+    for src, dst in ((host, pool_on((2, 0))), (pool_on((2, 0)), host)):
+        with pytest.raises(Unsupported, match="one device; got DLPack devices"):
+            relayout_pages(src, [0], dst, [0], num_tokens=1)
+    with pytest.raises(KVLinkError, match="host memory; got device type 10"):
+        digest_pages(pool_on((10, 0)), [0], num_tokens=1)
