@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--model", default=HERE / "demo_model", type=Path, metavar="DIR")
     parser.add_argument("--prompts", default=HERE / "demo_prompts.jsonl", type=Path, metavar="FILE")
     parser.add_argument("--max-new-tokens", default=96, type=int, metavar="N")
-    parser.add_argument("--temperature", default=0.6, type=float, metavar="X")
+    parser.add_argument("--temperature", default=0.8, type=float, metavar="X")
     parser.add_argument("--seed", default=1, type=int, metavar="N")
     arguments = parser.parse_args()
 
