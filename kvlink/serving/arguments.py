@@ -67,6 +67,9 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-num-seqs", type=positive, default=64, metavar="N", help="sequences decoded at once")
     add("--max-batch-tokens", type=positive, default=1024, metavar="N",
         help="prompt tokens in a prefill step; longer prompts go in chunks")  # fmt: skip
+    add("--grant-ttl", type=_number(0.001, 86400.0), default=60.0, metavar="S",
+        help="seconds without a sign of life of prefill after which decode takes back the pages "
+        "that it granted")  # fmt: skip
     add("--threads", type=count, default=0, metavar="N",
         help="CPU threads of both processes together; 0 takes the CPUs there are")  # fmt: skip
 
@@ -92,6 +95,7 @@ def options_from(arguments: argparse.Namespace, model_dir: str) -> Options:
         max_num_seqs=arguments.max_num_seqs,
         max_batch_tokens=arguments.max_batch_tokens,
         ignore_eos=arguments.ignore_eos,
+        grant_ttl_s=arguments.grant_ttl,
     )
 
 

@@ -44,16 +44,17 @@ def _run(arguments: Namespace) -> None:
     options = options_from(arguments, arguments.model)
     generation = Generation(lines, options, defaults_from(arguments))
     with ExitStack() as stack:
+        report = _open_report(stack, arguments.report)
         output = stack.enter_context(_open_output(arguments.output))
         on_progress = _progress_bar(stack, len(generation.requests))
         records = stack.enter_context(closing(generation.run(on_progress)))
         for record in records:
             output.write(json.dumps(record, ensure_ascii=False) + "\n")
             output.flush()
+        if report is not None:
+            report.write(json.dumps(generation.report, indent=2) + "\n")
     if arguments.report == "-":
         print(format_report(generation.report), file=sys.stderr)
-    elif arguments.report is not None:
-        Path(arguments.report).write_text(json.dumps(generation.report, indent=2) + "\n")
 
 
 def _read_lines(path: str) -> list[bytes]:
@@ -67,6 +68,12 @@ def _open_output(path: str) -> AbstractContextManager[IO[str]]:
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
         return nullcontext(sys.stdout)
     return open(path, "w", encoding="utf-8")
+
+
+def _open_report(stack: ExitStack, path: str | None) -> IO[str] | None:
+    if path in (None, "-"):
+        return None
+    return stack.enter_context(open(str(path), "w", encoding="utf-8"))
 
 
 def _progress_bar(stack: ExitStack, total: int) -> Callable[[int, int], None] | None:

@@ -27,7 +27,8 @@ class DecodeWorker(Worker):
         super().__init__(role, setup, channel)
         self.scheduler = DecodeScheduler(self.allocator, self.options.max_num_seqs)
         self.totals: Counter[str] = Counter()
-        self.progress_at = 0.0
+        self.progress_at = 0.0  # time.monotonic()
+        self.extended_at = 0.0
 
     def serve(self) -> None:
         """Works until the router says stop."""
@@ -107,12 +108,23 @@ class DecodeWorker(Worker):
             self.scheduler.requeue(job)
         else:
             del self.scheduler.arriving[job.request.index]
-            reason = f"KV transfer failed {job.attempt} times: {type(error).__name__}: {error}"
-            self.channel.send("gave_up", index=job.request.index, error=reason)
+            reason = job.failure or f"{type(error).__name__}: {error}"
+            self.channel.send(
+                "gave_up",
+                index=job.request.index,
+                error=f"KV transfer failed {job.attempt} times: {reason}",
+            )
 
     def take_back(self, pages: Any, _grant: Any) -> None:
         """A grant has failed and nobody writes to its pages any more; called from any thread."""
         self.allocator.free(pages)
+
+    def extend_grants(self) -> None:
+        """Prefill is at work, however long its queue is: grants only expire when it is stuck."""
+        if time.monotonic() - self.extended_at > self.options.grant_ttl_s / 8:
+            self.extended_at = time.monotonic()
+            for job in self.scheduler.arriving.values():
+                job.grant.extend(self.options.grant_ttl_s)
 
     def receive(self, timeout: float) -> None:
         """Takes what the router sent; waits up to `timeout` seconds for something."""
@@ -125,8 +137,11 @@ class DecodeWorker(Worker):
                     continue  # of an earlier attempt
                 job.token_ids.append(message["token"])
                 job.first_token_at = message["at"]
-                if message["error"] is not None:
+                job.failure = message["failure"]
+                if job.failure is not None:
                     job.grant.revoke()
+            elif message["type"] == "alive":
+                self.extend_grants()
             elif message["type"] == "stop":
                 self.stopping = True
 

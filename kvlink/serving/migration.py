@@ -36,6 +36,11 @@ class Migration:
         if self.error is None:
             self._try(self._transfer.finish)
 
+    @property
+    def failure(self) -> str | None:
+        """Why it failed, if it did."""
+        return None if self.error is None else f"{type(self.error).__name__}: {self.error}"
+
     def source_reusable(self) -> bool:
         """Nobody reads the source pages any more."""
         return self._transfer is None or bool(self._transfer.source_reusable)

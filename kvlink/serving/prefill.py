@@ -49,6 +49,7 @@ class PrefillWorker(Worker):
         batch = Batch.of([chunk for _, chunk in step], self.allocator.page_size)
         logits = self.model(batch, self.pool, on_layer=push_layer)
         computed_ns = time.monotonic_ns()
+        self.channel.send("alive")
         for migration, row in zip(migrations, logits, strict=True):
             migration.finish(computed_ns)
             job = migration.job
@@ -58,7 +59,7 @@ class PrefillWorker(Worker):
                 attempt=job.attempt,
                 token=sample(row, job.request.sampling, step=0),
                 at=time.monotonic(),
-                error=None if migration.error is None else str(migration.error),
+                failure=migration.failure,
             )
         return migrations
 

@@ -72,8 +72,8 @@ class Router:
                 if kind == "granted":
                     prompt = by_index[message["index"]].to_message()
                     prefill.send("prefill", **_without_type(message), request=prompt)
-                elif kind == "prefilled":
-                    decode.send("prefilled", **_without_type(message))
+                elif kind in ("prefilled", "alive"):
+                    decode.send(kind, **_without_type(message))
                 elif kind == "progress":
                     self.num_generated = message["num_tokens"]
                 elif kind in ("finished", "gave_up"):

@@ -84,6 +84,7 @@ class DecodeJob:
     grant: Any = None
     token_ids: list[int] = field(default_factory=list)
     first_token_at: float = 0.0
+    failure: str | None = None  # why prefill could not send the KV, if it told
 
     @property
     def num_kv_tokens(self) -> int:
@@ -136,6 +137,7 @@ class DecodeScheduler:
         """The KV of a job did not arrive: it is first to be admitted again, to other pages."""
         del self.arriving[job.request.index]
         job.token_ids.clear()
+        job.failure = None
         self.waiting.appendleft(job)
 
     def end(self, job: DecodeJob) -> None:

@@ -45,7 +45,7 @@ def test_greedy_tokens(
     model, path = checkpoint(family)
     lines = make_prompts(24)
     report = tmp_path / "report.json"
-    records, _ = generate(
+    records, errors = generate(
         path,
         to_jsonl(lines),
         "--dtype=float32",
@@ -53,6 +53,7 @@ def test_greedy_tokens(
         f"--report={report}",
         *side_options(LAYOUTS[family]),
     )
+    assert errors == ""  # quiet where there is no terminal
     expected = [greedy(model, line) for line in lines]
     assert [record["token_ids"] for record in records] == expected
     assert [record["index"] for record in records] == list(range(len(lines)))

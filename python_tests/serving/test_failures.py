@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,21 +17,29 @@ from tiny import CONTEXT, to_jsonl
 
 pytestmark = pytest.mark.two_process
 SECONDS = 20.0  # bound of every wait here; far above what anything takes
-LINES = to_jsonl([{"prompt_token_ids": [i % 256], "max_new_tokens": CONTEXT} for i in range(200)])
+
+
+def jsonl(count: int, max_new_tokens: int) -> bytes:
+    return to_jsonl(
+        [{"prompt_token_ids": [i], "max_new_tokens": max_new_tokens} for i in range(count)]
+    )
+
+
+LINES = jsonl(200, CONTEXT)
 
 
 class Running:
     """A command that is generating, and its two workers."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, *options: str, lines: bytes = LINES) -> None:
         self.process = subprocess.Popen(
-            command(model, "--ignore-eos", "--max-num-seqs=2"),
+            command(model, "--ignore-eos", "--max-num-seqs=2", *options),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
         assert self.process.stdin is not None
-        self.process.stdin.write(LINES)
+        self.process.stdin.write(lines)
         self.process.stdin.close()
         self.process.stdin = None
         assert self.process.stdout is not None
@@ -112,6 +121,33 @@ def test_killed_command(running: Running, number: signal.Signals) -> None:
     status, _ = running.finish()
     assert status == -number
     wait_until_gone(list(running.workers.values()))
+
+
+def test_grants_that_expire(checkpoint: Callable[[str], tuple[Any, Path]]) -> None:
+    """Pages come back to decode, which grants anew, and gives up in the end."""
+    _, path = checkpoint("llama2")
+    records, _ = generate(path, jsonl(30, max_new_tokens=2), "--grant-ttl=0.001", "--ignore-eos")
+    assert len(records) == 30
+    for record in records:
+        # A fast machine may still deliver some in time; none is lost, none is wrong.
+        failed = "KV transfer failed 3 times: GrantExpired"
+        assert len(record.get("token_ids", ())) == 2 or record["error"].startswith(failed)
+
+
+def test_prefill_that_stands_still_for_a_while(
+    checkpoint: Callable[[str], tuple[Any, Path]],
+) -> None:
+    lines = jsonl(20, CONTEXT)
+    run = Running(checkpoint("llama2")[1], "--grant-ttl=2", lines=lines)
+    os.kill(run.workers["prefill"], signal.SIGSTOP)
+    time.sleep(3)  # its grants expire, and decode grants anew
+    os.kill(run.workers["prefill"], signal.SIGCONT)
+    assert run.process.stdout is not None
+    records = [json.loads(line) for line in run.process.stdout.read().splitlines()]
+    status, errors = run.finish()
+    assert (status, errors) == (0, "")
+    assert [len(record["token_ids"]) for record in records] == [CONTEXT - 1] * 19
+    wait_until_gone(list(run.workers.values()))
 
 
 def test_worker_that_cannot_start(

@@ -78,6 +78,5 @@ def test_result_depends_on_the_request_alone(
     # Seeds count: the same lines under other seeds continue differently.
     for line in lines:
         del line["seed"]
-    seeds = [generate(path, to_jsonl(lines), *options, f"--seed={seed}")[0] for seed in (100, 100)]
-    assert [r["token_ids"] for r in seeds[0]] == [r["token_ids"] for r in seeds[1]]
-    assert [r["token_ids"] for r in seeds[0]] != tokens
+    others, _ = generate(path, to_jsonl(lines), *options, "--seed=100")
+    assert [record["token_ids"] for record in others] != tokens
