@@ -30,8 +30,8 @@ void register_exceptions() {
     } catch (const Unsupported& error) {
       raise("Unsupported", error.what());
     } catch (const std::system_error& error) {
-      py::object os_error = py::reinterpret_borrow<py::object>(PyExc_OSError)(error.code().value(),
-                                                                             error.what());
+      py::object os_error =
+          py::reinterpret_borrow<py::object>(PyExc_OSError)(error.code().value(), error.what());
       PyErr_SetObject(PyExc_OSError, os_error.ptr());
     }
   });

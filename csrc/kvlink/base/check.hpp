@@ -33,7 +33,7 @@ std::string concat(const Parts&... parts) {
 
 }  // namespace kvlink
 
-#define KVLINK_CHECK(condition, ...)                                          \
-  do {                                                                        \
+#define KVLINK_CHECK(condition, ...)                                                  \
+  do {                                                                                \
     if (!(condition)) throw ::kvlink::InvalidArgument(::kvlink::concat(__VA_ARGS__)); \
   } while (0)

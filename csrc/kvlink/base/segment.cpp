@@ -55,8 +55,8 @@ Segment Segment::attach(int fd, size_t num_bytes) {
   KVLINK_CHECK(static_cast<size_t>(status.st_size) >= num_bytes,
                "shared memory: expected at least ", num_bytes, " bytes; got ", status.st_size);
   const int seals = fcntl(fd, F_GET_SEALS);
-  KVLINK_CHECK(seals >= 0 && (seals & F_SEAL_SHRINK),
-               "shared memory: descriptor ", fd, " is not sealed against shrinking");
+  KVLINK_CHECK(seals >= 0 && (seals & F_SEAL_SHRINK), "shared memory: descriptor ", fd,
+               " is not sealed against shrinking");
   const int own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
   if (own < 0) fail("F_DUPFD_CLOEXEC");
   try {

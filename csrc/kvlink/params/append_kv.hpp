@@ -12,7 +12,7 @@ struct AppendKVParams {
   const void* v = nullptr;         // [num_tokens, num_kv_heads, head_dim_v]; null when latent
   const int64_t* slots = nullptr;  // [num_tokens] page * page_size + slot; -1: token is skipped
   int64_t num_tokens = 0;
-  DType dtype = DType::kFloat32;  // of k and v: float32, float16 or bfloat16
+  DType dtype = DType::kFloat32;                  // of k and v: float32, float16 or bfloat16
   int64_t k_stride_token = 0, k_stride_head = 0;  // elements
   int64_t v_stride_token = 0, v_stride_head = 0;
   LayerView kv;
