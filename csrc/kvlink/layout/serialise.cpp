@@ -59,6 +59,8 @@ KVLayout layout_from_bytes(std::string_view bytes) {
   KVLINK_CHECK(header.dtype < kNumDTypes, "layout dtype: expected < ", kNumDTypes, "; got ",
                int{header.dtype});
   KVLINK_CHECK(header.scale <= 3, "layout scale: expected < 4; got ", int{header.scale});
+  KVLINK_CHECK(!(header.reserved[0] | header.reserved[1] | header.reserved[2]),
+               "layout: reserved bytes are not zero");
   KVLayout layout;
   layout.form = static_cast<KVForm>(header.form);
   layout.dtype = static_cast<DType>(header.dtype);
@@ -74,6 +76,12 @@ KVLayout layout_from_bytes(std::string_view bytes) {
                layout.page_size);
   KVLINK_CHECK((layout.form == KVForm::kOpaque) == (layout.head_dim_v == 0),
                "layout: head_dim_v is 0 exactly for opaque pages; got ", layout.head_dim_v);
+  KVLINK_CHECK(layout.form != KVForm::kLatent || layout.head_dim_v <= layout.head_dim,
+               "layout head_dim_v: V is the first part of K, at most ", layout.head_dim, "; got ",
+               layout.head_dim_v);
+  KVLINK_CHECK(
+      layout.form == KVForm::kOpaque ? !layout.has_scales() : layout.dtype != DType::kUInt8,
+      "layout: opaque pages have no scales, and uint8 is for opaque pages");
   const char* cursor = bytes.data() + sizeof header;
   for (Plane* plane : {&layout.k, &layout.v, &layout.k_scale, &layout.v_scale}) {
     std::memcpy(plane, cursor, sizeof *plane);
