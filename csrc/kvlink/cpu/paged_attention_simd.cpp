@@ -16,15 +16,23 @@ constexpr int64_t kBlockVecs = kBlockTokens / kLanes;
 using BlockRows = const char* [kBlockTokens];
 alignas(64) constexpr char kNothing[kMaxHeadDim * 4] = {};
 
+// Asks for a row that the next block will want, so that memory works while this block is widened.
+KVLINK_INLINE void prefetch_row(const char* row, int64_t num_bytes) {
+  for (int64_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
 // K transposed: keys[dim * kBlockTokens + position].
 template <DType kDType>
-void pack_keys(const BlockRows& rows, int64_t dims, float* keys) {
+void pack_keys(const BlockRows& rows, const BlockRows& next, int64_t dims, float* keys) {
   constexpr int64_t kBytes = Row<kDType>::kBytes;
   for (int64_t first = 0; first < kBlockTokens; first += kLanes) {
     const char* const* source = rows + first;
     Vec block[kLanes];
-    int64_t dim = 0;
+    int64_t dim = 0, ahead = 0;
     for (; dim + kLanes <= dims; dim += kLanes) {
+      for (; ahead * dims < (dim + kLanes) * kLanes; ++ahead) {
+        prefetch_row(next[first + ahead], dims * kBytes);
+      }
       KVLINK_UNROLL
       for (int i = 0; i < kLanes; ++i) block[i] = Row<kDType>::load(source[i] + dim * kBytes);
       transpose(block);
@@ -47,9 +55,11 @@ void pack_keys(const BlockRows& rows, int64_t dims, float* keys) {
 
 // values[position * stride + dim], zeros from dims to stride.
 template <DType kDType>
-void pack_values(const BlockRows& rows, int64_t dims, int64_t stride, float* values) {
+void pack_values(const BlockRows& rows, const BlockRows& next, int64_t dims, int64_t stride,
+                 float* values) {
   for (int64_t position = 0; position < kBlockTokens; ++position, values += stride) {
     const char* row = rows[position];
+    prefetch_row(next[position], dims * Row<kDType>::kBytes);
     int64_t dim = 0;
     for (; dim + kLanes <= dims; dim += kLanes) {
       store(values + dim, Row<kDType>::load(row + dim * Row<kDType>::kBytes));
@@ -86,8 +96,8 @@ void store_row(const float* source, float factor, int64_t dims, char* target) {
 
 // The supported types, by DType. q and out are floats; anything but raw bytes may be stored.
 struct StoredType {
-  void (*pack_keys)(const BlockRows&, int64_t, float*);
-  void (*pack_values)(const BlockRows&, int64_t, int64_t, float*);
+  void (*pack_keys)(const BlockRows&, const BlockRows&, int64_t, float*);
+  void (*pack_values)(const BlockRows&, const BlockRows&, int64_t, int64_t, float*);
 };
 constexpr StoredType kStoredTypes[] = {
     {pack_keys<DType::kFloat32>, pack_values<DType::kFloat32>},
@@ -160,6 +170,7 @@ void find_rows(const TileContext& c, const char* base, const Plane& plane, int64
   for (auto& row : rows) row = kNothing;
   const int64_t page_size = c.layout.page_size;
   const int64_t element_bytes = dtype_bytes(c.layout.dtype);
+  if (range.begin >= range.end) return;
   const char** target = rows + (range.begin - block_begin);
   int64_t page_idx = range.begin / page_size;
   int64_t slot = range.begin % page_size;
@@ -200,16 +211,21 @@ void find_factors(const TileContext& c, const float* scales, const Plane& plane,
   }
 }
 
-void load_block(const TileContext& c, int64_t block_begin, VisibleRange range) {
+// Loads the positions of `range`, and prefetches those of `next` in the block after it.
+void load_block(const TileContext& c, int64_t block_begin, VisibleRange range, VisibleRange next) {
   const LayerView& kv = c.p.kv;
   const StoredType& type = kStoredTypes[static_cast<int>(c.layout.dtype)];
-  BlockRows rows;
-  find_rows(c, static_cast<const char*>(kv.k), c.layout.k, block_begin, range, rows);
-  if (c.layout.k.stride_dim != 1) gather_rows(c, c.layout.k, c.layout.head_dim, rows);
-  type.pack_keys(rows, c.layout.head_dim, c.keys);
-  find_rows(c, static_cast<const char*>(kv.v), c.layout.v, block_begin, range, rows);
-  if (c.layout.v.stride_dim != 1) gather_rows(c, c.layout.v, c.layout.head_dim_v, rows);
-  type.pack_values(rows, c.layout.head_dim_v, c.out_stride, c.values);
+  BlockRows rows, next_rows;
+  const auto find = [&](const void* base, const Plane& plane, int64_t dims) {
+    find_rows(c, static_cast<const char*>(base), plane, block_begin, range, rows);
+    find_rows(c, static_cast<const char*>(base), plane, block_begin + kBlockTokens, next,
+              next_rows);
+    if (plane.stride_dim != 1) gather_rows(c, plane, dims, rows);
+  };
+  find(kv.k, c.layout.k, c.layout.head_dim);
+  type.pack_keys(rows, next_rows, c.layout.head_dim, c.keys);
+  find(kv.v, c.layout.v, c.layout.head_dim_v);
+  type.pack_values(rows, next_rows, c.layout.head_dim_v, c.out_stride, c.values);
   find_factors(c, kv.k_scale, c.layout.k_scale, c.p.scale, block_begin, range, c.key_factors);
   find_factors(c, kv.v_scale, c.layout.v_scale, 1.0f, block_begin, range, c.value_factors);
 }
@@ -260,10 +276,10 @@ VisibleRange intersect(VisibleRange a, int64_t begin, int64_t end) {
   return {a.begin > begin ? a.begin : begin, a.end < end ? a.end : end};
 }
 
-// Attends the tile to one block, which `range` of it is visible to some row of.
-void attend_block(const TileContext& c, int64_t block_begin, VisibleRange range,
+// Attends the tile to one block; `range` of it, and `next` of the one after, are seen by some row.
+void attend_block(const TileContext& c, int64_t block_begin, VisibleRange range, VisibleRange next,
                   const AttentionState& state) {
-  load_block(c, block_begin, range);
+  load_block(c, block_begin, range, next);
   const int64_t block_end = block_begin + kBlockTokens;
   int64_t first_token = 0, last_token = c.tile.num_tokens;  // those that see any of the block
   while (c.token_range(first_token).end <= block_begin) ++first_token;
@@ -314,7 +330,8 @@ void attend_split(const TileContext& c, int64_t split, const AttentionState& sta
   const int64_t end = (split + 1) * kSplitTokens;
   for (int64_t block = split * kSplitTokens; block < end; block += kBlockTokens) {
     const VisibleRange range = intersect(tile, block, block + kBlockTokens);
-    if (range.begin < range.end) attend_block(c, block, range, state);
+    const VisibleRange next = intersect(tile, block + kBlockTokens, block + 2 * kBlockTokens);
+    if (range.begin < range.end) attend_block(c, block, range, next, state);
   }
 }
 

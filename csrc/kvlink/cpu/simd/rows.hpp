@@ -7,6 +7,28 @@
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
+// kLanes small integers as 32-bit ones. NOTE: __builtin_convertvector would do, but gcc 12 makes
+// scalar code of it.
+KVLINK_INLINE VecU widen_uint8(const char* source) {
+#if defined(__AVX512F__)
+  return (VecU)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)source));
+#elif defined(__AVX2__)
+  return (VecU)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)source));
+#else
+  return __builtin_convertvector(load_unaligned<VecU8>(source), VecU);
+#endif
+}
+
+KVLINK_INLINE VecU widen_uint16(const char* source) {
+#if defined(__AVX512F__)
+  return (VecU)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)source));
+#elif defined(__AVX2__)
+  return (VecU)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)source));
+#else
+  return __builtin_convertvector(load_unaligned<VecU16>(source), VecU);
+#endif
+}
+
 // float16 bits in the low half of each lane.
 KVLINK_INLINE Vec widen_float16(VecU half) {
   const VecU magnitude = (half & 0x7fffu) << 13;
@@ -55,7 +77,7 @@ struct Row<DType::kFloat16> {
 #elif defined(__F16C__)
     return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)source));
 #else
-    return widen_float16(__builtin_convertvector(load_unaligned<VecU16>(source), VecU));
+    return widen_float16(widen_uint16(source));
 #endif
   }
   static KVLINK_INLINE void store(char* target, Vec value) {
@@ -74,7 +96,7 @@ template <>
 struct Row<DType::kBFloat16> {
   static constexpr int kBytes = 2;
   static KVLINK_INLINE Vec load(const char* source) {
-    return from_bits(__builtin_convertvector(load_unaligned<VecU16>(source), VecU) << 16);
+    return from_bits(widen_uint16(source) << 16);
   }
   static KVLINK_INLINE void store(char* target, Vec value) {
     store_unaligned(target, __builtin_convertvector(narrow_to_bfloat16(value), VecU16));
@@ -85,7 +107,7 @@ template <>
 struct Row<DType::kFloat8E4M3> {
   static constexpr int kBytes = 1;
   static KVLINK_INLINE Vec load(const char* source) {
-    const VecU bits = __builtin_convertvector(load_unaligned<VecU8>(source), VecU);
+    const VecU bits = widen_uint8(source);
     const VecU magnitude = (bits & 0x7fu) << 20;
     const VecU small = bits_of(from_bits(magnitude + 0x3c800000u) - splat(0.015625f));
     const VecU finite = select(magnitude < 0x00800000u, small, magnitude + 0x3c000000u);
@@ -105,7 +127,7 @@ struct Row<DType::kFloat8E5M2> {  // the upper half of a float16
     const __m128i wide = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)source));
     return (Vec)_mm256_cvtph_ps(_mm_slli_epi16(wide, 8));
 #else
-    return widen_float16(__builtin_convertvector(load_unaligned<VecU8>(source), VecU) << 8);
+    return widen_float16(widen_uint8(source) << 8);
 #endif
   }
 };
@@ -114,8 +136,8 @@ template <>
 struct Row<DType::kInt8> {
   static constexpr int kBytes = 1;
   static KVLINK_INLINE Vec load(const char* source) {
-    const VecI wide = __builtin_convertvector(load_unaligned<VecI8>(source), VecI);
-    return __builtin_convertvector(wide, Vec);
+    const VecI upper = (VecI)(widen_uint8(source) << 24);  // the sign on top, where >> spreads it
+    return __builtin_convertvector(upper >> 24, Vec);
   }
 };
 

@@ -40,7 +40,6 @@ typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t VecU16 __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t VecU8 __attribute__((vector_size(kLanes)));
-typedef int8_t VecI8 __attribute__((vector_size(kLanes)));
 
 template <typename V>
 KVLINK_INLINE V load_unaligned(const void* source) {
