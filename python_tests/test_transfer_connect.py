@@ -47,7 +47,7 @@ def client() -> Iterator[Endpoint]:
 
 def set_versions(endpoint: Endpoint, low: int, high: int) -> None:
     identity = replace(endpoint._own.identity, min_version=low, max_version=high)
-    endpoint._own = replace(endpoint._own, identity=identity)
+    endpoint._own = endpoint._acceptor._own = replace(endpoint._own, identity=identity)
 
 
 def refusals(caplog: pytest.LogCaptureFixture, expected: int) -> list[str]:
@@ -84,9 +84,7 @@ def test_both_sides_know_each_other(client: Endpoint, server: Endpoint) -> None:
     assert client.links == server.links == ()
 
 
-def test_wrong_secret(
-    client: Endpoint, server: Endpoint, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_wrong_secret(client: Endpoint, server: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "kvlink.transfer")
     with Endpoint("stranger", secret=b"not the secret of the others") as stranger:
         with pytest.raises(SecretMismatch, match="'server' does not hold the secret of 'stranger'"):

@@ -258,6 +258,25 @@ def test_a_writer_that_goes_on_ends_the_quarantine(receiver: Receiver, sender: P
     assert receiver.returned == [grant.transfer_id]
 
 
+def test_revoke_and_deadline_end_a_verification_that_waits(
+    receiver: Receiver, sender: Peer
+) -> None:
+    sender.call("connect", receiver.endpoint.address)
+    for error, ttl in ((GrantRevoked, 30.0), (GrantExpired, 0.3)):
+        grant = receiver.grant(ttl=ttl)
+        transfer = sender.call("push", PAGES, grant.to_bytes())
+        sender.call("wait_source_reusable", transfer)
+        assert sender.call("enter", grant.to_bytes()) == "OK"
+        revoke = threading.Timer(0.1, grant.revoke)
+        if error is GrantRevoked:
+            revoke.start()
+        with pytest.raises(error):
+            grant.wait(10)
+        assert not grant.released
+        sender.call("leave")
+        grant.wait_released(5)
+
+
 def test_no_digest_while_a_writer_is_inside(receiver: Receiver, sender: Peer) -> None:
     sender.call("connect", receiver.endpoint.address)
     grant = receiver.grant()

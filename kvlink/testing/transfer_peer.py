@@ -173,8 +173,10 @@ class Body:
     def wait_arrived(self, idx: int, timeout: float = 10.0) -> None:
         self.transfers[idx].wait_arrived(timeout)
 
-    def moved_bytes(self, idx: int) -> int:
-        return self.transfers[idx].progress().num_bytes
+    def span(self, idx: int) -> float:
+        """Seconds from the first layer posted to the last one moved."""
+        parts = self.transfers[idx].progress().parts
+        return (max(p.done_ns for p in parts) - min(p.posted_ns for p in parts)) * 1e-9
 
     def offer(self, pages: list[int], num_tokens: int, ttl: float = 30.0, pulls: int = 1) -> bytes:
         offer = self.endpoint.offer(pages, num_tokens, ttl, pulls=pulls)

@@ -7,6 +7,7 @@ import contextlib
 import hmac
 import os
 import socket
+import struct
 import threading
 import time
 from collections import deque
@@ -61,10 +62,9 @@ class Channel:
     def _flush(self) -> bool:
         while self._backlog:
             message, fds = self._backlog[0]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             try:
-                socket.send_fds(
-                    self.sock, [message], fds, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
-                )
+                self.sock.sendmsg([message], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return False
             except OSError as error:
@@ -114,6 +114,21 @@ class Channel:
     def receive_until(self, deadline: float) -> tuple[Frame, list[int]]:
         """As `receive`, waiting until `deadline` (time.monotonic)."""
         return self.receive(max(deadline - time.monotonic(), 1e-3))
+
+    def peer_pidfd(self) -> int:
+        """Becomes readable when the peer's process ends, even if a child of it still holds the
+        socket; -1 where that cannot be had."""
+        format_ = "3i"  # pid, uid, gid
+        credentials = self.sock.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(format_)
+        )
+        pid = struct.unpack(format_, credentials)[0]
+        if pid <= 0 or pid == os.getpid():
+            return -1
+        try:
+            return os.pidfd_open(pid)
+        except (OSError, AttributeError):
+            return -1
 
     def shut(self) -> None:
         """Tells the peer that nothing more will come; its end is still to be awaited."""

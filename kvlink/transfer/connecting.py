@@ -1,10 +1,11 @@
-"""Making a link: `dial` runs the client's half in the caller's thread, `Incoming` the server's half
-on the service thread, a step per frame."""
+"""Making a link: what both halves exchange, and `dial`, the client's half in the caller's thread.
+
+The server's half is `accepting`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -24,9 +25,8 @@ from kvlink.transfer.errors import (
     TransferError,
 )
 from kvlink.transfer.region import RegionDescriptor
-from kvlink.transfer.service import logger
 
-_SCHEME = b"host_shm:"
+SCHEME = b"host_shm:"
 _MAX_REGIONS = 256
 
 
@@ -59,22 +59,12 @@ class OwnSide:
     describe: Callable[[int], list[tuple[wire.Frame, tuple[int, ...]]]]
 
 
-def listen() -> tuple[socket.socket, bytes]:
-    """A listening socket without a name on disk, and its address."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    name = b"kvlink-" + secrets.token_hex(8).encode()
-    sock.bind(b"\0" + name)  # in the abstract namespace: it vanishes with the socket
-    sock.listen(64)
-    sock.setblocking(False)
-    return sock, _SCHEME + name
-
-
 def dial(address: bytes, own: OwnSide, timeout: float) -> tuple[Channel, PeerSide, int]:
     """Connects and proves; (channel, the peer, the peer's bit in our slots).
 
     Raises ConnectError's subclasses, ProtocolError, InvalidArgument.
     """
-    if not isinstance(address, bytes) or not address.startswith(_SCHEME):
+    if not isinstance(address, bytes) or not address.startswith(SCHEME):
         raise InvalidArgument(f"address: expected an Endpoint's address; got {address!r}")
     deadline = time.monotonic() + timeout
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -82,7 +72,7 @@ def dial(address: bytes, own: OwnSide, timeout: float) -> tuple[Channel, PeerSid
     bit = None
     try:
         sock.settimeout(timeout)
-        sock.connect(b"\0" + address[len(_SCHEME) :])
+        sock.connect(b"\0" + address[len(SCHEME) :])
         hello = handshake.hello_of(own.identity)
         channel.send(hello)
         challenge = wire.expect(_next(channel, deadline), wire.Challenge)
@@ -108,87 +98,6 @@ def dial(address: bytes, own: OwnSide, timeout: float) -> tuple[Channel, PeerSid
             what = "did not answer in time" if isinstance(error, TimeoutError) else str(error)
             raise PeerUnreachable(f"address {address!r}: {what}") from error
         raise
-
-
-class Incoming:
-    """A connection whose peer has not proved itself yet."""
-
-    def __init__(
-        self, sock: socket.socket, own: OwnSide, done: Callable[[Channel, PeerSide, int], None],
-        timeout: float,
-    ) -> None:  # fmt: skip
-        self.channel = Channel(sock)
-        self.deadline = time.monotonic() + timeout
-        self._own = own
-        self._done = done
-        self._hello: wire.Hello | None = None
-        self._challenge: wire.Challenge | None = None
-        self._side: PeerSide | None = None
-        self._bit: int | None = None
-        self._proved = False
-
-    def on_readable(self) -> bool:
-        """Takes what is there; False when this object has nothing more to do."""
-        try:
-            while True:
-                try:
-                    frame, fds = self.channel.receive()
-                except BlockingIOError:
-                    return True
-                if self._take(frame, fds):
-                    return False
-        except PeerGone as error:
-            self.refuse(PeerUnreachable(f"it went away during the handshake ({error})"))
-        except TransferError as error:
-            self.refuse(error)
-        return False
-
-    def refuse(self, error: Exception) -> None:
-        """Tells the peer and the log why there will be no link, and forgets it."""
-        who = repr(self._hello.name) if self._hello else "an unknown peer"
-        logger.warning(
-            "%r refused %s: %s: %s", self._own.identity.name, who, type(error).__name__, error
-        )
-        with contextlib.suppress(PeerGone):
-            self.channel.send(handshake.refusal(error))
-        if self._bit is not None:
-            self._own.free_bit(self._bit)
-        self.channel.close()
-
-    def _take(self, frame: wire.Frame, fds: list[int]) -> bool:
-        """One step; True when the link is made."""
-        own = self._own
-        if isinstance(frame, wire.Refuse):
-            close_fds(fds)
-            raise handshake.refused(frame)
-        if self._side is not None:
-            add_region(self._side.regions, frame, fds)
-        elif self._proved:
-            assert self._hello is not None
-            assert self._challenge is not None
-            peer = handshake.Peer(self._hello.name, self._hello.epoch, self._challenge.version)
-            self._side = begin_side(peer, frame, fds)
-        else:
-            close_fds(fds)
-            if self._hello is None:
-                self._hello = wire.expect(frame, wire.Hello)
-                self._challenge = handshake.challenge_of(own.identity, self._hello)
-                self.channel.send(self._challenge)
-            else:
-                assert self._challenge is not None
-                auth = wire.expect(frame, wire.Auth)
-                handshake.check_auth(own.identity, self._hello, self._challenge, auth)
-                secret = own.identity.secret
-                handshake.set_keys(self.channel, secret, self._hello, self._challenge, client=False)
-                self._proved = True
-                self._bit = own.take_bit()
-                for reply, reply_fds in own.describe(self._bit):
-                    self.channel.send(reply, reply_fds)
-        if self._side is None or len(self._side.regions) < self._side.num_regions:
-            return False
-        assert self._bit is not None
-        self._done(self.channel, self._side, self._bit)
-        return True
 
 
 def begin_side(peer: handshake.Peer, frame: wire.Frame, fds: list[int]) -> PeerSide:

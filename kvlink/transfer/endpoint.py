@@ -18,10 +18,11 @@ from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.layout import Shard
 from kvlink.pool import KVPool
 from kvlink.transfer import wire
+from kvlink.transfer.accepting import Acceptor
 from kvlink.transfer.channel import Channel
-from kvlink.transfer.connecting import Incoming, OwnSide, PeerSide, dial, listen
+from kvlink.transfer.connecting import OwnSide, PeerSide, dial
 from kvlink.transfer.descriptor import descriptor_key
-from kvlink.transfer.errors import LinkClosed, LinkRefused, PathUnavailable, TransferTimeout
+from kvlink.transfer.errors import LinkClosed, PathUnavailable, TransferTimeout
 from kvlink.transfer.grant import Grant
 from kvlink.transfer.handshake import Identity
 from kvlink.transfer.link import Link
@@ -32,8 +33,6 @@ from kvlink.transfer.service import Service, logger
 
 PATHS = ("host_shm", "cuda_ipc", "ucx", "nccl")
 _BUILT_PATHS = ("host_shm",)
-_HANDSHAKE_TIMEOUT = 5.0
-_MAX_INCOMING = 64
 _MIN_SECRET_BYTES = 16
 _live: weakref.WeakSet[Endpoint] = weakref.WeakSet()
 
@@ -62,19 +61,18 @@ class Endpoint:
         self.epoch = secrets.token_bytes(wire.EPOCH_BYTES)
         self.descriptor_key = descriptor_key(secret)
         self._table = SlotTable(num_slots, num_page_entries)
-        self._own = OwnSide(
-            Identity(name, self.epoch, secret), self._take_bit, self._free_bit, self._describe
-        )
+        table, identity = self._table, Identity(name, self.epoch, secret)
+        self._own = OwnSide(identity, table.take_bit, table.free_bit, self._describe)
+        self._described: dict[int, int] = {}  # regions told in a handshake, by the peer's bit
         self._lock = threading.RLock()
         self._regions: list[Region] = []
         self._links: set[Link] = set()
         self._accepted: queue.SimpleQueue[Link] = queue.SimpleQueue()
-        self._incoming: set[Incoming] = set()
-        self._free_bits = list(range(_C.SHM_MAX_LINKS - 1, -1, -1))
         self._closed = False
-        self._listener, self.address = listen()
+        self._acceptor = Acceptor(self._own, self._on_incoming)
+        self.address = self._acceptor.address
         self.service = Service(name, self._tick)
-        self.service.watch(self._listener.fileno(), self._on_connection)
+        self._acceptor.start(self.service)
         _live.add(self)
 
     # --- pools --------------------------------------------------------------------------------
@@ -100,9 +98,8 @@ class Endpoint:
             descriptor.check()
             region = Region(pool, descriptor, generations)
             self._regions.append(region)
-            links = list(self._links)
-            for link in links:
-                link.announce(*_region_frame(region))
+            for link in self._links:
+                link.announce(*region.announcement())
         return region
 
     def region_of(self, region: Region | KVPool | None) -> Region:
@@ -233,16 +230,12 @@ class Endpoint:
             if self.service.on_thread:
                 break
         if self._table.open:
-            logger.warning(
-                "%r closed while peers were inside the pages of %d transfers",
-                self.name, len(self._table.open),
-            )  # fmt: skip
+            inside = len(self._table.open)
+            logger.warning("%r closed with peers inside %d transfers", self.name, inside)
         self.service.stop(5.0)
-        self._listener.close()
+        self._acceptor.close()
         for link in list(self._links):
-            link.on_gone("the endpoint was closed")
-        for incoming in list(self._incoming):
-            incoming.channel.close()
+            link.on_gone("the endpoint was closed", quiet=False)
         _live.discard(self)
 
     def __enter__(self) -> Endpoint:
@@ -258,16 +251,12 @@ class Endpoint:
 
     # --- for links and the service thread -----------------------------------------------------
 
-    def wake(self) -> None:
-        """Looks soon at what has changed."""
-        self.service.wake()
-
     def on_link_gone(self, link: Link, peer_bit: int) -> None:
         """The peer touches nothing any more: its pins, leases and unfinished writes end."""
         self._table.control.drop_link(peer_bit)
         with self._lock:
             self._links.discard(link)
-        self._free_bit(peer_bit)
+        self._table.free_bit(peer_bit)
         self._table.reap()
 
     def _lendable(self, region: Region | KVPool | None) -> Region:
@@ -283,69 +272,28 @@ class Endpoint:
         link = Link(self, channel, side, bit)
         with self._lock:
             self._links.add(link)
+            missed = self._regions[self._described.pop(bit) :]
         link.start()
+        for region in missed:
+            link.announce(*region.announcement())
         return link
-
-    def _take_bit(self) -> int:
-        with self._lock:
-            if not self._free_bits:
-                raise LinkRefused(f"{self.name!r} has {_C.SHM_MAX_LINKS} links, as many as it can")
-            return self._free_bits.pop()
-
-    def _free_bit(self, bit: int) -> None:
-        with self._lock:
-            self._free_bits.append(bit)
 
     def _describe(self, bit: int) -> list[tuple[wire.Frame, tuple[int, ...]]]:
         control = self._table.control
         with self._lock:
             regions = list(self._regions)
+            self._described[bit] = len(regions)
         describe = wire.Describe(bit, control.num_bytes, len(regions))
-        return [(describe, (control.fd,)), *(_region_frame(region) for region in regions)]
-
-    def _on_connection(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError:
-            return
-        if len(self._incoming) >= _MAX_INCOMING:
-            sock.close()
-            return
-        incoming = Incoming(sock, self._own, self._on_incoming, _HANDSHAKE_TIMEOUT)
-        fd = sock.fileno()
-
-        def on_readable() -> None:
-            if not incoming.on_readable():
-                self._incoming.discard(incoming)
-
-        def guarded() -> None:
-            # The link (if one is made) watches the same descriptor, so ours goes first.
-            self.service.unwatch(fd)
-            on_readable()
-            if incoming in self._incoming:
-                self.service.watch(fd, guarded)
-
-        self._incoming.add(incoming)
-        self.service.watch(fd, guarded)
+        return [(describe, (control.fd,)), *(region.announcement() for region in regions)]
 
     def _on_incoming(self, channel: Channel, side: PeerSide, bit: int) -> None:
         self._accepted.put(self._add_link(channel, side, bit))
 
     def _tick(self) -> bool:
-        now = time.monotonic()
-        for incoming in [one for one in self._incoming if now > one.deadline]:
-            self.service.unwatch(incoming.channel.sock.fileno())
-            self._incoming.discard(incoming)
-            incoming.refuse(LinkRefused(f"no handshake within {_HANDSHAKE_TIMEOUT} s"))
+        accepting = self._acceptor.tick()
         self._table.reap()
         busy = [link.tick(time.monotonic_ns()) for link in list(self._links)]
-        return any(busy) or bool(self._table.open) or bool(self._incoming)
-
-
-def _region_frame(region: Region) -> tuple[wire.Frame, tuple[int, ...]]:
-    segment = region.pool.segment
-    fds = (segment.fd,) if region.descriptor.shared and segment is not None else ()
-    return region.descriptor.to_frame(), fds
+        return any(busy) or bool(self._table.open) or accepting
 
 
 @atexit.register

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import socket
-import struct
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -15,28 +13,22 @@ from kvlink import _C
 from kvlink.errors import InvalidArgument
 from kvlink.transfer import wire
 from kvlink.transfer.channel import Channel, PeerGone, close_fds
-from kvlink.transfer.connecting import PeerRegion, PeerSide, add_region
-from kvlink.transfer.descriptor import Descriptor
+from kvlink.transfer.connecting import PeerSide
 from kvlink.transfer.errors import (
     LinkClosed,
     PeerLost,
     ProtocolError,
     TransferTimeout,
-    Unconvertible,
-    UnknownRegion,
     status_error,
 )
 from kvlink.transfer.offer import Lease
-from kvlink.transfer.plan import TransferPlan
 from kvlink.transfer.region import Region, page_ids
-from kvlink.transfer.reservation import Reservation
+from kvlink.transfer.remote import Remote
 from kvlink.transfer.service import logger
 from kvlink.transfer.transfer import Transfer
 
 if TYPE_CHECKING:
     from kvlink.transfer.endpoint import Endpoint
-
-_REGION_WAIT = 1.0  # s, for a region that was registered a moment ago
 
 
 class Link:
@@ -59,17 +51,15 @@ class Link:
         self._control = side.control
         self._bit = side.bit  # ours in the peer's slots
         self._peer_bit = bit
-        self._regions = side.regions
-        self._regions_changed = threading.Condition()
+        self._remote = Remote(side, endpoint.descriptor_key)
         self._shm = _C.ShmLink(side.control, side.bit)
-        self._plans: dict[tuple[str, int, int], TransferPlan] = {}
         self._leases: set[Lease] = set()
         self._lock = threading.Lock()
         self._requests = itertools.count(1)
         self._answers: dict[int, tuple[threading.Event, list[int]]] = {}
         self._closed = False
         self._gone = False
-        self._pidfd = _pidfd_of(channel.sock)
+        self._pidfd = channel.peer_pidfd()
 
     # --- moving KV ----------------------------------------------------------------------------
 
@@ -109,21 +99,17 @@ class Link:
         """Uses the offered pages where they lie: no byte moves, and the time it takes does not
         depend on the request's length. Raises as `begin`."""
         self._check_open()
-        descriptor = self._descriptor(_C.SlotKind.OFFER, offer)
-        region = self._remote(descriptor)
-        assert region.pool is not None
+        descriptor = self._remote.parse(_C.SlotKind.OFFER, offer)
+        pool = self._remote.pool(descriptor)
         key = _C.SlotKey(descriptor.slot, descriptor.generation)
-        pages = self._control.page_list(descriptor.first_page, descriptor.num_pages)
+        pages = self._remote.pages(descriptor)
         status = self._control.adopt(key, self._bit)
         if status != _C.TransferStatus.OK:
             raise status_error(status, f"offer {descriptor.transfer_id.hex()}")
-        lease = Lease(
-            self, self._control, key, descriptor.transfer_id, region.pool, pages,
-            descriptor.num_tokens,
-        )  # fmt: skip
+        lease = Lease(self, self._control, key, descriptor, pool, pages)
         with self._lock:
             self._leases.add(lease)
-        self._endpoint.wake()
+        self._endpoint.service.wake()
         return lease
 
     def query(self, transfer_id: bytes, timeout: float = 5.0) -> Any:
@@ -170,7 +156,7 @@ class Link:
         self._end_leases()
         # The peer's bits in our slots stay until it has stopped, which its own end tells.
         self._channel.shut()
-        self._endpoint.wake()
+        self._endpoint.service.wake()
 
     def end_lease(self, lease: Lease, key: Any) -> None:
         """For Lease.release."""
@@ -201,8 +187,12 @@ class Link:
                 logger.warning("link to %r dropped: %s", self.peer_name, error)
                 self.close()
 
-    def on_gone(self, why: str) -> None:
-        """Service thread: the peer closed its end or died, and touches nothing of ours any more."""
+    def on_gone(self, why: str, *, quiet: bool = True) -> None:
+        """Service thread: the peer closed its end or died.
+
+        `quiet`: it touches nothing of ours any more. Otherwise its pins stay, and what it is inside
+        of stays quarantined.
+        """
         with self._lock:
             if self._gone:
                 return
@@ -221,7 +211,8 @@ class Link:
             os.close(self._pidfd)
             self._pidfd = -1
         self._channel.close()
-        self._endpoint.on_link_gone(self, self._peer_bit)
+        if quiet:
+            self._endpoint.on_link_gone(self, self._peer_bit)
 
     def tick(self, now_ns: int) -> bool:
         """Service thread: True while something needs watching."""
@@ -248,19 +239,18 @@ class Link:
 
     def _start(self, kind: Any, token: Any, pages: Any, region: Region | None) -> Transfer:
         self._check_open()
-        descriptor = self._descriptor(kind, token)
-        remote = self._remote(descriptor)
-        assert remote.pool is not None
+        descriptor = self._remote.parse(kind, token)
+        pool = self._remote.pool(descriptor)
         own = self._endpoint.region_of(region)
         own_ids = page_ids(pages, own.pool.num_pages)
-        peer_ids = self._control.page_list(descriptor.first_page, descriptor.num_pages)
-        plan = self._plan(kind, own, remote)
+        peer_ids = self._remote.pages(descriptor)
+        plan = self._remote.plan(kind, own, descriptor)
         key = _C.SlotKey(descriptor.slot, descriptor.generation)
         if kind == _C.SlotKind.GRANT:
-            views = (own.pool.view, remote.pool.view, own_ids, peer_ids)
+            views = (own.pool.view, pool.view, own_ids, peer_ids)
             generations = None
         else:
-            views = (remote.pool.view, own.pool.view, peer_ids, own_ids)
+            views = (pool.view, own.pool.view, peer_ids, own_ids)
             generations = own.generations
         moving = self._shm.begin(
             kind, key, plan.parts, plan.heads, *views, descriptor.num_tokens, generations
@@ -273,51 +263,11 @@ class Link:
             if moving == _C.TransferStatus.OK:
                 moving = _C.TransferStatus.STALE
             raise status_error(moving, name)
-        return Transfer(self, moving, plan, descriptor.transfer_id, (own, remote))
-
-    def _descriptor(self, kind: Any, token: Any) -> Descriptor:
-        if isinstance(token, Reservation):
-            token = token.to_bytes()
-        if not isinstance(token, (bytes, bytearray, memoryview)):
-            raise InvalidArgument(f"{kind.name.lower()}: expected its bytes; got {token!r}")
-        descriptor = Descriptor.from_bytes(bytes(token), self._endpoint.descriptor_key, kind)
-        if descriptor.epoch != self.peer_epoch:
-            raise UnknownRegion(
-                f"the {kind.name.lower()} was made by another endpoint, or before "
-                f"{self.peer_name!r} restarted"
-            )
-        return descriptor
-
-    def _remote(self, descriptor: Descriptor) -> PeerRegion:
-        region = self._regions.get(descriptor.region_id)
-        if region is None:
-            with self._regions_changed:
-                self._regions_changed.wait_for(
-                    lambda: descriptor.region_id in self._regions or self._closed, _REGION_WAIT
-                )
-            region = self._regions.get(descriptor.region_id)
-        if region is None or region.pool is None:
-            raise UnknownRegion(
-                f"{self.peer_name!r} has no shared region {descriptor.region_id} on this link"
-            )
-        return region
-
-    def _plan(self, kind: Any, own: Region, remote: PeerRegion) -> TransferPlan:
-        name = (kind.name, own.region_id, remote.descriptor.region_id)
-        plan = self._plans.get(name)
-        if plan is None:
-            pair = (own.descriptor, remote.descriptor)
-            src, dst = pair if kind == _C.SlotKind.GRANT else pair[::-1]
-            if dst.num_stored_layers > _C.SHM_MAX_LAYERS:
-                raise Unconvertible(f"shards: more than {_C.SHM_MAX_LAYERS} stored layers")
-            plan = self._plans[name] = TransferPlan.build(src, dst)
-        return plan
+        return Transfer(self, moving, plan, descriptor.transfer_id, (own, pool))
 
     def _take(self, frame: wire.Frame, fds: list[int]) -> None:
         if isinstance(frame, wire.RegionFrame):
-            with self._regions_changed:
-                add_region(self._regions, frame, fds)
-                self._regions_changed.notify_all()
+            self._remote.add(frame, fds)
             return
         close_fds(fds)
         if isinstance(frame, wire.Query):
@@ -337,7 +287,7 @@ class Link:
             self._channel.send(frame, fds)
         except PeerGone as error:
             raise LinkClosed(f"the link to {self.peer_name!r} closed: {error}") from error
-        self._endpoint.wake()
+        self._endpoint.service.wake()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -348,15 +298,3 @@ class Link:
             leases = list(self._leases)
         for lease in leases:
             lease.end(why)
-
-
-def _pidfd_of(sock: socket.socket) -> int:
-    """Tells when the peer's process ends, even if a child of it still holds the socket; or -1."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid = struct.unpack("3i", credentials)[0]
-    if pid <= 0 or pid == os.getpid():
-        return -1
-    try:
-        return os.pidfd_open(pid)
-    except (OSError, AttributeError):
-        return -1

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvlink import _C
 from kvlink.pool import KVPool
+from kvlink.transfer.descriptor import Descriptor
 from kvlink.transfer.errors import GrantExpired, LinkClosed, status_error
 from kvlink.transfer.reservation import Reservation
 
@@ -43,15 +44,14 @@ class Lease:
         link: Link,
         control: Any,
         key: Any,
-        transfer_id: bytes,
+        descriptor: Descriptor,
         pool: KVPool,
         pages: npt.NDArray[np.int32],
-        num_tokens: int,
     ) -> None:
         self.pool = pool
         self.pages = pages
-        self.num_tokens = num_tokens
-        self.transfer_id = transfer_id
+        self.num_tokens = descriptor.num_tokens
+        self.transfer_id = descriptor.transfer_id
         self._link = link
         self._control = control
         self._key = key

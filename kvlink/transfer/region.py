@@ -122,6 +122,12 @@ class Region:
         """Number of the region within its endpoint."""
         return self.descriptor.region_id
 
+    def announcement(self) -> tuple[RegionFrame, tuple[int, ...]]:
+        """What tells a peer of it: the frame, and its memory's descriptor when it is shared."""
+        segment = self.pool.segment
+        fds = () if segment is None or not self.descriptor.shared else (segment.fd,)
+        return self.descriptor.to_frame(), fds
+
     def bump_generations(self, pages: Sequence[int]) -> None:
         """Tells that these pages now hold something else: grants of them cannot commit any more.
 

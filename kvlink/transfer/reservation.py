@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from kvlink import _C
 from kvlink.errors import InvalidArgument
 from kvlink.transfer.descriptor import Descriptor
-from kvlink.transfer.errors import LinkClosed, OutOfSlots, TransferTimeout, status_error
+from kvlink.transfer.errors import (
+    LinkClosed,
+    LinkRefused,
+    OutOfSlots,
+    TransferTimeout,
+    status_error,
+)
 from kvlink.transfer.region import Region, granted_ids
 from kvlink.transfer.wire import TRANSFER_ID_BYTES
 
@@ -35,7 +41,20 @@ class SlotTable:
         self._free = deque(range(num_slots))
         self._rooms: list[tuple[int, int]] = [(0, num_page_entries)]  # free (first, count), sorted
         self._outcomes: OrderedDict[bytes, _C.TransferStatus] = OrderedDict()
+        self._free_bits = list(range(_C.SHM_MAX_LINKS - 1, -1, -1))
         self._closed = False
+
+    def take_bit(self) -> int:
+        """A link's bit in every slot; raises LinkRefused."""
+        with self.lock:
+            if not self._free_bits:
+                raise LinkRefused(f"{_C.SHM_MAX_LINKS} links are open, as many as can be")
+            return self._free_bits.pop()
+
+    def free_bit(self, bit: int) -> None:
+        """The link's peer touches nothing any more."""
+        with self.lock:
+            self._free_bits.append(bit)
 
     def take_slot(self, num_pages: int) -> tuple[int, int]:
         """(slot, first entry of its page list); raises OutOfSlots."""

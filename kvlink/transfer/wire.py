@@ -15,6 +15,7 @@ from typing import ClassVar, TypeVar
 
 from kvlink.layout import LAYOUT_BYTES
 from kvlink.transfer.errors import ProtocolError
+from kvlink.transfer.fields import Reader, pack_text
 
 MIN_VERSION = 1
 MAX_VERSION = 1
@@ -52,41 +53,6 @@ class RefuseCode(enum.IntEnum):
     BUSY = 4
 
 
-class Reader:
-    """Takes fields off the front of a body; `end` demands that nothing is left."""
-
-    def __init__(self, body: bytes) -> None:
-        self._body = body
-        self._at = 0
-
-    def take(self, num_bytes: int) -> bytes:
-        if num_bytes > len(self._body) - self._at:
-            raise ProtocolError(
-                f"frame: expected {num_bytes} more bytes; got {len(self._body) - self._at}"
-            )
-        self._at += num_bytes
-        return self._body[self._at - num_bytes : self._at]
-
-    def unpack(self, format_: str) -> tuple[int, ...]:
-        return struct.unpack("<" + format_, self.take(struct.calcsize("<" + format_)))
-
-    def text(self, length_format: str) -> str:
-        (length,) = self.unpack(length_format)
-        try:
-            return self.take(length).decode()
-        except UnicodeDecodeError:
-            raise ProtocolError("frame: text is not UTF-8") from None
-
-    def end(self) -> None:
-        if self._at != len(self._body):
-            raise ProtocolError(f"frame: {len(self._body) - self._at} bytes too many")
-
-
-def _text(length_format: str, text: str, limit: int) -> bytes:
-    encoded = text.encode()[:limit]
-    return struct.pack("<" + length_format, len(encoded)) + encoded
-
-
 @dataclass(frozen=True)
 class Hello:
     """Client to server: the versions it speaks, and its nonce."""
@@ -100,7 +66,7 @@ class Hello:
 
     def pack(self) -> bytes:
         versions = struct.pack("<HH", self.min_version, self.max_version)
-        return versions + self.nonce + self.epoch + _text("B", self.name, 255)
+        return versions + self.nonce + self.epoch + pack_text("B", self.name, 255)
 
     @classmethod
     def unpack(cls, body: bytes) -> Hello:
@@ -129,7 +95,7 @@ class Challenge:
     def claims(self) -> bytes:
         """Everything but the proof, as it enters the transcript."""
         versions = struct.pack("<HHH", self.version, self.min_version, self.max_version)
-        return versions + self.nonce + self.epoch + _text("B", self.name, 255)
+        return versions + self.nonce + self.epoch + pack_text("B", self.name, 255)
 
     def pack(self) -> bytes:
         return self.claims() + self.proof
@@ -173,7 +139,7 @@ class Refuse:
     message: str
 
     def pack(self) -> bytes:
-        return struct.pack("<H", self.code) + _text("H", self.message, 1024)
+        return struct.pack("<H", self.code) + pack_text("H", self.message, 1024)
 
     @classmethod
     def unpack(cls, body: bytes) -> Refuse:

@@ -134,7 +134,9 @@ bool Control::close(SlotKey key, Status status) {
   while (true) {
     const Word word = Word::unpack(bits);
     if (word.generation != key.generation) return false;
-    if (word.phase != Phase::kOpen && word.phase != Phase::kAdopted) return false;
+    // A verification under way ends what it verifies, unless the owner takes the pages back.
+    const bool open = word.phase == Phase::kOpen || word.phase == Phase::kAdopted;
+    if (!open && !(word.phase == Phase::kVerifying && status == Status::kRevoked)) return false;
     const Word closed{key.generation, status, Phase::kClosed};
     if (slot.word.compare_exchange_strong(bits, closed.pack())) break;
   }
@@ -212,6 +214,14 @@ Status Control::verify(SlotKey key, const Executor& executor, const OwnPages& ow
   Slot& slot = this->slot(key.slot);
   const Word open{key.generation, Status::kPending, Phase::kOpen};
   const Word verifying{key.generation, Status::kPending, Phase::kVerifying};
+  // Leaves the verifying phase, and gives what holds then: a revocation may have come first.
+  const auto leave_with = [&](Status status, Phase phase) {
+    uint64_t expected = verifying.pack();
+    const bool changed =
+        slot.word.compare_exchange_strong(expected, Word{key.generation, status, phase}.pack());
+    notify(slot);
+    return changed ? status : status_of(Word::unpack(expected), key);
+  };
   uint64_t bits = open.pack();
   if (!slot.word.compare_exchange_strong(bits, verifying.pack())) {
     return wait_closed(key, deadline_ns);
@@ -220,13 +230,10 @@ Status Control::verify(SlotKey key, const Executor& executor, const OwnPages& ow
   while (slot.writers.load() != 0) {
     const uint32_t seen = slot.changes.load();
     if (slot.writers.load() == 0) break;
-    const int64_t left = deadline_ns - now_ns();
-    if (left <= 0) {
-      slot.word.store(open.pack());
-      notify(slot);
-      return Status::kPending;
-    }
-    futex_wait(slot.changes, seen, std::min(left, kMaxWaitSlice));
+    const int64_t now = now_ns();
+    if (now > slot.deadline_ns.load()) return leave_with(Status::kExpired, Phase::kClosed);
+    if (now >= deadline_ns) return leave_with(Status::kPending, Phase::kOpen);
+    futex_wait(slot.changes, seen, std::min(deadline_ns - now, kMaxWaitSlice));
   }
   Status result = Status::kOk;
   try {
@@ -249,13 +256,10 @@ Status Control::verify(SlotKey key, const Executor& executor, const OwnPages& ow
       if (own.generations[own.pages[i]] != own.granted[i]) result = Status::kGenerationMismatch;
     }
   } catch (...) {
-    slot.word.store(Word{key.generation, Status::kMoveFailed, Phase::kClosed}.pack());
-    notify(slot);
+    leave_with(Status::kMoveFailed, Phase::kClosed);
     throw;
   }
-  slot.word.store(Word{key.generation, result, Phase::kClosed}.pack());
-  notify(slot);
-  return result;
+  return leave_with(result, Phase::kClosed);
 }
 
 // --- both ----------------------------------------------------------------------------------------
