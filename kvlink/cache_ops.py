@@ -216,7 +216,7 @@ def _stream(pool: KVPool, stream: int | None) -> int:
     if stream is not None:
         return stream
     torch = sys.modules.get("torch")
-    if torch is None:
+    if torch is None or not torch.cuda.is_available():
         return 0
     return int(torch.cuda.current_stream(pool.device[1]).cuda_stream)
 
