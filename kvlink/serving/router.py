@@ -20,6 +20,7 @@ from kvlink.serving.workers import WorkerFailed, WorkerProcess
 _START_S = 600.0  # to load a model
 _POLL_S = 1.0
 _STOP_S = 10.0
+_STALLED_S = 600.0  # both workers tell of every step they make
 
 
 class Router:
@@ -66,8 +67,12 @@ class Router:
         self.started_at = time.monotonic()
         for request in requests:
             decode.send("admit", request=request.to_message())
+        heard_at = self.started_at
         while by_index:
+            if time.monotonic() - heard_at > _STALLED_S:
+                raise WorkerFailed(f"no sign of life of either worker for {_STALLED_S:g} s")
             for _, message in self._messages(_POLL_S, self._workers):
+                heard_at = time.monotonic()
                 kind = message["type"]
                 if kind == "granted":
                     prompt = by_index[message["index"]].to_message()
