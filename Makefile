@@ -46,7 +46,7 @@ pytest: build
 	$(BIN)/python -m pytest
 
 # A second build beside the first: nothing that other targets use is touched.
-SANITIZED_TESTS ?= $(wildcard $(patsubst %,python_tests/test_%.py,layout pool pages append_kv \
+SANITIZED_TESTS ?= $(wildcard $(patsubst %,python_tests/test_%.py,layout pool pool_wrap pages append_kv \
 	relayout_pages paged_attention paged_attention_bits paged_attention_api merge_states))
 
 sanitize: build
