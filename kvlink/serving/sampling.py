@@ -1,4 +1,4 @@
-"""Greedy and temperature/top-p sampling, reproducible per request whatever the batch."""
+"""Greedy and temperature/top-p sampling, drawn per request and not per batch."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ def sample(logits: Tensor, sampling: Sampling, step: int) -> int:
 
     The draw depends on the logits, the seed and the step alone: no state is kept, so the process
     that samples the first token and the one that samples the rest need not share any.
+    NOTE: logits carry the rounding of torch's matrix products, whose last bits may depend on how
+    many rows a step has; a token at the very edge of its interval may then fall the other way.
     """
     if sampling.temperature == 0:
         return int(logits.argmax())
