@@ -4,6 +4,7 @@ found, kvlink._cuda. Environment:
 KVLINK_CUDA         auto (default: built if nvcc is found), 1 (demanded), 0 (left out)
 KVLINK_CUDA_ARCHS   for example "90a" or "80;90a;100" (default)
 KVLINK_SANITIZE     for example "address,undefined": a build for tests, not for use
+CXX, CXXFLAGS       the compiler (default: c++), and flags that come after ours
 MAX_JOBS            compilers run at once (default: the CPUs)
 """
 
@@ -132,7 +133,7 @@ class BuildExtensions(build_ext):
             *("-std=c++20", *optimise, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
             # Nobody reads floating-point exception flags; selects then vectorise.
             *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-            *("-pthread", *SANITIZE_FLAGS),
+            *("-pthread", *SANITIZE_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))),
             *(f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"),
         ]
 
