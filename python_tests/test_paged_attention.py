@@ -21,6 +21,7 @@ EXAMPLES = int(
     os.environ.get("KVLINK_HYPOTHESIS_EXAMPLES", 0) or min(50, settings.default.max_examples)
 )
 LEVELS = _C.supported_simd_levels()
+FORMS = ("nhd", "hnd", "packed", "latent")
 MIXED = dict(q_lens=(1, 7, 30, 40), seq_lens=(150, 65, 300, 40))
 
 
@@ -50,7 +51,6 @@ def check(case: AttentionCase) -> None:
 # --- the grid ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
     ("kv_dtype", "kv_scale"),
     [(dtype, "none") for dtype in ("float32", "float16", "bfloat16", "float8_e4m3", "int8")]
@@ -60,7 +60,10 @@ def check(case: AttentionCase) -> None:
         for scale in ("tensor", "head", "token_head")
     ],
 )
-@pytest.mark.parametrize("form", ["nhd", "hnd", "packed", "latent"])
+@pytest.mark.parametrize(
+    ("level", "form"),
+    [(level, "nhd") for level in LEVELS] + [(LEVELS[-1], form) for form in FORMS[1:]],
+)
 def test_every_form_and_storage(level: str, form: str, kv_dtype: str, kv_scale: str) -> None:
     _C.set_simd_level(level)
     heads = dict(num_q_heads=3, num_kv_heads=1) if form == "latent" else {}
@@ -73,7 +76,6 @@ def test_every_form_and_storage(level: str, form: str, kv_dtype: str, kv_scale: 
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("q_dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(
     "features",
     [
@@ -91,11 +93,17 @@ def test_every_form_and_storage(level: str, form: str, kv_dtype: str, kv_scale: 
     ],
     ids=lambda features: "-".join(features) or "plain",
 )
-def test_every_feature_in_a_ragged_batch(
-    level: str, q_dtype: str, features: dict[str, Any]
-) -> None:
+def test_every_feature_in_a_ragged_batch(level: str, features: dict[str, Any]) -> None:
     _C.set_simd_level(level)
-    check(AttentionCase(**MIXED, q_dtype=q_dtype, **features))
+    check(AttentionCase(**MIXED, **features))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("q_dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16"])
+def test_query_dtypes(level: str, q_dtype: str, kv_dtype: str) -> None:
+    _C.set_simd_level(level)
+    check(AttentionCase(**MIXED, q_dtype=q_dtype, kv_dtype=kv_dtype, sinks=True))
 
 
 @pytest.mark.parametrize("level", LEVELS)
