@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from kvlink.layout import KVLayout
 
 _LAYER_ALIGNMENT = 4096  # bytes, of each layer in a pool made here
 _DEVICE_CPU = (1, 0)  # as in DLPack
+_HOST_DEVICES = (1, 3)  # DLPack's CPU and CUDA-pinned memory
 
 PlaneAddresses = tuple[int, int, int, int]  # of k, v, k_scale, v_scale; 0 where there is none
 
@@ -80,8 +82,9 @@ class KVPool:
         segment = _C.Segment.create(pool_bytes(layout, num_stored, num_pages), shared)
         pool = cls._in_segment(layout, num_pages, layer_map, segment)
         if layout.scale in ("tensor", "head"):
-            for layer in range(num_stored):
-                pool._fill_static_scales(layer)
+            ones = [1.0] * (layout.num_kv_heads if layout.scale == "head" else 1)
+            for stored_layer in range(num_stored):
+                pool._write_static_scales(stored_layer, ones, ones)
         return pool
 
     @classmethod
@@ -210,35 +213,38 @@ class KVPool:
 
         Existing pages keep their stored values, so set scales before writing.
         """
-        import numpy as np
-
         if self.layout.scale not in ("tensor", "head"):
             raise InvalidArgument(
                 "scale: only 'tensor' and 'head' scales are set; "
                 f"the layout has {self.layout.scale!r}"
             )
-        num = self.layout.num_kv_heads if self.layout.scale == "head" else 1
-        for name, value, array in (
-            ("k_scale", k_scale, self._scale_array(layer, 2, self.layout.k_scale)),
-            ("v_scale", v_scale, self._scale_array(layer, 3, self.layout.v_scale)),
-        ):
-            values = np.atleast_1d(np.asarray(value, dtype=np.float32))
-            if values.shape != (num,) or not (np.isfinite(values).all() and (values > 0).all()):
-                raise InvalidArgument(
-                    f"{name}: expected {num} finite positive floats; got {value!r}"
-                )
-            np.from_dlpack(array)[0, 0, :num] = values
+        if not 0 <= layer < self.num_layers:
+            raise InvalidArgument(f"layer: expected 0 to {self.num_layers - 1}; got {layer}")
+        if self.device[0] not in _HOST_DEVICES:
+            raise Unsupported(f"device: scales are set in host memory; got DLPack's {self.device}")
+        k_scales = self._static_scales("k_scale", k_scale)
+        v_scales = self._static_scales("v_scale", v_scale)
+        self._write_static_scales(self.layer_map[layer], k_scales, v_scales)
 
-    def _fill_static_scales(self, layer: int) -> None:
+    def _static_scales(self, name: str, value: Any) -> list[float]:
         import numpy as np
 
         num = self.layout.num_kv_heads if self.layout.scale == "head" else 1
-        for plane, strides in ((2, self.layout.k_scale), (3, self.layout.v_scale)):
-            address = self._planes[layer][plane]
-            view = _C.ArrayView(
-                address, [num], [strides.stride_head], "float32", self.device, self._owner
-            )
-            np.from_dlpack(view)[:] = 1.0
+        values = np.atleast_1d(np.asarray(value, dtype=np.float32))
+        if values.shape != (num,) or not (np.isfinite(values).all() and (values > 0).all()):
+            raise InvalidArgument(f"{name}: expected {num} finite positive floats; got {value!r}")
+        return [float(each) for each in values]
+
+    def _write_static_scales(
+        self, stored_layer: int, k_scales: list[float], v_scales: list[float]
+    ) -> None:
+        # Not through numpy: before 2.1 it takes every DLPack array for read-only.
+        addresses = self._planes[stored_layer][2:]
+        for address, plane, values in zip(
+            addresses, (self.layout.k_scale, self.layout.v_scale), (k_scales, v_scales), strict=True
+        ):
+            for i, value in enumerate(values):
+                ctypes.c_float.from_address(address + 4 * i * plane.stride_head).value = value
 
     def _scale_array(self, layer: int, plane: int, strides: Plane) -> _C.ArrayView:
         if not self.layout.has_scales:

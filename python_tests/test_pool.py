@@ -102,6 +102,7 @@ def test_static_scales_begin_at_one_and_can_be_set() -> None:
     for bad in (0.0, -1.0, float("nan"), [1.0, 1.0]):
         with pytest.raises(InvalidArgument, match="v_scale: expected 1 finite positive"):
             pool.set_scales(0, 1.0, bad)
+    assert (np.from_dlpack(pool.k_scale(0)) == 0.25).all()  # nothing was set
 
 
 def test_token_scales_begin_at_zero_and_are_writable() -> None:

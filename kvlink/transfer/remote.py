@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-_REGION_WAIT = 1.0  # s, for a region that was registered a moment ago
+_REGION_WAIT = 5.0  # s, for a region that was registered a moment ago
 
 
 class Remote:
