@@ -28,7 +28,8 @@ from harness import Figure
 
 from kvlink.layout import KVLayout
 from kvlink.pool import KVPool
-from kvlink.testing.transfer_peer import SECRET, Peer, PoolSpec
+from kvlink.testing.transfer_peer import SECRET, Peer
+from kvlink.testing.transfer_pool import PoolSpec
 from kvlink.transfer import Endpoint
 
 MOVES = {

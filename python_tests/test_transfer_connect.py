@@ -14,7 +14,8 @@ import pytest
 
 from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.layout import Shard
-from kvlink.testing.transfer_peer import SECRET, PoolSpec
+from kvlink.testing.transfer_peer import SECRET
+from kvlink.testing.transfer_pool import PoolSpec
 from kvlink.transfer import (
     Endpoint,
     Link,

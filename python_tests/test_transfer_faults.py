@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from kvlink import _C
-from kvlink.testing.transfer_peer import SECRET, Peer, PoolSpec, pool_bytes
+from kvlink.testing.transfer_peer import SECRET, Peer
+from kvlink.testing.transfer_pool import PoolSpec, pool_bytes
 from kvlink.transfer import (
     Arrival,
     DigestMismatch,

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from kvlink.reference.relayout_pages import relayout_pages
-from kvlink.testing.transfer_peer import SECRET, Peer, PoolSpec, pool_bytes
+from kvlink.testing.transfer_peer import SECRET, Peer
+from kvlink.testing.transfer_pool import PoolSpec, pool_bytes
 from kvlink.transfer import AlreadyWriting, Endpoint, TransferTimeout
 
 pytestmark = [pytest.mark.two_process, pytest.mark.timeout(60)]
