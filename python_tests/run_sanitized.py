@@ -53,7 +53,9 @@ def main(build_dir: str, *tests: str) -> int:
     pytest = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-x", "-q"]
     if sys.version_info < (3, 11):  # no -P: keep the current folder off sys.path by other means
         pytest[1:4] = ["-c", "import sys, pytest; sys.path.remove(''); sys.exit(pytest.main())"]
-    options = ["--hypothesis-profile", "sanitize", "-m", "not two_process and not slow and not gpu"]
+    # --capture=sys: what a sanitizer writes to the process's stderr must not be captured.
+    options = ["--capture=sys", "--hypothesis-profile", "sanitize"]
+    options += ["-m", "not two_process and not slow and not gpu"]
     return subprocess.run([*pytest, *options, *tests], env=environment).returncode
 
 
