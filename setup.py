@@ -154,7 +154,8 @@ class BuildExtensions(build_ext):
         return sorted(compiles, key=lambda job: "simd" not in job[0].stem)
 
     def cuda_compiles(self) -> list[tuple[Path, Path, list[str]]]:
-        archs = os.environ.get("KVLINK_CUDA_ARCHS", "80;90a;100").replace(",", ";").split(";")
+        wanted = os.environ.get("KVLINK_CUDA_ARCHS", "80;90a;100").replace(",", ";")
+        archs = wanted.split(";")
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         includes = nvcc_paths(self.nvcc, "INCLUDES", "-I")
         compiles = []
@@ -173,8 +174,8 @@ class BuildExtensions(build_ext):
         for source in host:
             target = self.target(source, ".cuda")
             command = [
-                *(*self.cxx(), *self.cxx_flags(), *includes, "-c", str(source)),
-                *("-o", str(target)),
+                *(*self.cxx(), *self.cxx_flags(), *includes, f'-DKVLINK_CUDA_ARCHS="{wanted}"'),
+                *("-c", str(source), "-o", str(target)),
             ]
             compiles.append((source, target, command))
         return compiles

@@ -5,6 +5,7 @@ from typing import Any
 
 from kvlink._C import PoolView
 
+architectures: str
 runtime_version: int
 
 def append_kv(k: Any, v: Any, pool: PoolView, layer: int, slots: Any, stream: int) -> None: ...

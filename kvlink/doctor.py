@@ -109,26 +109,14 @@ def _cuda() -> dict[str, Any]:
     if importlib.util.find_spec("kvlink._cuda") is None:
         return {"built": False, "why": "nvcc was not found, or not wanted, when kvlink was built"}
     module = importlib.import_module("kvlink._cuda")
-    found: dict[str, Any] = {"built": True, "file": module.__file__}
-    archs = getattr(module, "architectures", None)
-    if archs is not None:
-        found["architectures"] = list(archs()) if callable(archs) else list(archs)
-    found["driver"] = _cuda_driver()
-    return found
-
-
-def _cuda_driver() -> str:
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "none: libcuda.so.1 was not found"
-    status, count, version = driver.cuInit(0), ctypes.c_int(), ctypes.c_int()
-    if status:
-        return f"unusable: cuInit returned {status}"
-    driver.cuDriverGetVersion(ctypes.byref(version))
-    driver.cuDeviceGetCount(ctypes.byref(count))
-    major, minor = version.value // 1000, version.value % 1000 // 10
-    return f"CUDA {major}.{minor}, {count.value} device(s)"
+    archs, runtime = module.architectures.split(";"), module.runtime_version
+    return {
+        "built": True,
+        "file": module.__file__,
+        "architectures": [f"sm_{arch}" for arch in archs],
+        "runtime": f"{runtime // 1000}.{runtime % 1000 // 10}",
+        "devices": module.device_count() or f"none ({module.unavailable_reason()})",
+    }
 
 
 def _libraries() -> dict[str, Any]:

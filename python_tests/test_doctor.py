@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -45,6 +46,9 @@ def test_json_needs_neither_torch_nor_numpy() -> None:
         "why": "the CPUs this process may run on",
     }
     assert found["parts"]["_C"]["file"] == _C.__file__
+    cuda = found["parts"]["_cuda"]
+    assert cuda["built"] == (importlib.util.find_spec("kvlink._cuda") is not None)
+    assert cuda["architectures"] if cuda["built"] else cuda["why"]
     assert found["libraries"]["numpy"]
     assert found["paths"]["host_shm"]["available"]
     for path in ("cuda_ipc", "ucx", "nccl"):

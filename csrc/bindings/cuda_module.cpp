@@ -177,6 +177,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.doc() = "kvlink's CUDA operators. Import kvlink, not this.";
   py::module_::import("kvlink._C");  // registers PoolView
   register_exceptions();
+  module.attr("architectures") = KVLINK_CUDA_ARCHS;  // as in setup.py: "80;90a;100"
   module.attr("runtime_version") = CUDART_VERSION;
   module.def("device_count", [] { return devices().first; }, "CUDA devices; 0 without a driver.");
   module.def(
