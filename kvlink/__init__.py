@@ -9,8 +9,10 @@ from kvlink.pool import KVPool
 
 if TYPE_CHECKING:
     from kvlink.pages import PageAllocator
+    from kvlink.transfer import Endpoint
 
 __all__ = [
+    "Endpoint",
     "KVLayout",
     "KVPool",
     "PageAllocator",
@@ -24,7 +26,7 @@ __all__ = [
 ]
 
 # Imported on first use, so that `import kvlink` loads neither numpy nor anything it does not need.
-_LAZY = {"PageAllocator": "kvlink.pages"}
+_LAZY = {"Endpoint": "kvlink.transfer", "PageAllocator": "kvlink.pages"}
 
 
 def __getattr__(name: str) -> Any:
