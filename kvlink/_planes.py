@@ -28,12 +28,14 @@ def dtype_name(dtype: Any) -> str:
     return name
 
 
-def require_positive(**values: int) -> None:
+def require_positive(**values: int) -> list[int]:
+    """The values as plain integers; raises InvalidArgument naming the one that is wrong."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
             raise InvalidArgument(f"{name}: expected a positive integer; got {value!r}")
         if value > 2**31 - 1:
             raise InvalidArgument(f"{name}: expected at most 2^31 - 1; got {value}")
+    return [value.__index__() for value in values.values()]
 
 
 @dataclass(frozen=True)

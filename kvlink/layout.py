@@ -193,12 +193,12 @@ class KVLayout:
         scale: str,
     ) -> KVLayout:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        require_positive(
+        heads, dim, dim_v, size = require_positive(
             num_kv_heads=num_kv_heads, head_dim=head_dim, head_dim_v=head_dim_v, page_size=page_size
         )
         name = dtype_name(dtype)
-        dims = (num_kv_heads, head_dim, head_dim_v, page_size)
-        return cls(form, name, scale, *dims, *page_planes(form, order, name, scale, *dims))
+        planes = page_planes(form, order, name, scale, heads, dim, dim_v, size)
+        return cls(form, name, scale, heads, dim, dim_v, size, *planes)
 
     # --- addressing -------------------------------------------------------------------------
 

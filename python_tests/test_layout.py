@@ -266,3 +266,11 @@ def test_shards() -> None:
         with pytest.raises(InvalidArgument):
             Shard(layers, heads)
     assert set(DTYPE_BYTES) == set(DTYPES)
+
+
+def test_dimensions_may_be_numpy_integers() -> None:
+    dims = {"num_kv_heads": 2, "head_dim": 64, "page_size": 16}
+    plain = KVLayout.nhd(**dims, dtype="float16")
+    numpy = KVLayout.nhd(**{name: np.int64(size) for name, size in dims.items()}, dtype="float16")
+    assert numpy == plain
+    assert numpy.fingerprint == plain.fingerprint

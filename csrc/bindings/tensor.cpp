@@ -38,13 +38,15 @@ py::object export_capsule(const py::handle& object, std::string_view name) {
     return object.attr("__dlpack__")(py::arg("max_version") = *kMaxVersion);
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) {
-      throw InvalidArgument(concat(name, ": the array could not be exported: ", error.what()));
+      throw InvalidArgument(
+          concat(name, ": the array could not be exported: ", std::string(py::str(error.value()))));
     }
   }
   try {  // producers older than DLPack 1.0 take no max_version
     return object.attr("__dlpack__")();
   } catch (py::error_already_set& error) {
-    throw InvalidArgument(concat(name, ": the array could not be exported: ", error.what()));
+    throw InvalidArgument(
+        concat(name, ": the array could not be exported: ", std::string(py::str(error.value()))));
   }
 }
 
