@@ -4,6 +4,7 @@
 #   make test      build, lint, all tests, and the operator tests under ASan and UBSan
 #   make lint      ruff, mypy, clang-format
 #   make bench     every benchmark
+#   make gpu       on a machine with an NVIDIA GPU: builds for it, runs the GPU tests and benchmarks
 #   make sanitize  the operator tests under ASan and UBSan
 #   make stubs     kvlink/_C.pyi from the built extension, after its bindings changed
 #   make clean     removes all of this
@@ -57,6 +58,10 @@ stubs: build
 
 bench: build
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+# No .venv: the machine's own torch knows its CUDA. Needs no network.
+gpu:
+	$(PYTHON) tools/run_gpu.py --output benchmarks/results
 
 clean:
 	rm -rf $(VENV) build dist kvlink.egg-info kvlink/*.so .pytest_cache .mypy_cache .ruff_cache \

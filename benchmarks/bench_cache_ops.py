@@ -1,23 +1,23 @@
 """append_kv, relayout_pages and digest_pages beside the machine's copy bandwidth.
 
-    python benchmarks/bench_cache_ops.py [--case NAME ...] [--json]
+    python benchmarks/bench_cache_ops.py [--device cpu|cuda] [--case NAME ...] [--json]
 
 Bytes counted: the larger of what is read and what is written (the smaller one overlaps with it),
-against the copy limit; for a digest alone, what is read, against the read limit. `memcpy` copies
-the same bytes in one call on one thread.
+against the copy limit; for a digest alone, what is read, against the read limit. `torch_copy`
+copies the same bytes from one tensor to another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import harness
-import numpy as np
 import torch
 
-from kvlink import KVLayout, KVPool, append_kv, digest_pages, relayout_pages
+from kvlink import KVPool, append_kv, digest_pages, relayout_pages
 
 NUM_TOKENS = 8192
 NUM_LAYERS = 4
@@ -51,67 +51,83 @@ CASES = {
 }
 
 
+DEVICES = ("cpu", "cuda")
+
+
 def main() -> None:
     """Runs the cases named on the command line."""
-    options = harness.arguments("the cache operators", list(CASES), ("bfloat16",))
-    harness.report((f for name in options.case for f in run(name, options.seconds)), options.json)
+    options = harness.arguments("the cache operators", list(CASES), ("bfloat16",), DEVICES)
+    figures = (f for name in options.case for f in run(name, options.device, options.seconds))
+    harness.report(figures, options.json, options.device)
 
 
-def make_pool(order: str, page_size: int, dtype: str, scale: str) -> KVPool:
-    make = KVLayout.nhd if order == "nhd" else KVLayout.hnd
-    layout = make(num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, page_size=page_size, dtype=dtype,
-                  scale=scale)  # fmt: skip
-    return KVPool.create(layout, num_layers=NUM_LAYERS, num_pages=NUM_TOKENS // page_size)
+def make_pool(order: str, page_size: int, dtype: str, scale: str, device: str) -> KVPool:
+    """A pool over tensors on `device`, as an engine would have them."""
+    num_pages = NUM_TOKENS // page_size
+    size = {"slot": page_size, "head": NUM_KV_HEADS}
+    inner = ("slot", "head") if order == "nhd" else ("head", "slot")
+    shape = [num_pages, 2, *(size[axis] for axis in inner), HEAD_DIM]
+    storage = {"bfloat16": torch.bfloat16, "int8": torch.int8}.get(dtype, torch.uint8)
+    scale_shapes = {"tensor": [1], "token_head": [num_pages, page_size, NUM_KV_HEADS]}
+    scales = None
+    if scale in scale_shapes:
+        scales = [
+            tuple(torch.full(scale_shapes[scale], 0.05, device=device) for _ in range(2))
+            for _ in range(NUM_LAYERS)
+        ]
+    layers = [torch.zeros(shape, dtype=storage, device=device) for _ in range(NUM_LAYERS)]
+    axes = f"page kv {inner[0]} {inner[1]} dim"
+    return KVPool.wrap(layers, axes, dtype=dtype, scale=scale, scales=scales)
 
 
-def run(name: str, seconds: float) -> Iterator[harness.Figure]:
-    """One case, and memcpy of as many bytes where the case only copies."""
+def run(name: str, device: str, seconds: float) -> Iterator[harness.Figure]:
+    """One case, and a copy of as many bytes where the case only copies."""
     case = CASES[name]
-    dst = make_pool(*case.dst)
-    random = np.random.default_rng(0)
-    dst_pages = random.permutation(dst.num_pages).astype(np.int32)
+    dst = make_pool(*case.dst, device)
+    random = torch.Generator().manual_seed(0)
+    dst_pages = shuffled(dst, random, device)
     written = NUM_TOKENS * dst.layout.token_bytes() * NUM_LAYERS
     limit, num_bytes = "copy", written
     if case.op == "append_kv":
-        rows = torch.randn(NUM_TOKENS, NUM_KV_HEADS, HEAD_DIM)
+        rows = torch.randn(NUM_TOKENS, NUM_KV_HEADS, HEAD_DIM, device=device)
         rows = rows.to(getattr(torch, case.src[2]))
-        slots = torch.arange(NUM_TOKENS)
         num_bytes = max(written, NUM_LAYERS * 2 * rows.nbytes)
-
-        def append() -> None:
-            for layer in range(NUM_LAYERS):
-                append_kv(rows, rows, dst, layer, slots)
-
-        elapsed = harness.measure(append, seconds)
+        work = partial(append, rows, dst)
     elif case.op == "digest_pages":
         limit = "read"
-        elapsed = harness.measure(
-            lambda: digest_pages(dst, dst_pages, num_tokens=NUM_TOKENS), seconds
-        )
+        work = partial(digest_pages, dst, dst_pages, num_tokens=NUM_TOKENS)
     else:
-        src = make_pool(*case.src)
-        fill(src)
-        src_pages = random.permutation(src.num_pages).astype(np.int32)
+        src = make_pool(*case.src, device)
+        append(torch.randn(NUM_TOKENS, NUM_KV_HEADS, HEAD_DIM, device=device), src)
+        src_pages = shuffled(src, random, device)
         num_bytes = max(written, NUM_TOKENS * src.layout.token_bytes() * NUM_LAYERS)
-        elapsed = harness.measure(
-            lambda: relayout_pages(
-                src, src_pages, dst, dst_pages, num_tokens=NUM_TOKENS, **case.options
-            ),
-            seconds,
+        work = partial(
+            relayout_pages, src, src_pages, dst, dst_pages, num_tokens=NUM_TOKENS, **case.options
         )
     dtype, page_size = case.dst[2], case.dst[1]
     needs = {limit: float(num_bytes)}
-    yield harness.figure(case.op, name, "cpu", dtype, page_size, elapsed, needs)
+
+    def figure(work: Callable[[], object], peer: str) -> harness.Figure:
+        elapsed = harness.measure(work, seconds, device=device)
+        return harness.figure(case.op, name, device, dtype, page_size, elapsed, needs, peer, device)
+
+    yield figure(work, "kvlink")
     if name in ("append", "same"):
-        a, b = (np.ones(num_bytes, np.uint8) for _ in range(2))
-        copied = harness.measure(lambda: np.copyto(a, b), seconds)
-        yield harness.figure(case.op, name, "cpu", dtype, page_size, copied, needs, "memcpy")
+        a, b = (torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+        yield figure(lambda: a.copy_(b), "torch_copy")
 
 
-def fill(pool: KVPool) -> None:
-    rows = torch.randn(NUM_TOKENS, NUM_KV_HEADS, HEAD_DIM)
-    for layer in range(pool.num_layers):
-        append_kv(rows, rows, pool, layer, torch.arange(NUM_TOKENS))
+def append(rows: torch.Tensor, pool: KVPool) -> None:
+    """The same rows as K and V of every layer."""
+    slots = torch.arange(NUM_TOKENS, device=rows.device)
+    for layer in range(NUM_LAYERS):
+        append_kv(rows, rows, pool, layer, slots)
+
+
+def shuffled(pool: KVPool, random: torch.Generator, device: str) -> torch.Tensor:
+    """All pages of a pool in random order."""
+    pages = torch.randperm(pool.num_pages, generator=random, dtype=torch.int32)
+    return pages.to(device)
 
 
 if __name__ == "__main__":

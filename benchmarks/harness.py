@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 
 from kvlink import _C
 
@@ -41,12 +41,21 @@ class Figure:
     peer: str = "kvlink"
 
 
-@lru_cache(maxsize=1)
-def limits() -> dict[str, float]:
-    """Rates of this machine with num_threads() threads, in 10^9 a second, measured once.
+@cache
+def limits(device: str = "cpu") -> dict[str, float]:
+    """Rates of this machine, in 10^9 a second, measured once.
 
-    "read" and "copy" (bytes; a copied byte counts once), "fma" (float32 operations).
+    "read" and "copy" (bytes; a copied byte counts once), "fma" (float32 operations). On the CPU
+    with num_threads() threads. A CUDA device's copy is torch's, and reads count as fast as its
+    reads and writes together.
     """
+    if device == "cuda":
+        import torch
+
+        source = torch.ones(_PROBE_BYTES, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        copied = _PROBE_BYTES / measure(lambda: target.copy_(source), device=device) / 1e9
+        return {"copy": copied, "read": 2 * copied}
     return {
         "read": _C.probe_read_bandwidth(_PROBE_BYTES, _PROBE_SECONDS) / 1e9,
         "copy": _C.probe_copy_bandwidth(_PROBE_BYTES, _PROBE_SECONDS) / 1e9,
@@ -54,34 +63,58 @@ def limits() -> dict[str, float]:
     }
 
 
-def limit_fraction(seconds: float, needs: dict[str, float]) -> tuple[str, float]:
+def limit_fraction(
+    seconds: float, needs: dict[str, float], device: str = "cpu"
+) -> tuple[str, float]:
     """(limit, fraction) of the limit that binds: the one that alone would take longest.
 
     `needs` gives the bytes or operations that the work asks of each limit.
     """
-    times = {name: amount / (limits()[name] * 1e9) for name, amount in needs.items() if amount}
+    rates = limits(device)
+    times = {name: amount / (rates[name] * 1e9) for name, amount in needs.items() if amount}
     name = max(times, key=lambda each: times[each])
     return name, times[name] / seconds
 
 
-def measure(work: Callable[[], object], seconds: float = 1.0, min_rounds: int = 5) -> float:
-    """Median seconds of a call, over at least `min_rounds` calls and about `seconds` in all."""
-    work()  # fills caches and thread pools
+def measure(
+    work: Callable[[], object], seconds: float = 1.0, min_rounds: int = 5, device: str = "cpu"
+) -> float:
+    """Median seconds of a call, over at least `min_rounds` calls and about `seconds` in all.
+
+    On a CUDA device a call lasts until the device has done it, timed by events of its stream.
+    """
+    time_once = _time_on_device if device == "cuda" else _time_on_host
+    time_once(work)  # fills caches and thread pools
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < min_rounds or time.perf_counter() < end:
-        begin = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begin)
+        times.append(time_once(work))
     return sorted(times)[len(times) // 2]
+
+
+def _time_on_host(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def _time_on_device(work: Callable[[], object]) -> float:
+    import torch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def figure(
     op: str, case: str, backend: str, dtype: str, page_size: int, seconds: float,
-    needs: dict[str, float], peer: str = "kvlink",
+    needs: dict[str, float], peer: str = "kvlink", device: str = "cpu",
 ) -> Figure:  # fmt: skip
     """A figure from a time and what the work needs of the limits ("read" or "copy", "fma")."""
-    limit, fraction = limit_fraction(seconds, needs)
+    limit, fraction = limit_fraction(seconds, needs, device)
     num_bytes = needs.get("read", 0.0) + needs.get("copy", 0.0)
     return Figure(
         op, case, backend, dtype, page_size, round(seconds * 1e3, 4),
@@ -108,11 +141,12 @@ def arguments(
     return options
 
 
-def report(figures: Iterable[Figure], as_json: bool) -> None:
+def report(figures: Iterable[Figure], as_json: bool, device: str = "cpu") -> None:
     """Prints figures as they come: JSON lines, or a table with the limits above it."""
     if not as_json:
-        rates = ", ".join(f"{name} {rate:.1f}" for name, rate in limits().items())
-        print(f"{_C.num_threads()} threads, {_C.simd_level()}; limits in 10^9/s: {rates}")
+        rates = ", ".join(f"{name} {rate:.1f}" for name, rate in limits(device).items())
+        where = f"{_C.num_threads()} threads, {_C.simd_level()}" if device == "cpu" else device
+        print(f"{where}; limits in 10^9/s: {rates}")
         print(f"{'op':<18}{'case':<20}{'dtype':<13}{'peer':<12}{'ms':>10}{'GB/s':>9}"
               f"{'GFLOP/s':>9}  of limit")  # fmt: skip
     for each in figures:

@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 
-_SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile("default", deadline=None, suppress_health_check=_SLOW)
-settings.register_profile(
-    "sanitize", deadline=None, max_examples=15, suppress_health_check=_SLOW, database=None
-)
-settings.load_profile("default")
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # the GPU tests do without
+    pass
+else:
+    _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    settings.register_profile("default", deadline=None, suppress_health_check=_SLOW)
+    settings.register_profile(
+        "sanitize", deadline=None, max_examples=15, suppress_health_check=_SLOW, database=None
+    )
+    settings.load_profile("default")
 
 
 def pytest_configure() -> None:

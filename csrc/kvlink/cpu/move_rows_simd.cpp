@@ -307,20 +307,35 @@ uint64_t fold_row(const RowMove& move, const char* row, int64_t size) {
 }  // namespace
 
 uint64_t digest_rows(const RowMove& move, const RowBox& box) {
+  constexpr int32_t kHeads = 64;  // taken together
   const int64_t size = dtype_bytes(move.dst.dtype);
+  const auto digest_row = [&](uint64_t base, int64_t token, int32_t head) {
+    const int64_t dst_slot = box.dst_slot + token, dst_head = move.dst_head + head;
+    uint64_t seed = row_digest::seed(base, box.token_position + token);
+    if (move.dst.token_scale) {
+      const float scale = *move.dst.row_scale(box.dst_page, dst_slot, dst_head);
+      seed = row_digest::seed_with_scale(seed, float_bits(scale));
+    }
+    const char* row = move.dst.row(box.dst_page, dst_slot, dst_head);
+    return row_digest::finish(fold_row(move, row, size), seed);
+  };
+  // Rows are read in the order of their addresses, which the CPU can fetch ahead.
+  const bool heads_inside = move.dst.at.stride_head < move.dst.at.stride_slot;
   uint64_t sum = 0;
-  for (int32_t head = 0; head < move.num_heads; ++head) {
-    const uint64_t base = row_digest::base(move.model_layer, move.model_head + head,
-                                           move.model_plane, move.dims * size);
-    for (int64_t token = 0; token < box.num_tokens; ++token) {
-      const int64_t dst_slot = box.dst_slot + token, dst_head = move.dst_head + head;
-      uint64_t seed = row_digest::seed(base, box.token_position + token);
-      if (move.dst.token_scale) {
-        const float scale = *move.dst.row_scale(box.dst_page, dst_slot, dst_head);
-        seed = row_digest::seed_with_scale(seed, float_bits(scale));
+  for (int32_t first = 0; first < move.num_heads; first += kHeads) {
+    const int32_t count = move.num_heads - first < kHeads ? move.num_heads - first : kHeads;
+    uint64_t bases[kHeads];
+    for (int32_t i = 0; i < count; ++i) {
+      bases[i] = row_digest::base(move.model_layer, move.model_head + first + i, move.model_plane,
+                                  move.dims * size);
+    }
+    const int64_t num_outer = heads_inside ? box.num_tokens : count;
+    const int64_t num_inner = heads_inside ? count : box.num_tokens;
+    for (int64_t outer = 0; outer < num_outer; ++outer) {
+      for (int64_t inner = 0; inner < num_inner; ++inner) {
+        const auto head = static_cast<int32_t>(heads_inside ? inner : outer);
+        sum += digest_row(bases[head], heads_inside ? outer : inner, first + head);
       }
-      const char* row = move.dst.row(box.dst_page, dst_slot, dst_head);
-      sum += row_digest::finish(fold_row(move, row, size), seed);
     }
   }
   return sum;
