@@ -452,6 +452,21 @@ def test_waits_are_bounded(receiver: Receiver) -> None:
         receiver.endpoint.accept(0.05)
 
 
+def test_ended_between_the_last_look_and_the_verdict(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grant = receiver.grant()
+    advance = grant.advance
+
+    def reaped_first() -> None:
+        grant._control.close(grant.key, TransferStatus.EXPIRED)
+        advance()
+
+    monkeypatch.setattr(grant, "advance", reaped_first)
+    with pytest.raises(GrantExpired):
+        grant.poll()
+
+
 def test_expired_without_any_peer(receiver: Receiver) -> None:
     grant = receiver.grant(ttl=0.1)
     eventually(lambda: receiver.returned == [grant.transfer_id], 5)

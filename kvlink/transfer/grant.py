@@ -77,8 +77,8 @@ class Grant(Reservation):
         if self._outcome is None and status == _OK:
             status = self._control.verify(self.key, self._granted, deadline_ns)
         self.advance()
-        # Whoever ended it first (another thread, the reaper) left the outcome.
-        if (self._outcome or status) == _OK:
+        status = self._outcome or status  # of whoever ended it first, perhaps another thread
+        if status == _OK:
             descriptor = self.region.descriptor
             rows = descriptor.num_stored_layers * descriptor.rows_per_token * self.num_tokens
             self._arrival = self._arrival or Arrival(
@@ -87,7 +87,7 @@ class Grant(Reservation):
                 (time.monotonic_ns() - complete) * 1e-9,
             )  # fmt: skip
             return self._arrival
-        if (self._outcome or status) == _PENDING:
+        if status == _PENDING:
             raise TransferTimeout(f"transfer {self.transfer_id.hex()}: not there after {timeout} s")
         raise self._failure(status)
 

@@ -58,7 +58,7 @@ class Link:
         self._requests = itertools.count(1)
         self._answers: dict[int, tuple[threading.Event, list[int]]] = {}
         self._closed = False
-        self._gone = False
+        self.gone: PeerLost | None = None  # why, once the peer is
         self._pidfd = channel.peer_pidfd()
 
     # --- moving KV ----------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class Link:
     def on_readable(self) -> None:
         """Service thread: takes the frames that are there."""
         try:
-            while not self._gone:
+            while not self.gone:
                 frame, fds = self._channel.receive()
                 self._take(frame, fds)
         except BlockingIOError:
@@ -194,14 +194,14 @@ class Link:
         of stays quarantined.
         """
         with self._lock:
-            if self._gone:
+            if self.gone:
                 return
-            self._gone = True
+            self.gone = PeerLost(f"{self.peer_name!r}, the owner of the pages, is gone: {why}")
             lost, self._closed = not self._closed, True
         if lost:
             logger.info("link to %r lost: %s", self.peer_name, why)
         self._shm.close(_C.TransferStatus.PEER_LOST)
-        self._end_leases(PeerLost(f"{self.peer_name!r}, the owner of the pages, is gone: {why}"))
+        self._end_leases(self.gone)
         for event, _ in list(self._answers.values()):
             event.set()
         service = self._endpoint.service
@@ -220,7 +220,7 @@ class Link:
             leases = list(self._leases)
         for lease in leases:
             lease.reap(now_ns)
-        if self._gone:
+        if self.gone:
             return False
         try:
             flushed = self._channel.flush()

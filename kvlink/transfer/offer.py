@@ -74,7 +74,7 @@ class Lease:
         if self._over:
             raise LinkClosed("the lease was released")
         if self._link.closed:
-            raise LinkClosed("the link to the owner of the pages is closed")
+            raise self._link.gone or LinkClosed("the link to the owner of the pages is closed")
         if not self.valid:
             status = self._control.status(self._key)
             if status == _C.TransferStatus.PENDING:
