@@ -170,7 +170,7 @@ def connect(seconds: float) -> Iterator[Figure]:
 
 def memcpy() -> Iterator[Figure]:
     num_bytes = float(256 << 20)
-    seconds = num_bytes / (harness.limits()["copy"] * 1e9)
+    seconds = num_bytes / (harness.limits("cpu")["copy"] * 1e9)
     yield harness.figure(
         "copy", "memcpy", "host", "uint8", 0, seconds, {"copy": num_bytes}, peer="memcpy"
     )

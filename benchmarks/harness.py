@@ -42,7 +42,7 @@ class Figure:
 
 
 @cache
-def limits(device: str = "cpu") -> dict[str, float]:
+def limits(device: str) -> dict[str, float]:
     """Rates of this machine, in 10^9 a second, measured once.
 
     "read" and "copy" (bytes; a copied byte counts once), "fma" (float32 operations). On the CPU
@@ -147,13 +147,14 @@ def report(figures: Iterable[Figure], as_json: bool, device: str = "cpu") -> Non
         rates = ", ".join(f"{name} {rate:.1f}" for name, rate in limits(device).items())
         where = f"{_C.num_threads()} threads, {_C.simd_level()}" if device == "cpu" else device
         print(f"{where}; limits in 10^9/s: {rates}")
-        print(f"{'op':<18}{'case':<20}{'dtype':<13}{'peer':<12}{'ms':>10}{'GB/s':>9}"
+        print(f"{'op':<18}{'case':<29}{'dtype':<13}{'peer':<12}{'ms':>10}{'GB/s':>9}"
               f"{'GFLOP/s':>9}  of limit")  # fmt: skip
     for each in figures:
         if as_json:
             print(json.dumps(asdict(each)), flush=True)
         else:
-            names = f"{each.op:<18}{each.case:<20}{each.dtype:<13}{each.peer:<12}"
+            names = f"{each.op:<18}{each.case:<29}{each.dtype:<13}{each.peer:<12}"
             rates = f"{each.ms:>10.3f}{each.GBps:>9.2f}{each.GFLOPs:>9.1f}"
-            print(f"{names}{rates}  {each.limit_fraction:.0%} of {each.limit}", flush=True)
+            part = "-" if each.limit == "none" else f"{each.limit_fraction:.0%} of {each.limit}"
+            print(f"{names}{rates}  {part}", flush=True)
     sys.stdout.flush()

@@ -16,18 +16,19 @@ namespace {
 
 constexpr int64_t kChunkBytes = 1 << 20;
 
-// The best of repeated runs of `work`, as work done a second.
-double best_rate(double seconds, const std::function<double()>& work) {
+// The median of repeated runs of `work`, as work done a second: a limit and what is held against it
+// are taken the same way, so that neither profits from a lucky moment.
+double median_rate(double seconds, const std::function<double()>& work) {
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
-  double best = 0.0;
+  std::vector<double> rates;
   do {
     const auto begin = Clock::now();
     const double amount = work();
-    const double elapsed = std::chrono::duration<double>(Clock::now() - begin).count();
-    best = std::max(best, amount / elapsed);
+    rates.push_back(amount / std::chrono::duration<double>(Clock::now() - begin).count());
   } while (std::chrono::duration<double>(Clock::now() - start).count() < seconds);
-  return best;
+  std::nth_element(rates.begin(), rates.begin() + rates.size() / 2, rates.end());
+  return rates[rates.size() / 2];
 }
 
 int64_t checked_chunks(int64_t num_bytes, double seconds) {
@@ -45,7 +46,7 @@ double probe_read_bandwidth(int64_t num_bytes, double seconds) {
   std::memset(memory.data(), 1, memory.size());
   const auto sum = KVLINK_SIMD_PICK(probe_sum);
   std::vector<float> sinks(chunks);
-  return best_rate(seconds, [&] {
+  return median_rate(seconds, [&] {
     parallel_for(chunks, [&](int64_t chunk) {
       const auto* data = reinterpret_cast<const float*>(memory.data() + chunk * kChunkBytes);
       sinks[chunk] = sum(data, kChunkBytes / 4);
@@ -60,7 +61,7 @@ double probe_copy_bandwidth(int64_t num_bytes, double seconds) {
   const Segment target = Segment::create(chunks * kChunkBytes, false);
   std::memset(source.data(), 1, source.size());
   std::memset(target.data(), 2, target.size());
-  return best_rate(seconds, [&] {
+  return median_rate(seconds, [&] {
     parallel_for(chunks, [&](int64_t chunk) {
       const int64_t offset = chunk * kChunkBytes;
       std::memcpy(target.data() + offset, source.data() + offset, kChunkBytes);
@@ -76,7 +77,7 @@ double probe_fma_peak(double seconds) {
   const int64_t tasks = num_threads();
   std::vector<int64_t> done(tasks);
   std::vector<float> sinks(tasks * 16);
-  return best_rate(seconds, [&] {
+  return median_rate(seconds, [&] {
     parallel_for(tasks, [&](int64_t task) { done[task] = run(kRounds, &sinks[task * 16]); });
     double total = 0.0;
     for (const int64_t operations : done) total += static_cast<double>(operations);

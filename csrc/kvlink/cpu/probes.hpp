@@ -7,7 +7,7 @@
 namespace kvlink::cpu {
 
 // What this machine can do with num_threads() threads: the limits that benchmarks compare with.
-// Each runs for about `seconds` and returns the best rate seen; bytes and operations per second.
+// Each runs for about `seconds` and returns the median rate; bytes and operations per second.
 double probe_read_bandwidth(int64_t num_bytes,
                             double seconds);  // bytes read from num_bytes of memory
 double probe_copy_bandwidth(int64_t num_bytes,
