@@ -1,0 +1,126 @@
+"""Whoever dies or stops, at whatever step: the survivor has its pages back and goes on."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from receiving import PAGES, SPEC, TOKENS, Receiver, eventually, new_sender
+
+from kvlink.testing.transfer_peer import SECRET, Peer
+from kvlink.transfer import (
+    Endpoint,
+    GrantExpired,
+    GrantRevoked,
+    LinkClosed,
+    PeerLost,
+    TransferStatus,
+    TransferTimeout,
+)
+
+pytestmark = [pytest.mark.two_process, pytest.mark.timeout(60)]
+
+
+@pytest.mark.parametrize("step", ["connected", "begun", "one layer", "inside", "complete"])
+def test_sender_dies(receiver: Receiver, step: str) -> None:
+    with new_sender(receiver) as peer:
+        grant = receiver.grant(ttl=2.0 if step in ("connected", "inside") else 30.0)
+        if step in ("begun", "one layer", "complete"):
+            transfer = peer.call("begin", PAGES, grant.to_bytes())
+            for layer in {"begun": (), "one layer": (0,), "complete": range(4)}[step]:
+                peer.call("push_layer", transfer, layer)
+                grant.wait_layer(layer, 10)
+        if step == "inside":
+            assert peer.call("enter", grant.to_bytes()) == "OK"
+        peer.kill()
+    eventually(lambda: not receiver.endpoint.links)
+    if step == "complete":
+        assert grant.wait(10).rows == TOKENS * 4 * 4 * 2
+        assert not receiver.returned
+    else:
+        with pytest.raises(GrantExpired if step in ("connected", "inside") else PeerLost):
+            grant.wait(10)
+        grant.wait_released(5)
+        assert receiver.returned == [grant.transfer_id]
+    with new_sender(receiver) as peer:
+        receiver.arrive(peer)
+
+
+@pytest.mark.parametrize("step", ["begun", "one layer", "finished"])
+def test_receiver_dies(step: str) -> None:
+    endpoint = Endpoint("prefill", secret=SECRET)
+    pool = SPEC.build()
+    endpoint.register(pool)
+    SPEC.fill(pool, PAGES, TOKENS)
+    with endpoint:
+        with Peer(SPEC) as peer:
+            link = endpoint.connect(peer.address)
+            transfer = link.begin(PAGES, peer.call("grant", PAGES, TOKENS))
+            for layer in {"begun": (), "one layer": (0,), "finished": range(4)}[step]:
+                transfer.push_layer(layer)
+            if step == "finished":
+                transfer.finish()
+                transfer.wait_source_reusable(10)
+            peer.kill()
+        with pytest.raises(PeerLost):
+            transfer.wait_arrived(10)
+        transfer.wait_source_reusable(1)
+        assert link.closed
+        with pytest.raises(LinkClosed):
+            link.begin(PAGES, b"")
+        with Peer(SPEC) as peer:
+            grant = peer.call("grant", PAGES, TOKENS)
+            endpoint.connect(peer.address).push(PAGES, grant).wait_source_reusable(10)
+            peer.call("wait", grant)
+
+
+def test_adopter_dies(receiver: Receiver) -> None:
+    SPEC.fill(receiver.pool, PAGES, TOKENS)
+    with new_sender(receiver) as peer:
+        offer = receiver.endpoint.offer(PAGES, TOKENS)
+        peer.call("adopt", offer.to_bytes())
+        offer.revoke()
+        offer.wait_released(5)  # the adopter saw it and let go
+        with pytest.raises(GrantRevoked):
+            peer.call("check_lease", offer.to_bytes())
+        second = receiver.endpoint.offer(PAGES, TOKENS)
+        peer.call("adopt", second.to_bytes())
+        peer.kill()
+        second.wait_released(5)
+        assert second.status == TransferStatus.PEER_LOST
+
+
+def test_owner_of_adopted_pages_dies(receiver: Receiver) -> None:
+    with Peer(SPEC) as peer:
+        link = receiver.endpoint.connect(peer.address)
+        lease = link.adopt(peer.call("offer", PAGES, TOKENS))
+        assert lease.valid
+        peer.kill()
+        eventually(lambda: link.closed)
+        assert not lease.valid
+        with pytest.raises(PeerLost):
+            lease.check()
+        assert lease.pages.tolist() == PAGES  # still mapped: no crash
+
+
+def test_lease_ends_at_its_deadline(receiver: Receiver, sender: Peer) -> None:
+    sender.call("connect", receiver.endpoint.address)
+    offer = receiver.endpoint.offer(PAGES, TOKENS, ttl=0.2)
+    sender.call("adopt", offer.to_bytes())
+    sender.call("check_lease", offer.to_bytes())
+    offer.wait_released(5)
+    assert offer.status == TransferStatus.EXPIRED
+    with pytest.raises(GrantExpired):
+        sender.call("check_lease", offer.to_bytes())
+
+
+def test_a_stopped_adopter_keeps_the_pages_quarantined(receiver: Receiver) -> None:
+    with new_sender(receiver) as peer:
+        offer = receiver.endpoint.offer(PAGES, TOKENS, ttl=0.3)
+        peer.call("adopt", offer.to_bytes())
+        peer.signal(signal.SIGSTOP)
+        with pytest.raises(TransferTimeout):
+            offer.wait_released(1.0)
+        assert offer.status == TransferStatus.EXPIRED
+        peer.signal(signal.SIGCONT)
+        offer.wait_released(5)
