@@ -249,8 +249,7 @@ class KVPool:
     def _scale_array(self, layer: int, plane: int, strides: Plane) -> _C.ArrayView:
         if not self.layout.has_scales:
             raise InvalidArgument("the layout has no scales")
-        array = self._array(layer, plane, strides, 1, "float32")
-        return array
+        return self._array(layer, plane, strides, 1, "float32")
 
     def _array(self, layer: int, plane: int, strides: Plane, dims: int, dtype: str) -> _C.ArrayView:
         if not 0 <= layer < self.num_layers:

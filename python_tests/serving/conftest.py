@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("transformers")
-
 from tiny import FAMILIES, make_model, write_checkpoint
 
 Checkpoint = tuple[Any, Path]

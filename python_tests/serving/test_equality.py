@@ -75,7 +75,6 @@ def test_greedy_tokens(
     assert 0 <= figures["migration"]["hidden_share"] <= 1
 
 
-@pytest.mark.skipif(not (DEMO_MODEL / "model.safetensors").exists(), reason="no demo model")
 def test_greedy_tokens_of_the_demo_model(tmp_path: Path) -> None:
     import transformers
 
