@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from kvlink._planes import (
 from kvlink._serialise import FORMS, PLANE_FIELDS, SCALES, pack, unpack
 from kvlink._serialise import LAYOUT_BYTES as LAYOUT_BYTES
 from kvlink._serialise import LAYOUT_VERSION as LAYOUT_VERSION
+from kvlink._shard import Shard as Shard
 from kvlink.errors import InvalidArgument
 
 _MAX_STRIDE = 1 << 48
@@ -277,24 +278,3 @@ class KVLayout:
     def fingerprint(self) -> str:
         """32 hex digits that name this layout: the front of the SHA-256 of `to_bytes`."""
         return hashlib.sha256(self.to_bytes()).hexdigest()[:32]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which layers and KV heads of the model a pool holds.
-
-    `layers[i]` is the model's number of the pool's i-th layer; `kv_heads` are contiguous.
-    """
-
-    layers: tuple[int, ...]
-    kv_heads: range
-
-    def __init__(self, layers: Iterable[int], kv_heads: Iterable[int]) -> None:
-        layers = tuple(layers)
-        heads = tuple(kv_heads)
-        if not layers or min(layers) < 0 or len(set(layers)) != len(layers):
-            raise InvalidArgument(f"layers: expected distinct numbers >= 0; got {layers}")
-        if not heads or heads[0] < 0 or heads != tuple(range(heads[0], heads[0] + len(heads))):
-            raise InvalidArgument(f"kv_heads: expected a contiguous rising range; got {heads}")
-        object.__setattr__(self, "layers", layers)
-        object.__setattr__(self, "kv_heads", range(heads[0], heads[0] + len(heads)))

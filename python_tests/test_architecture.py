@@ -24,13 +24,14 @@ CXX_LAYERS = {
 }
 
 # Module (or package) of kvlink -> those it may import; itself and `errors` go without saying.
-_LAYOUT = {"_planes", "_serialise", "layout"}
+_LAYOUT = {"_planes", "_serialise", "_shard", "layout"}
 _POOL = _LAYOUT | {"_tensor_axes", "pool", "_C"}
 _OPERATORS = _POOL | {"_arrays", "backends", "reference"}
 PYTHON_LAYERS = {
     "errors": set(),
     "_planes": set(),
     "_serialise": {"_planes"},
+    "_shard": {"_planes"},
     "layout": _LAYOUT | {"_tensor_axes"},  # the latter when from_tensor is called
     "_tensor_axes": _LAYOUT | {"_C"},
     "pool": _POOL,

@@ -55,7 +55,8 @@ class RegionDescriptor:
         """As it goes over the wire."""
         return RegionFrame(
             self.region_id, self.shared, self.num_pages, self.shard.kv_heads.start,
-            len(self.shard.kv_heads), self.shard.layers, self.layer_map, self.layout.to_bytes(),
+            len(self.shard.kv_heads), *self.shard.replica, self.shard.layers, self.layer_map,
+            self.layout.to_bytes(),
         )  # fmt: skip
 
     @classmethod
@@ -66,10 +67,10 @@ class RegionDescriptor:
             if not 1 <= frame.num_pages < 2**31 or frame.first_head + frame.num_heads > 2**20:
                 raise InvalidArgument(f"{frame.num_pages} pages or {frame.num_heads} heads")
             heads = range(frame.first_head, frame.first_head + frame.num_heads)
+            shard = Shard(frame.layers, heads, (frame.replica_idx, frame.num_replicas))
             descriptor = cls(
-                frame.region_id, layout, Shard(frame.layers, heads), frame.layer_map,
-                frame.num_pages, frame.shared,
-            )  # fmt: skip
+                frame.region_id, layout, shard, frame.layer_map, frame.num_pages, frame.shared
+            )
             descriptor.check()
         except InvalidArgument as error:
             raise ProtocolError(f"region {frame.region_id}: {error}") from error

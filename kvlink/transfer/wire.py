@@ -180,14 +180,16 @@ class RegionFrame:
     num_pages: int
     first_head: int
     num_heads: int
+    replica_idx: int
+    num_replicas: int
     layers: tuple[int, ...]
     layer_map: tuple[int, ...]
     layout: bytes
 
     def pack(self) -> bytes:
         head = struct.pack(
-            "<IBIIIH", self.region_id, self.shared, self.num_pages, self.first_head,
-            self.num_heads, len(self.layers),
+            "<IBIIIHHH", self.region_id, self.shared, self.num_pages, self.first_head,
+            self.num_heads, self.replica_idx, self.num_replicas, len(self.layers),
         )  # fmt: skip
         count = len(self.layers)
         return head + struct.pack(f"<{2 * count}I", *self.layers, *self.layer_map) + self.layout
@@ -195,7 +197,8 @@ class RegionFrame:
     @classmethod
     def unpack(cls, body: bytes) -> RegionFrame:
         reader = Reader(body)
-        region_id, shared, num_pages, first_head, num_heads, count = reader.unpack("IBIIIH")
+        fields = reader.unpack("IBIIIHHH")
+        region_id, shared, num_pages, first_head, num_heads, replica, replicas, count = fields
         if shared > 1 or not 1 <= count <= MAX_LAYERS:
             raise ProtocolError(f"region: shared {shared} and {count} layers are out of range")
         layers = reader.unpack(f"{count}I")
@@ -203,8 +206,9 @@ class RegionFrame:
         layout = reader.take(LAYOUT_BYTES)
         reader.end()
         return cls(
-            region_id, bool(shared), num_pages, first_head, num_heads, layers, layer_map, layout
-        )
+            region_id, bool(shared), num_pages, first_head, num_heads, replica, replicas, layers,
+            layer_map, layout,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
