@@ -10,7 +10,8 @@ void register_convert(pybind11::module_& module);    // scalar conversions, for 
 void register_attention(pybind11::module_& module);  // paged_attention, merge_states
 void register_memory(pybind11::module_& module);     // Segment, array views, tensor_info
 void register_pool(pybind11::module_& module);       // Layout, PoolView
-void register_transport(pybind11::module_& module);  // slots, links and transfers of host_shm
+void register_transport(pybind11::module_& module);  // slots and transfers, then each path
+void register_transport_host_shm(pybind11::module_& module);
 void register_probes(pybind11::module_& module);     // limits that benchmarks measure
 void register_runtime(pybind11::module_& module);    // threads, SIMD level, build report
 

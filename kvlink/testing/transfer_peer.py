@@ -10,6 +10,7 @@ import gc
 import multiprocessing as mp
 import os
 import signal
+import time
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -93,6 +94,13 @@ class Body:
 
     def wait_arrived(self, idx: int, timeout: float = 10.0) -> None:
         self.transfers[idx].wait_arrived(timeout)
+
+    def wait_outside(self, idx: int, timeout: float = 10.0) -> None:
+        """Until what was pushed so far is moved and the peer's pages are left."""
+        end = time.monotonic() + timeout
+        while any(p.posted_ns and not p.done_ns for p in self.transfers[idx].progress().parts):
+            assert time.monotonic() < end, "the worker is still inside"
+            time.sleep(0.001)
 
     def span(self, idx: int) -> float:
         """Seconds from the first layer posted to the last one moved."""

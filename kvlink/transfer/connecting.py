@@ -104,9 +104,9 @@ def begin_side(peer: handshake.Peer, frame: wire.Frame, fds: list[int]) -> PeerS
     """The peer's control segment, from its Describe frame."""
     try:
         describe = wire.expect(frame, wire.Describe)
-        if len(fds) != 1 or describe.bit >= _C.SHM_MAX_LINKS or describe.num_regions > _MAX_REGIONS:
+        if len(fds) != 1 or describe.bit >= _C.MAX_LINKS or describe.num_regions > _MAX_REGIONS:
             raise ProtocolError("describe: a field is out of range")
-        control = _C.ShmControl.attach(fds[0], describe.control_bytes)
+        control = _C.Control.attach(fds[0], describe.control_bytes)
     except (InvalidArgument, OSError) as error:
         raise ProtocolError(f"control segment: {error}") from error
     finally:

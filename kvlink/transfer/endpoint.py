@@ -154,8 +154,8 @@ class Endpoint:
         `pulls`: how many pulls end the offer. `on_release(offer)` is called once, on any thread,
         when the pages are the owner's alone again. Raises as `grant`.
         """
-        if not 1 <= pulls <= _C.SHM_MAX_LINKS:
-            raise InvalidArgument(f"pulls: expected 1 to {_C.SHM_MAX_LINKS}; got {pulls}")
+        if not 1 <= pulls <= _C.MAX_LINKS:
+            raise InvalidArgument(f"pulls: expected 1 to {_C.MAX_LINKS}; got {pulls}")
         return Offer(
             self._table, self._lendable(region), pages, num_tokens, ttl, epoch=self.epoch,
             descriptor_key=self.descriptor_key, with_digest=digest, num_pulls=pulls,

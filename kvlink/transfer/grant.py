@@ -26,8 +26,9 @@ class Arrival:
 
     `pages` (int32, in token order) now belong to the request; `rows` is how many rows (one KV head
     of one token in one plane of one layer) were counted; `digest_verified` is False only for grants
-    made with `digest=False`; `waited_s` and `verify_s` are seconds of the call that
-    returned it.
+    made with `digest=False`; `waited_s` are seconds of the call that
+    returned it; `verify_s` those spent on digests, most of them while later layers were on their
+    way.
     """
 
     transfer_id: bytes
@@ -52,18 +53,13 @@ class Grant(Reservation):
 
     def __init__(self, table: SlotTable, region: Region, *args: Any, **kwargs: Any) -> None:
         super().__init__(table, region, *args, **kwargs)
-        descriptor = region.descriptor
         self._with_digest: bool = kwargs["with_digest"]
         self._arrival: Arrival | None = None
-        self._granted = _C.GrantedPages(
-            region.pool.view, list(descriptor.stored_model_layers),
-            descriptor.shard.kv_heads.start, self.pages, self.num_tokens, region.generations,
-        )  # fmt: skip
 
     def wait(self, timeout: float) -> Arrival:
         """Waits until everything has arrived, verifies it, and commits.
 
-        Verifying runs here, in the caller's thread, without the GIL. Raises TransferTimeout (the
+        Layers are verified as they complete. That runs here, in the caller's thread, without the GIL. Raises TransferTimeout (the
         grant stays open), or the reason why it failed: DigestMismatch, GenerationMismatch,
         RowCountMismatch, GrantExpired, GrantRevoked, TransferCancelled, PeerLost, MoveFailed. A
         failed grant keeps failing in the same way; a committed one keeps returning its Arrival.
@@ -72,10 +68,7 @@ class Grant(Reservation):
         deadline_ns = began + int(max(0.0, timeout) * 1e9)
         if self._arrival is not None:
             return self._arrival
-        status = self._outcome or self._control.wait_rows(self.key, deadline_ns)
-        complete = time.monotonic_ns()
-        if self._outcome is None and status == _OK:
-            status = self._control.verify(self.key, self._granted, deadline_ns)
+        status = self._outcome or self._control.arrive(self.key, deadline_ns)
         self.advance()
         status = self._outcome or status  # of whoever ended it first, perhaps another thread
         if status == _OK:
@@ -83,8 +76,7 @@ class Grant(Reservation):
             rows = descriptor.num_stored_layers * descriptor.rows_per_token * self.num_tokens
             self._arrival = self._arrival or Arrival(
                 self.transfer_id, self.region, self.pages, self.num_tokens, rows,
-                self._with_digest, (complete - began) * 1e-9,
-                (time.monotonic_ns() - complete) * 1e-9,
+                self._with_digest, (time.monotonic_ns() - began) * 1e-9, self._own.verify_ns * 1e-9,
             )  # fmt: skip
             return self._arrival
         if status == _PENDING:

@@ -79,7 +79,7 @@ class Remote:
         if plan is None:
             pair = (own.descriptor, self._regions[descriptor.region_id].descriptor)
             src, dst = pair if kind == _C.SlotKind.GRANT else pair[::-1]
-            if dst.num_stored_layers > _C.SHM_MAX_LAYERS:
-                raise Unconvertible(f"shards: more than {_C.SHM_MAX_LAYERS} stored layers")
+            if dst.num_stored_layers > _C.MAX_STORED_LAYERS:
+                raise Unconvertible(f"shards: more than {_C.MAX_STORED_LAYERS} stored layers")
             plan = self._plans[name] = TransferPlan.build(src, dst)
         return plan

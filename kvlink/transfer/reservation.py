@@ -34,21 +34,21 @@ class SlotTable:
     """The owner's side of a control segment: free slots, room for page lists, what is open."""
 
     def __init__(self, num_slots: int, num_page_entries: int) -> None:
-        self.control = _C.ShmControl.create(num_slots, num_page_entries)
+        self.control = _C.Control.create(num_slots, num_page_entries)
         self.lock = threading.RLock()
         self.open: dict[bytes, Reservation] = {}  # by transfer id
         # Slots are used in turn, so that an outcome stays readable as long as possible.
         self._free = deque(range(num_slots))
         self._rooms: list[tuple[int, int]] = [(0, num_page_entries)]  # free (first, count), sorted
         self._outcomes: OrderedDict[bytes, _C.TransferStatus] = OrderedDict()
-        self._free_bits = list(range(_C.SHM_MAX_LINKS - 1, -1, -1))
+        self._free_bits = list(range(_C.MAX_LINKS - 1, -1, -1))
         self._closed = False
 
     def take_bit(self) -> int:
         """A link's bit in every slot; raises LinkRefused."""
         with self.lock:
             if not self._free_bits:
-                raise LinkRefused(f"{_C.SHM_MAX_LINKS} links are open, as many as can be")
+                raise LinkRefused(f"{_C.MAX_LINKS} links are open, as many as can be")
             return self._free_bits.pop()
 
     def free_bit(self, bit: int) -> None:
@@ -148,6 +148,10 @@ class Reservation:
         self._on_release = on_release
         self._outcome: _C.TransferStatus | None = None
         self._released = threading.Event()
+        self._own = own = _C.OwnPages(
+            region.pool.view, list(descriptor.stored_model_layers),
+            descriptor.shard.kv_heads.start, ids, num_tokens, region.generations,
+        )  # fmt: skip
         rows = descriptor.rows_per_token * num_tokens
         with table.lock:
             slot, first_page = table.take_slot(ids.size)
@@ -155,7 +159,7 @@ class Reservation:
             try:
                 self.key = self._control.open(
                     slot, self._kind, self.transfer_id, deadline_ns, descriptor.num_stored_layers,
-                    rows, num_pulls, with_digest, first_page, ids,
+                    rows, num_pulls, with_digest, first_page, own,
                 )  # fmt: skip
             except BaseException:
                 table.give_slot(*self._slot)
@@ -230,6 +234,7 @@ class Reservation:
                 return
             del self._table.open[self.transfer_id]
             self._table.give_slot(*self._slot)
+            self._control.forget(self.key)
             self._released.set()
         if self._on_release is not None and self._gives_back():
             self._on_release(self)

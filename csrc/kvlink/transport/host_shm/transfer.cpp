@@ -1,341 +1,54 @@
 #include "kvlink/transport/host_shm/transfer.hpp"
 
-#include <pthread.h>
-
-#include <algorithm>
-
 #include "kvlink/base/check.hpp"
-#include "kvlink/base/math.hpp"
 
 namespace kvlink::transport::host_shm {
 
-namespace {
-
-// Bounds how long an owner waits for a writer that runs: the bytes written between enter and leave.
-constexpr int64_t kChunkBytes = int64_t{4} << 20;
-
-int64_t row_bytes(const KVLayout& layout) {
-  const int64_t dims = layout.head_dim + (layout.has_v_plane() ? layout.head_dim_v : 0);
-  return dims * dtype_bytes(layout.dtype);
-}
-
-void check_pages(const char* name, const std::vector<int32_t>& pages, const PoolLayers& pool,
-                 int64_t num_tokens) {
-  const LayerView& layer = pool.layers.front();
-  const int64_t needed = ceil_div(num_tokens, layer.layout.page_size);
-  KVLINK_CHECK(static_cast<int64_t>(pages.size()) >= needed, name, ": expected at least ", needed,
-               " pages for ", num_tokens, " tokens of page size ", layer.layout.page_size, "; got ",
-               pages.size());
-  for (size_t i = 0; i < pages.size(); ++i) {
-    if (pages[i] < 0 || pages[i] >= layer.num_pages) {
-      throw PageTableError(
-          concat(name, "[", i, "]: expected a page in [0, ", layer.num_pages, "); got ", pages[i]));
-    }
-  }
-}
-
-void check_plan(const TransferSpec& spec) {
-  const Plan& plan = spec.plan;
-  KVLINK_CHECK(!spec.src.layers.empty() && !spec.dst.layers.empty(), "pools: expected layers");
-  const auto holds = [](const PoolLayers& pool, int32_t head, int32_t num_heads) {
-    return head >= 0 && num_heads > 0 &&
-           num_heads <= pool.layers.front().layout.num_kv_heads - head;
-  };
-  KVLINK_CHECK(holds(spec.src, plan.src_head, plan.num_heads), "plan: heads outside the source");
-  KVLINK_CHECK(holds(spec.dst, plan.dst_head, plan.num_heads),
-               "plan: heads outside the destination");
-  for (const Part& part : plan.parts) {
-    KVLINK_CHECK(part.src_layer >= 0 && part.src_layer < std::ssize(spec.src.layers) &&
-                     part.dst_layer >= 0 && part.dst_layer < std::ssize(spec.dst.layers),
-                 "plan: layers ", part.src_layer, " -> ", part.dst_layer, " outside the pools");
-  }
-}
-
-}  // namespace
-
-// --- worker --------------------------------------------------------------------------------------
-
-void Worker::adopt(const std::shared_ptr<ShmTransfer>& transfer) {
-  std::lock_guard lock(mutex_);
-  std::erase_if(transfers_, [](const auto& held) { return held.expired(); });
-  transfers_.push_back(transfer);
-}
-
-void Worker::submit(std::shared_ptr<ShmTransfer> transfer, int32_t part, int64_t first,
-                    int64_t count) {
-  {
-    std::lock_guard lock(mutex_);
-    if (closed_) return;  // close() ends the transfer
-    jobs_.push_back({std::move(transfer), part, first, count});
-    if (!thread_.joinable()) {
-      thread_ = std::thread([this] { loop(); });
-      pthread_setname_np(thread_.native_handle(), "kvlink-link");
-    }
-  }
-  wake_.notify_one();
-}
-
-void Worker::loop() {
-  while (true) {
-    Job job;
-    {
-      std::unique_lock lock(mutex_);
-      wake_.wait(lock, [&] { return closed_ || !jobs_.empty(); });
-      if (closed_) return;
-      job = std::move(jobs_.front());
-      jobs_.pop_front();
-    }
-    if (job.part < 0) {
-      job.transfer->complete();
-    } else {
-      job.transfer->move(job.part, job.first, job.count);
-    }
-  }
-}
-
-void Worker::close(Status status) {
-  std::deque<Job> jobs;
-  std::vector<std::shared_ptr<ShmTransfer>> open;
-  std::thread thread;
-  {
-    std::lock_guard lock(mutex_);
-    closed_ = true;
-    jobs.swap(jobs_);
-    thread.swap(thread_);
-    for (const auto& held : transfers_) {
-      if (auto transfer = held.lock()) open.push_back(std::move(transfer));
-    }
-    transfers_.clear();
-  }
-  for (const auto& transfer : open) transfer->fail(status);
-  wake_.notify_all();
-  if (!thread.joinable()) return;
-  if (thread.get_id() == std::this_thread::get_id()) {
-    thread.detach();  // the last reference was dropped by the worker's own job
-  } else {
-    thread.join();
-  }
-}
-
-// --- transfer ------------------------------------------------------------------------------------
-
-ShmTransfer::ShmTransfer(TransferSpec spec, std::shared_ptr<Control> control,
+ShmTransfer::ShmTransfer(TransferSpec spec, uint32_t bit, std::shared_ptr<Control> control,
                          std::shared_ptr<Worker> worker, const Executor& executor)
-    : spec_(std::move(spec)),
-      control_(std::move(control)),
-      worker_(std::move(worker)),
-      executor_(executor),
-      with_digest_(control_->slot(spec_.key.slot).with_digest.load() != 0),
-      posted_(spec_.plan.parts.size(), 0) {
-  progress_.parts.resize(spec_.plan.parts.size());
-  const KVLayout& layout = spec_.dst.layers.front().layout;
-  const int64_t token_bytes = row_bytes(layout) * spec_.plan.num_heads;
-  chunk_tokens_ = round_up(std::max<int64_t>(1, kChunkBytes / token_bytes), layout.page_size);
-}
+    : PostedTransfer(std::move(spec), std::move(worker), executor),
+      bit_(bit),
+      control_(std::move(control)) {}
 
 ShmTransfer::~ShmTransfer() { cancel(); }
 
-int64_t ShmTransfer::tokens_left(int32_t part) const {
-  std::lock_guard lock(mutex_);
-  return spec_.num_tokens - posted_.at(part);
-}
-
-void ShmTransfer::post(int32_t part, int64_t num_tokens) {
-  int64_t first;
-  {
-    std::lock_guard lock(mutex_);
-    KVLINK_CHECK(part >= 0 && part < std::ssize(posted_), "part: expected below ", posted_.size(),
-                 "; got ", part);
-    first = posted_[part];
-    KVLINK_CHECK(num_tokens >= 1 && num_tokens <= spec_.num_tokens - first,
-                 "num_tokens: expected 1 to ", spec_.num_tokens - first, "; got ", num_tokens);
-    KVLINK_CHECK(!finishing_, "push_layer: the transfer was finished");
-    if (ended_) return;  // the outcome is told by the waits
-    posted_[part] += num_tokens;
-    if (first == 0) progress_.parts[part].posted_ns = now_ns();
-  }
-  worker_->submit(shared_from_this(), part, first, num_tokens);
-}
-
-void ShmTransfer::finish() {
-  {
-    std::lock_guard lock(mutex_);
-    if (ended_ || finishing_) return;
-    for (size_t part = 0; part < posted_.size(); ++part) {
-      KVLINK_CHECK(posted_[part] == spec_.num_tokens, "finish: of stored source layer ",
-                   spec_.plan.parts[part].src_layer, " expected ", spec_.num_tokens,
-                   " tokens; got ", posted_[part]);
-    }
-    finishing_ = true;
-  }
-  worker_->submit(shared_from_this(), -1, 0, 0);
-}
-
-void ShmTransfer::cancel() { fail(Status::kCancelled); }
-
-void ShmTransfer::fail(Status status, const std::string& message) {
-  {
-    std::lock_guard lock(mutex_);
-    if (ended_) return;
-    ended_ = true;
-    progress_.status = status;
-    progress_.message = message;
-  }
-  // A grant without one of its writers cannot complete. An offer stays for the next reader.
-  const bool ours = status == Status::kCancelled || status == Status::kMoveFailed;
-  if (spec_.kind == SlotKind::kGrant && ours) control_->close(spec_.key, status);
-  control_->finish(spec_.key, spec_.bit);
-  changed_.notify_all();
-}
-
-bool ShmTransfer::enter_chunk() {
-  std::lock_guard lock(mutex_);
-  if (ended_) return false;
-  running_ = true;
-  return true;
-}
-
-void ShmTransfer::leave_chunk() {
-  {
-    std::lock_guard lock(mutex_);
-    running_ = false;
-  }
-  changed_.notify_all();
-}
-
-void ShmTransfer::move(int32_t part, int64_t first, int64_t count) {
-  {
-    std::lock_guard lock(mutex_);
-    PartTimes& times = progress_.parts[part];
-    if (times.started_ns == 0) times.started_ns = now_ns();
-  }
-  for (const int64_t end = first + count; first < end;) {
-    const int64_t chunk = std::min(chunk_tokens_, end - first);
-    if (!enter_chunk()) return;
-    const bool moved = move_chunk(part, first, chunk);
-    leave_chunk();
-    if (!moved) return;
-    first += chunk;
-  }
-}
-
-bool ShmTransfer::move_chunk(int32_t part_idx, int64_t first, int64_t count) {
-  const Part& part = spec_.plan.parts[part_idx];
-  const KVLayout& src = spec_.src.layers[part.src_layer].layout;
-  const KVLayout& dst = spec_.dst.layers[part.dst_layer].layout;
-  // Whole pages are skipped, so that the runs begin inside their first page.
-  const auto run = [&](const std::vector<int32_t>& pages, const KVLayout& layout) {
-    const int64_t skip = first / layout.page_size;
-    return TokenRun{pages.data() + skip, static_cast<int64_t>(pages.size()) - skip,
-                    first % layout.page_size};
-  };
-  const RelayoutParams params{.src_layers = &spec_.src.layers[part.src_layer],
-                              .dst_layers = &spec_.dst.layers[part.dst_layer],
-                              .model_layers = &part.model_layer,
-                              .num_layers = 1,
-                              .num_heads = spec_.plan.num_heads,
-                              .src_head = spec_.plan.src_head,
-                              .dst_head = spec_.plan.dst_head,
-                              .model_head = spec_.plan.model_head,
-                              .src = run(spec_.src_pages, src),
-                              .dst = run(spec_.dst_pages, dst),
-                              .num_tokens = count,
-                              .token_position = first,
-                              .with_digest = with_digest_};
-  if (const Status status = control_->enter(spec_.key, spec_.bit); status != Status::kOk) {
+bool ShmTransfer::move_chunk(int32_t part, int64_t first, int64_t count) {
+  if (const Status status = control_->enter(spec_.key, bit_); status != Status::kOk) {
     fail(status);
     return false;
   }
   RelayoutResult moved;
   const int64_t started = now_ns();
   try {
-    moved = executor_.relayout(params);
+    moved = executor_.relayout(chunk_params(part, first, count));
   } catch (const std::exception& error) {
-    control_->leave(spec_.key, spec_.bit);
+    control_->leave(spec_.key, bit_);
     fail(Status::kMoveFailed, error.what());
     return false;
   }
   const int64_t done = now_ns();
   if (spec_.kind == SlotKind::kGrant) {
-    Slot& slot = control_->slot(spec_.key.slot);
-    slot.digest.fetch_add(moved.digest);
-    slot.layer_rows[part.dst_layer].fetch_add(moved.rows);
-    slot.rows.fetch_add(moved.rows);
+    control_->add_rows(spec_.key, spec_.plan.parts[part].dst_layer, moved);
   }
-  control_->leave(spec_.key, spec_.bit);
-  std::lock_guard lock(mutex_);
-  digest_ += moved.digest;
-  progress_.num_rows += moved.rows;
-  progress_.num_bytes += count * spec_.plan.num_heads * row_bytes(dst);
-  progress_.moving_ns += done - started;
-  progress_.parts[part_idx].done_ns = done;
+  control_->leave(spec_.key, bit_);
+  count_moved(part, count, moved, started, done);
   return true;
 }
 
-void ShmTransfer::complete() {
-  if (!enter_chunk()) return;
-  Status status = Status::kOk;
-  std::string message;
-  if (spec_.kind == SlotKind::kOffer) status = verify_pull(&message);
-  leave_chunk();
-  if (status != Status::kOk) return fail(status, message);
-  {
-    std::lock_guard lock(mutex_);
-    if (ended_) return;
-    ended_ = true;
-    progress_.status = Status::kOk;
-  }
-  control_->finish(spec_.key, spec_.bit);
-  changed_.notify_all();
-}
-
-Status ShmTransfer::verify_pull(std::string* message) {
+Status ShmTransfer::finish_moves(std::string* message) {
+  if (spec_.kind == SlotKind::kGrant) return Status::kOk;
   // The offer held while we read: nobody reused its pages, since ours was the bit inside them.
   const Status held = control_->status(spec_.key);
   if (held != Status::kPending) return held == Status::kOk ? Status::kStale : held;
-  std::vector<LayerView> layers;
-  std::vector<int32_t> model_layers;
-  for (const Part& part : spec_.plan.parts) {
-    layers.push_back(spec_.dst.layers[part.dst_layer]);
-    model_layers.push_back(part.model_layer);
-  }
-  const int64_t planes = layers.front().layout.has_v_plane() ? 2 : 1;
-  const auto rows =
-      static_cast<uint64_t>(std::ssize(layers) * spec_.plan.num_heads * spec_.num_tokens * planes);
-  if (progress().num_rows != rows) return Status::kRowCountMismatch;
-  if (with_digest_) {
-    try {
-      const auto own =
-          executor_.digest({.layers = layers.data(),
-                            .model_layers = model_layers.data(),
-                            .num_layers = static_cast<int32_t>(layers.size()),
-                            .num_heads = spec_.plan.num_heads,
-                            .head = spec_.plan.dst_head,
-                            .model_head = spec_.plan.model_head,
-                            .run = {spec_.dst_pages.data(), std::ssize(spec_.dst_pages), 0},
-                            .num_tokens = spec_.num_tokens,
-                            .token_position = 0});
-      if (own.digest != digest_) return Status::kDigestMismatch;
-    } catch (const std::exception& error) {
-      *message = error.what();
-      return Status::kMoveFailed;
-    }
-  }
-  const OwnPages& own = spec_.own;
-  for (size_t i = 0; i < own.granted.size() && own.generations; ++i) {
-    if (own.generations[spec_.dst_pages[i]] != own.granted[i]) return Status::kGenerationMismatch;
-  }
-  return control_->consume(spec_.key);
+  const Status landed = verify_landed(message);
+  return landed == Status::kOk ? control_->consume(spec_.key) : landed;
 }
 
-bool ShmTransfer::wait_source_reusable(int64_t deadline_ns) {
-  std::unique_lock lock(mutex_);
-  while (!(ended_ && !running_)) {
-    const int64_t left = deadline_ns - now_ns();
-    if (left <= 0) return false;
-    changed_.wait_for(lock, std::chrono::nanoseconds(left));
-  }
-  return true;
+void ShmTransfer::on_ended(Status status) {
+  // A grant without one of its writers cannot complete. An offer stays for the next reader.
+  const bool ours = status == Status::kCancelled || status == Status::kMoveFailed;
+  if (spec_.kind == SlotKind::kGrant && ours) control_->close(spec_.key, status);
+  control_->finish(spec_.key, bit_);
 }
 
 Status ShmTransfer::wait_arrived(int64_t deadline_ns) {
@@ -343,7 +56,7 @@ Status ShmTransfer::wait_arrived(int64_t deadline_ns) {
     if (!wait_source_reusable(deadline_ns)) return Status::kPending;
     return progress().status;
   }
-  Status outcome = control_->wait_closed(spec_.key, worker_->closed() ? 0 : deadline_ns);
+  const Status outcome = control_->wait_closed(spec_.key, worker_->closed() ? 0 : deadline_ns);
   if (outcome != Status::kPending && outcome != Status::kStale) return outcome;
   // A failure on this side that the owner's slot does not tell.
   const Status local = progress().status;
@@ -352,26 +65,18 @@ Status ShmTransfer::wait_arrived(int64_t deadline_ns) {
   return outcome;
 }
 
-Progress ShmTransfer::progress() const {
-  std::lock_guard lock(mutex_);
-  Progress copy = progress_;
-  copy.source_reusable = ended_ && !running_;
-  return copy;
-}
-
-std::shared_ptr<ShmTransfer> begin_transfer(TransferSpec spec, std::shared_ptr<Control> control,
+std::shared_ptr<ShmTransfer> begin_transfer(TransferSpec spec, uint32_t bit,
+                                            std::shared_ptr<Control> control,
                                             std::shared_ptr<Worker> worker,
                                             const Executor& executor, Status* status) {
-  KVLINK_CHECK(spec.num_tokens >= 1, "num_tokens: expected at least 1; got ", spec.num_tokens);
-  KVLINK_CHECK(spec.bit < kMaxLinks, "link bit: expected below ", kMaxLinks, "; got ", spec.bit);
-  check_plan(spec);
-  check_pages("src_pages", spec.src_pages, spec.src, spec.num_tokens);
-  check_pages("dst_pages", spec.dst_pages, spec.dst, spec.num_tokens);
-  *status = worker->closed() ? Status::kPeerLost : control->begin(spec.key, spec.bit);
+  KVLINK_CHECK(bit < kMaxLinks, "link bit: expected below ", kMaxLinks, "; got ", bit);
+  check_spec(spec);
+  *status = worker->closed() ? Status::kPeerLost : control->begin(spec.key, bit);
   if (*status != Status::kOk) return nullptr;
+  spec.with_digest = control->slot(spec.key.slot).with_digest.load() != 0;
   const auto transfer =
-      std::make_shared<ShmTransfer>(std::move(spec), std::move(control), worker, executor);
-  worker->adopt(transfer);
+      std::make_shared<ShmTransfer>(std::move(spec), bit, std::move(control), worker, executor);
+  worker->add(transfer);
   return transfer;
 }
 

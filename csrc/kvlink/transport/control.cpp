@@ -1,4 +1,4 @@
-#include "kvlink/transport/host_shm/control.hpp"
+#include "kvlink/transport/control.hpp"
 
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -11,11 +11,11 @@
 #include "kvlink/base/check.hpp"
 #include "kvlink/base/math.hpp"
 
-namespace kvlink::transport::host_shm {
+namespace kvlink::transport {
 
 namespace {
 
-constexpr uint64_t kMagic = 0x314c5254434c564bULL;  // "KVLCTRL1"
+constexpr uint64_t kMagic = 0x324c5254434c564bULL;  // "KVLCTRL2"
 constexpr uint64_t kSlotsAt = 4096;
 constexpr int64_t kMaxWaitSlice = 100'000'000;  // ns
 
@@ -97,7 +97,8 @@ bool Control::owns(SlotKey key, Word* word) const {
 
 // --- the owner -----------------------------------------------------------------------------------
 
-SlotKey Control::open(uint32_t idx, uint64_t first_page, const SlotTerms& terms) {
+SlotKey Control::open(uint32_t idx, uint64_t first_page, const SlotTerms& terms,
+                      std::shared_ptr<OwnPages> own) {
   Slot& slot = this->slot(idx);
   const Word old = Word::unpack(slot.word.load());
   KVLINK_CHECK(old.phase == Phase::kFree || old.phase == Phase::kClosed, "slot ", idx,
@@ -105,15 +106,20 @@ SlotKey Control::open(uint32_t idx, uint64_t first_page, const SlotTerms& terms)
   KVLINK_CHECK(slot.lessee.load() == 0, "slot ", idx, ": expected one nobody has adopted");
   KVLINK_CHECK(terms.num_layers >= 1 && terms.num_layers <= kMaxLayers,
                "stored layers: expected 1 to ", kMaxLayers, "; got ", terms.num_layers);
+  KVLINK_CHECK(own && own->layers.size() == terms.num_layers, "own: expected the pages of ",
+               terms.num_layers, " stored layers");
   KVLINK_CHECK(first_page <= num_page_entries_ && terms.num_pages <= num_page_entries_ - first_page,
                "pages: no room in the page list");
   // The generation moves first, so that whoever still holds an old key is told that it is stale.
   const Word next{(old.generation + 1) & ((uint64_t{1} << 48) - 1), Status::kPending, Phase::kFree};
   slot.word.store(next.pack());
   slot.unfinished.store(0);
+  slot.torn.store(0);
   slot.rows.store(0);
-  slot.digest.store(0);
-  for (uint32_t layer = 0; layer < terms.num_layers; ++layer) slot.layer_rows[layer].store(0);
+  for (uint32_t layer = 0; layer < terms.num_layers; ++layer) {
+    slot.layer_digest[layer].store(0);
+    slot.layer_rows[layer].store(0);
+  }
   slot.deadline_ns.store(terms.deadline_ns);
   slot.pulls_left.store(terms.num_pulls);
   slot.with_digest.store(terms.with_digest);
@@ -124,6 +130,12 @@ SlotKey Control::open(uint32_t idx, uint64_t first_page, const SlotTerms& terms)
   slot.first_page = first_page;
   slot.num_pages = terms.num_pages;
   std::copy_n(terms.pages, terms.num_pages, page_list_ + first_page);
+  own->digested.assign(terms.num_layers, false);
+  {
+    std::lock_guard lock(mutex_);
+    own_.resize(num_slots_);
+    own_[idx] = std::move(own);
+  }
   slot.word.store(Word{next.generation, Status::kPending, Phase::kOpen}.pack());
   return {idx, next.generation};
 }
@@ -141,7 +153,35 @@ bool Control::close(SlotKey key, Status status) {
     if (slot.word.compare_exchange_strong(bits, closed.pack())) break;
   }
   notify(slot);
+  tell_closed(key, status);
   return true;
+}
+
+std::shared_ptr<OwnPages> Control::own(SlotKey key) const {
+  Word word;
+  std::lock_guard lock(mutex_);
+  return owns(key, &word) && key.slot < own_.size() ? own_[key.slot] : nullptr;
+}
+
+void Control::forget(SlotKey key) {
+  Word word;
+  std::shared_ptr<OwnPages> last;  // dropped after the lock
+  std::lock_guard lock(mutex_);
+  if (owns(key, &word) && key.slot < own_.size()) last.swap(own_[key.slot]);
+}
+
+void Control::set_on_closed(std::function<void(SlotKey, Status)> on_closed) {
+  std::lock_guard lock(mutex_);
+  on_closed_ = std::move(on_closed);
+}
+
+void Control::tell_closed(SlotKey key, Status status) {
+  std::function<void(SlotKey, Status)> on_closed;
+  {
+    std::lock_guard lock(mutex_);
+    on_closed = on_closed_;
+  }
+  if (on_closed) on_closed(key, status);
 }
 
 bool Control::extend(SlotKey key, int64_t deadline_ns) {
@@ -171,10 +211,14 @@ void Control::drop_link(uint32_t bit) {
     uint32_t lessee = bit + 1;
     const bool adopted = slot.lessee.compare_exchange_strong(lessee, 0);
     if (adopted) close(key, Status::kPeerLost);
-    const bool inside = slot.writers.fetch_and(~mask) & mask;
+    const bool inside = slot.writers.load() & mask;
     const bool began = slot.unfinished.fetch_and(~mask) & mask;
-    const bool complete = slot.rows.load() >= slot.rows_per_layer * slot.num_layers;
-    if (began && slot.kind == SlotKind::kGrant && !complete) close(key, Status::kPeerLost);
+    if (slot.kind == SlotKind::kGrant) {
+      const bool complete = slot.rows.load() >= slot.rows_per_layer * slot.num_layers;
+      if (inside) slot.torn.store(1);  // before the bit goes, which a commit may be waiting for
+      if (inside || (began && !complete)) close(key, Status::kPeerLost);
+    }
+    slot.writers.fetch_and(~mask);
     if (inside || began || adopted) notify(slot);
   }
 }
@@ -194,13 +238,6 @@ Status Control::wait(SlotKey key, int64_t deadline_ns, Done done) const {
   }
 }
 
-Status Control::wait_rows(SlotKey key, int64_t deadline_ns) const {
-  return wait(key, deadline_ns, [](const Slot& slot, const Word& word) {
-    // While another thread verifies, wait for its result.
-    return word.phase == Phase::kOpen && slot.rows.load() >= slot.rows_per_layer * slot.num_layers;
-  });
-}
-
 Status Control::wait_layer(SlotKey key, uint32_t layer, int64_t deadline_ns) const {
   KVLINK_CHECK(layer < slot(key.slot).num_layers, "layer: expected below ",
                slot(key.slot).num_layers, "; got ", layer);
@@ -209,8 +246,62 @@ Status Control::wait_layer(SlotKey key, uint32_t layer, int64_t deadline_ns) con
   });
 }
 
-Status Control::verify(SlotKey key, const Executor& executor, const OwnPages& own,
-                       int64_t deadline_ns) {
+bool Control::digest_layers(SlotKey key, const Executor& executor, OwnPages& own) {
+  Slot& slot = this->slot(key.slot);
+  if (!slot.with_digest.load()) return true;
+  std::lock_guard lock(own.mutex);
+  for (size_t layer = 0; layer < own.layers.size(); ++layer) {
+    if (own.digested[layer] || slot.layer_rows[layer].load() != slot.rows_per_layer) continue;
+    const uint64_t expected = slot.layer_digest[layer].load();
+    const DigestParams params{.layers = &own.layers[layer],
+                              .model_layers = &own.model_layers[layer],
+                              .num_layers = 1,
+                              .num_heads = own.layers[layer].layout.num_kv_heads,
+                              .head = 0,
+                              .model_head = own.model_head,
+                              .run = {own.pages.data(), std::ssize(own.pages), 0},
+                              .num_tokens = own.num_tokens,
+                              .token_position = 0};
+    const int64_t started = now_ns();
+    const bool right = executor.digest(params).digest == expected;
+    own.verify_ns += now_ns() - started;
+    if (!right) return false;
+    own.digested[layer] = true;
+  }
+  return true;
+}
+
+Status Control::arrive(SlotKey key, const Executor& executor, int64_t deadline_ns) {
+  Slot& slot = this->slot(key.slot);
+  const auto own = this->own(key);
+  if (!own) return status(key);
+  const auto complete = [](const Slot& slot) {
+    return slot.rows.load() >= slot.rows_per_layer * slot.num_layers;
+  };
+  const auto has_new_layer = [&own](const Slot& slot) {
+    const std::unique_lock lock(own->mutex, std::try_to_lock);
+    if (!lock || !slot.with_digest.load()) return false;  // another thread is at it
+    for (uint32_t layer = 0; layer < slot.num_layers; ++layer) {
+      if (!own->digested[layer] && slot.layer_rows[layer].load() == slot.rows_per_layer)
+        return true;
+    }
+    return false;
+  };
+  while (true) {
+    const Status ready = wait(key, deadline_ns, [&](const Slot& slot, const Word& word) {
+      // While another thread commits, wait for its result.
+      return word.phase == Phase::kOpen && (complete(slot) || has_new_layer(slot));
+    });
+    if (ready != Status::kOk) return ready;
+    if (complete(slot)) return commit(key, executor, *own, deadline_ns);
+    if (!digest_layers(key, executor, *own)) {
+      close(key, Status::kDigestMismatch);
+      return status(key);
+    }
+  }
+}
+
+Status Control::commit(SlotKey key, const Executor& executor, OwnPages& own, int64_t deadline_ns) {
   Slot& slot = this->slot(key.slot);
   const Word open{key.generation, Status::kPending, Phase::kOpen};
   const Word verifying{key.generation, Status::kPending, Phase::kVerifying};
@@ -220,6 +311,7 @@ Status Control::verify(SlotKey key, const Executor& executor, const OwnPages& ow
     const bool changed =
         slot.word.compare_exchange_strong(expected, Word{key.generation, status, phase}.pack());
     notify(slot);
+    if (changed && phase == Phase::kClosed) tell_closed(key, status);
     return changed ? status : status_of(Word::unpack(expected), key);
   };
   uint64_t bits = open.pack();
@@ -236,21 +328,17 @@ Status Control::verify(SlotKey key, const Executor& executor, const OwnPages& ow
     futex_wait(slot.changes, seen, std::min(deadline_ns - now, kMaxWaitSlice));
   }
   Status result = Status::kOk;
+  const std::atomic<uint64_t>* rows = slot.layer_rows;
+  const bool exact = std::all_of(rows, rows + slot.num_layers, [&](const auto& layer_rows) {
+    return layer_rows.load() == slot.rows_per_layer;
+  });
   try {
-    if (slot.rows.load() != slot.rows_per_layer * slot.num_layers) {
+    if (slot.torn.load()) {
+      result = Status::kPeerLost;
+    } else if (!exact) {
       result = Status::kRowCountMismatch;
-    } else if (slot.with_digest.load()) {
-      const DigestParams params{
-          .layers = own.layers.data(),
-          .model_layers = own.model_layers.data(),
-          .num_layers = static_cast<int32_t>(own.layers.size()),
-          .num_heads = own.layers.front().layout.num_kv_heads,
-          .head = 0,
-          .model_head = own.model_head,
-          .run = {own.pages.data(), static_cast<int64_t>(own.pages.size()), 0},
-          .num_tokens = own.num_tokens,
-          .token_position = 0};
-      if (executor.digest(params).digest != slot.digest.load()) result = Status::kDigestMismatch;
+    } else if (!digest_layers(key, executor, own)) {
+      result = Status::kDigestMismatch;
     }
     for (size_t i = 0; i < own.pages.size() && own.generations; ++i) {
       if (own.generations[own.pages[i]] != own.granted[i]) result = Status::kGenerationMismatch;
@@ -291,6 +379,13 @@ void Control::leave(SlotKey key, uint32_t bit) {
   Slot& slot = this->slot(key.slot);
   slot.writers.fetch_and(~(uint64_t{1} << bit));
   notify(slot);
+}
+
+void Control::add_rows(SlotKey key, uint32_t layer, const RelayoutResult& moved) {
+  Slot& slot = this->slot(key.slot);
+  slot.layer_digest[layer].fetch_add(moved.digest);
+  slot.layer_rows[layer].fetch_add(moved.rows);
+  slot.rows.fetch_add(moved.rows);
 }
 
 Status Control::begin(SlotKey key, uint32_t bit) {
@@ -351,4 +446,4 @@ Status Control::consume(SlotKey key) {
   return Status::kOk;
 }
 
-}  // namespace kvlink::transport::host_shm
+}  // namespace kvlink::transport

@@ -1,4 +1,5 @@
-// The control segment of an endpoint: its slots and page lists, in memory that every peer maps.
+// The control segment of an endpoint: its slots and page lists, in memory that peers on this host
+// may map. For peers elsewhere the owner's process enters on their behalf, in the same way.
 //
 // Who may enter the pages is decided here, without a message:
 //   peer:  writers |= bit; read word; not open, another generation, past the deadline? leave.
@@ -6,13 +7,15 @@
 // All four are sequentially consistent, so at least one of the two sees the other (Dekker).
 #pragma once
 
+#include <functional>
 #include <memory>
-#include <optional>
+#include <mutex>
+#include <vector>
 
 #include "kvlink/base/segment.hpp"
 #include "kvlink/transport/transport.hpp"
 
-namespace kvlink::transport::host_shm {
+namespace kvlink::transport {
 
 inline constexpr uint32_t kMaxLayers = 256;  // stored layers of a pool
 inline constexpr uint32_t kMaxLinks = 64;    // one bit each
@@ -49,9 +52,9 @@ struct alignas(64) Slot {
   std::atomic<uint32_t> lessee;   // offers: 1 + bit of the link that adopted, or 0
   std::atomic<uint32_t> pulls_left;
   std::atomic<uint32_t> with_digest;
+  std::atomic<uint32_t> torn;  // a writer died inside: nobody knows what it wrote
 
   alignas(64) std::atomic<uint64_t> rows;
-  std::atomic<uint64_t> digest;
 
   alignas(64) SlotKind kind;
   uint32_t num_layers;
@@ -60,12 +63,14 @@ struct alignas(64) Slot {
   uint64_t first_page;  // in the page list
   uint32_t num_pages;
 
+  // A writer adds a chunk's digest before its rows: complete rows have complete digests.
+  alignas(64) std::atomic<uint64_t> layer_digest[kMaxLayers];
   alignas(64) std::atomic<uint64_t> layer_rows[kMaxLayers];
 };
 static_assert(std::atomic<uint64_t>::is_always_lock_free);
 static_assert(std::atomic<uint32_t>::is_always_lock_free && sizeof(std::atomic<uint32_t>) == 4);
 
-// The receiver's own pages of one grant, as verify reads them.
+// The owner's own pages of one slot: what verify reads, and what a path's receiving side writes.
 struct OwnPages {
   std::vector<LayerView> layers;      // [stored layers]
   std::vector<int32_t> model_layers;  // [stored layers] the model layer each travels as
@@ -74,6 +79,12 @@ struct OwnPages {
   int64_t num_tokens = 0;
   const uint32_t* generations = nullptr;  // [pages of the pool] now
   std::vector<uint32_t> granted;          // [pages] as they were at the grant
+  std::shared_ptr<void> keep_alive;
+
+  // Layers whose digest was found right, each once, as they came; and the time that took.
+  std::mutex mutex;
+  std::vector<bool> digested;
+  std::atomic<int64_t> verify_ns{0};
 };
 
 // A mapped control segment, one's own or a peer's.
@@ -91,7 +102,14 @@ class Control {
 
   // --- the owner ---
   // The slot must be free or closed with nobody inside. `first_page` is where the page list goes.
-  SlotKey open(uint32_t slot, uint64_t first_page, const SlotTerms& terms);
+  SlotKey open(uint32_t slot, uint64_t first_page, const SlotTerms& terms,
+               std::shared_ptr<OwnPages> own);
+  // The pages of an open slot; null when it serves another transfer, or was forgotten.
+  std::shared_ptr<OwnPages> own(SlotKey key) const;
+  // Drops what was kept for own(): the pages may go.
+  void forget(SlotKey key);
+  // Called in this process, on any thread, when it has closed a slot.
+  void set_on_closed(std::function<void(SlotKey, Status)> on_closed);
   // Open (or adopted) -> closed; false when it had ended before.
   bool close(SlotKey key, Status status);
   // Moves the deadline of an open slot; false when it had ended.
@@ -100,16 +118,18 @@ class Control {
   bool expire(SlotKey key, int64_t now);
   // Closed, and no peer inside: the pages are the owner's alone.
   bool quiet(SlotKey key) const;
-  // Forgets a dead link: its bits and leases, in every slot. Incomplete grants that it was writing
-  // end as kPeerLost.
+  // Forgets a dead link: its bits and leases, in every slot. Grants that it was inside of, or whose
+  // part it left incomplete, end as kPeerLost.
   void drop_link(uint32_t bit);
-  // Grant: all rows arrived, or it ended. kOk when complete, kPending at the deadline.
-  Status wait_rows(SlotKey key, int64_t deadline_ns) const;
   // Grant: all rows of a stored layer arrived.
   Status wait_layer(SlotKey key, uint32_t layer, int64_t deadline_ns) const;
-  // Grant: shuts writers out, compares count, digest and page generations, and closes the slot with
-  // the result. kPending: a writer is still inside at the deadline; the slot is open again.
-  Status verify(SlotKey key, const Executor& executor, const OwnPages& own, int64_t deadline_ns);
+  // Grant: until all rows arrived, comparing the digests of layers as they complete; then shuts
+  // writers out, compares what is left (count, digests, page generations last) and closes the slot
+  // with the result. kPending at the deadline: the slot is open.
+  //
+  // A layer that was digested early is still covered: whatever is written into it later is counted
+  // (one row too many) or torn.
+  Status arrive(SlotKey key, const Executor& executor, int64_t deadline_ns);
 
   // --- both ---
   // kPending while open; kStale when the slot serves another transfer.
@@ -120,6 +140,8 @@ class Control {
   // --- a peer ---
   Status enter(SlotKey key, uint32_t bit);  // pin; kOk or why not
   void leave(SlotKey key, uint32_t bit);    // unpin
+  // Between enter and leave: rows that were written, and their digest.
+  void add_rows(SlotKey key, uint32_t layer, const RelayoutResult& moved);
   Status begin(SlotKey key, uint32_t bit);  // marks this link unfinished; kBusy if it is
   void finish(SlotKey key, uint32_t bit);
   Status adopt(SlotKey key, uint32_t bit);  // takes an offer in place
@@ -132,15 +154,22 @@ class Control {
   bool owns(SlotKey key, Word* word) const;
   template <typename Done>
   Status wait(SlotKey key, int64_t deadline_ns, Done done) const;
+  bool digest_layers(SlotKey key, const Executor& executor, OwnPages& own);
+  Status commit(SlotKey key, const Executor& executor, OwnPages& own, int64_t deadline_ns);
+  void tell_closed(SlotKey key, Status status);
 
   Segment segment_;
   uint32_t num_slots_;
   uint64_t num_page_entries_;
   Slot* slots_;
   int32_t* page_list_;
+
+  mutable std::mutex mutex_;
+  std::vector<std::shared_ptr<OwnPages>> own_;  // [slots] at the owner
+  std::function<void(SlotKey, Status)> on_closed_;
 };
 
 // Wakes every waiter of the slot.
 void notify(Slot& slot);
 
-}  // namespace kvlink::transport::host_shm
+}  // namespace kvlink::transport
