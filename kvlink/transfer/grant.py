@@ -59,10 +59,11 @@ class Grant(Reservation):
     def wait(self, timeout: float) -> Arrival:
         """Waits until everything has arrived, verifies it, and commits.
 
-        Layers are verified as they complete. That runs here, in the caller's thread, without the GIL. Raises TransferTimeout (the
-        grant stays open), or the reason why it failed: DigestMismatch, GenerationMismatch,
-        RowCountMismatch, GrantExpired, GrantRevoked, TransferCancelled, PeerLost, MoveFailed. A
-        failed grant keeps failing in the same way; a committed one keeps returning its Arrival.
+        Layers are verified as they complete, here in the caller's thread, without the GIL. Raises
+        TransferTimeout (the grant stays open), or the reason why it failed: DigestMismatch,
+        GenerationMismatch, RowCountMismatch, GrantExpired, GrantRevoked, TransferCancelled,
+        PeerLost, MoveFailed. A failed grant keeps failing in the same way; a committed one keeps
+        returning its Arrival.
         """
         began = time.monotonic_ns()
         deadline_ns = began + int(max(0.0, timeout) * 1e9)
