@@ -116,6 +116,16 @@ def _swap_elements(filled: Filled) -> None:
     row[[0, 8]] = row[[8, 0]]
 
 
+def _swap_rows(filled: Filled) -> None:
+    rows = rows_of(filled.pool, 1, "k")
+    rows[1, 0, [0, 2]] = rows[1, 0, [2, 0]]
+
+
+def _zero_a_row(filled: Filled) -> None:
+    rows = rows_of(filled.pool, 1, "v")
+    rows[tuple(rows.any(dim=-1).nonzero()[-1])] = 0
+
+
 def _change_a_scale(filled: Filled) -> None:
     torch.from_dlpack(filled.pool.k_scale(0))[3, 1, 0] *= 2
 
@@ -123,7 +133,7 @@ def _change_a_scale(filled: Filled) -> None:
 @pytest.mark.parametrize(
     "damage",
     [_flip_a_bit, _swap_tokens, _swap_heads, _swap_planes, _swap_layers, _swap_elements,
-     _change_a_scale],
+     _swap_rows, _zero_a_row, _change_a_scale],
 )  # fmt: skip
 def test_digest_sees_damage(simd_level: str, damage: Callable[[Filled], None]) -> None:
     filled = model_pool(kind="nhd", dtype="int8", scale="token_head")
@@ -132,6 +142,20 @@ def test_digest_sees_damage(simd_level: str, damage: Callable[[Filled], None]) -
     after = digest_pages(filled.pool, range(6), num_tokens=24)
     assert after.rows == before.rows
     assert after.digest != before.digest
+
+
+def test_every_bit_of_a_row_counts(simd_level: str) -> None:
+    filled = make_pool("nhd", dtype="int8", num_kv_heads=1, head_dim=200, page_size=1, num_pages=1)
+    row = rows_of(filled.pool, 0, "k")[0, 0, 0]
+    seen = set()
+    for value in (0, 255):
+        row[:] = value
+        for bit in range(200 * 8):
+            row[bit // 8] ^= 1 << bit % 8
+            seen.add(digest_pages(filled.pool, [0], num_tokens=1).digest)
+            row[bit // 8] ^= 1 << bit % 8
+        seen.add(digest_pages(filled.pool, [0], num_tokens=1).digest)
+    assert len(seen) == 2 * (200 * 8 + 1)
 
 
 def test_digest_ignores_other_slots_and_sees_positions() -> None:

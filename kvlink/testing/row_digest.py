@@ -35,16 +35,12 @@ def row_digest(
         x = word ^ ((KEYS[j] + stripe * _STEP) & _MASK)
         acc[j] += (x & 0xFFFFFFFF) * (x >> 32)
         acc[j ^ 1] += word
-    fold = 0
-    for p in range(4):
-        low, high = (((acc[2 * p + i] & _MASK) ^ KEYS[8 + 2 * p + i]) for i in range(2))
-        product = low * high
-        fold += (product & _MASK) ^ (product >> 64)
     base = mix(mix(layer << 32 | head) + (plane + 1) * _STEP + len(data) * _GOLDEN)
-    seed = mix(base + position * _GOLDEN)
+    shift = position * _GOLDEN
     if scale_bits is not None:
-        seed = mix(seed ^ (1 << 32 | scale_bits))
-    return mix((fold & _MASK) ^ seed)
+        shift += (1 << 32 | scale_bits) * _STEP
+    starts = [mix(base + KEYS[8 + j]) for j in range(8)]
+    return sum(mix((acc[j] & _MASK) ^ (starts[j] + shift & _MASK)) for j in range(8)) & _MASK
 
 
 def run_digest(

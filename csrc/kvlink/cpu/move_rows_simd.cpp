@@ -1,16 +1,8 @@
 #include <cstring>
 
 #include "kvlink/base/convert.hpp"
-#include "kvlink/base/row_digest.hpp"
 #include "kvlink/cpu/move_rows.hpp"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-#if defined(__GNUC__) && !defined(__clang__)
-// gcc 12 takes its own undefined operands of AVX-512 intrinsics for uninitialised ones of ours.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+#include "kvlink/cpu/simd/words.hpp"
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
@@ -212,96 +204,32 @@ void convert_rows(const RowMove& move, const RowBox& box) {
 
 // --- digesting ------------------------------------------------------------------------------
 
-#if defined(__AVX512F__)
-struct Accumulator {
-  __m512i acc = _mm512_setzero_si512();
-  __m512i keys = _mm512_setr_epi64(row_digest::key(0), row_digest::key(1), row_digest::key(2),
-                                   row_digest::key(3), row_digest::key(4), row_digest::key(5),
-                                   row_digest::key(6), row_digest::key(7));
-
-  void stripe(const char* data) {
-    const __m512i word = _mm512_loadu_si512(data);
-    const __m512i x = _mm512_xor_si512(word, keys);
-    acc = _mm512_add_epi64(acc, _mm512_mul_epu32(x, _mm512_srli_epi64(x, 32)));
-    acc = _mm512_add_epi64(acc, _mm512_shuffle_epi32(word, _MM_PERM_BADC));
-    keys = _mm512_add_epi64(keys, _mm512_set1_epi64(static_cast<int64_t>(row_digest::kStep)));
-  }
-  uint64_t fold() const {
-    alignas(64) uint64_t lanes[8];
-    _mm512_store_si512(lanes, acc);
-    return row_digest::fold(lanes);
-  }
-};
-#elif defined(__AVX2__)
-struct Accumulator {
-  __m256i acc[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-  __m256i keys[2] = {_mm256_setr_epi64x(row_digest::key(0), row_digest::key(1), row_digest::key(2),
-                                        row_digest::key(3)),
-                     _mm256_setr_epi64x(row_digest::key(4), row_digest::key(5), row_digest::key(6),
-                                        row_digest::key(7))};
-
-  void stripe(const char* data) {
-    for (int i = 0; i < 2; ++i) {
-      const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data) + i);
-      const __m256i x = _mm256_xor_si256(word, keys[i]);
-      acc[i] = _mm256_add_epi64(acc[i], _mm256_mul_epu32(x, _mm256_srli_epi64(x, 32)));
-      acc[i] = _mm256_add_epi64(acc[i], _mm256_shuffle_epi32(word, 0x4e));
-      keys[i] =
-          _mm256_add_epi64(keys[i], _mm256_set1_epi64x(static_cast<int64_t>(row_digest::kStep)));
-    }
-  }
-  uint64_t fold() const {
-    alignas(32) uint64_t lanes[8];
-    for (int i = 0; i < 2; ++i) _mm256_store_si256(reinterpret_cast<__m256i*>(lanes) + i, acc[i]);
-    return row_digest::fold(lanes);
-  }
-};
-#else
-struct Accumulator {
-  uint64_t acc[8] = {};
-  uint64_t keys[8] = {row_digest::key(0), row_digest::key(1), row_digest::key(2),
-                      row_digest::key(3), row_digest::key(4), row_digest::key(5),
-                      row_digest::key(6), row_digest::key(7)};
-
-  void stripe(const char* data) {
-    uint64_t words[8];
-    std::memcpy(words, data, sizeof words);
-    for (int j = 0; j < 8; ++j) {
-      const uint64_t x = words[j] ^ keys[j];
-      acc[j] += (x & 0xffffffffu) * (x >> 32) + words[j ^ 1];
-      keys[j] += row_digest::kStep;
-    }
-  }
-  uint64_t fold() const { return row_digest::fold(acc); }
-};
-#endif
-
 // num_bytes is whole stripes except in the last call for a row.
-inline void digest_bytes(Accumulator& accumulator, const char* data, int64_t num_bytes) {
+inline void digest_bytes(RowLanes& lanes, const char* data, int64_t num_bytes) {
   int64_t i = 0;
   for (; i + row_digest::kStripeBytes <= num_bytes; i += row_digest::kStripeBytes) {
-    accumulator.stripe(data + i);
+    lanes.stripe(Words::load(data + i));
   }
   if (i == num_bytes) return;
   char last[row_digest::kStripeBytes] = {};
   std::memcpy(last, data + i, static_cast<size_t>(num_bytes - i));
-  accumulator.stripe(last);
+  lanes.stripe(Words::load(last));
 }
 
-uint64_t fold_row(const RowMove& move, const char* row, int64_t size) {
-  Accumulator accumulator;
+Words row_lanes(const RowMove& move, const char* row, int64_t size) {
+  RowLanes lanes;
   if (move.dst.at.stride_dim == 1 || move.dims == 1) {
-    digest_bytes(accumulator, row, move.dims * size);
-    return accumulator.fold();
+    digest_bytes(lanes, row, move.dims * size);
+    return lanes.acc();
   }
   alignas(64) char gathered[kChunk * 4];
   const int64_t step = move.dst.at.stride_dim * size;
   for (int64_t i = 0; i < move.dims; i += kChunk) {
     const int64_t count = move.dims - i < kChunk ? move.dims - i : kChunk;
     copy_inner(gathered, row + i * step, {count, step, size}, size);
-    digest_bytes(accumulator, gathered, count * size);
+    digest_bytes(lanes, gathered, count * size);
   }
-  return accumulator.fold();
+  return lanes.acc();
 }
 
 }  // namespace
@@ -309,36 +237,39 @@ uint64_t fold_row(const RowMove& move, const char* row, int64_t size) {
 uint64_t digest_rows(const RowMove& move, const RowBox& box) {
   constexpr int32_t kHeads = 64;  // taken together
   const int64_t size = dtype_bytes(move.dst.dtype);
-  const auto digest_row = [&](uint64_t base, int64_t token, int32_t head) {
+  DigestSum sum;
+  const auto digest_row = [&](const Words& start, int64_t token, int32_t head) {
     const int64_t dst_slot = box.dst_slot + token, dst_head = move.dst_head + head;
-    uint64_t seed = row_digest::seed(base, box.token_position + token);
+    uint64_t shift = row_digest::shift(box.token_position + token);
     if (move.dst.token_scale) {
       const float scale = *move.dst.row_scale(box.dst_page, dst_slot, dst_head);
-      seed = row_digest::seed_with_scale(seed, float_bits(scale));
+      shift += row_digest::scale_shift(float_bits(scale));
     }
     const char* row = move.dst.row(box.dst_page, dst_slot, dst_head);
-    return row_digest::finish(fold_row(move, row, size), seed);
+    sum.add_row(row_lanes(move, row, size), start, shift);
   };
   // Rows are read in the order of their addresses, which the CPU can fetch ahead.
   const bool heads_inside = move.dst.at.stride_head < move.dst.at.stride_slot;
-  uint64_t sum = 0;
   for (int32_t first = 0; first < move.num_heads; first += kHeads) {
     const int32_t count = move.num_heads - first < kHeads ? move.num_heads - first : kHeads;
-    uint64_t bases[kHeads];
+    Words starts[kHeads];
     for (int32_t i = 0; i < count; ++i) {
-      bases[i] = row_digest::base(move.model_layer, move.model_head + first + i, move.model_plane,
-                                  move.dims * size);
+      const uint64_t base = row_digest::base(move.model_layer, move.model_head + first + i,
+                                             move.model_plane, move.dims * size);
+      uint64_t start[8];
+      for (int j = 0; j < 8; ++j) start[j] = row_digest::start(base, j);
+      starts[i] = Words::load(start);
     }
     const int64_t num_outer = heads_inside ? box.num_tokens : count;
     const int64_t num_inner = heads_inside ? count : box.num_tokens;
     for (int64_t outer = 0; outer < num_outer; ++outer) {
       for (int64_t inner = 0; inner < num_inner; ++inner) {
         const auto head = static_cast<int32_t>(heads_inside ? inner : outer);
-        sum += digest_row(bases[head], heads_inside ? outer : inner, first + head);
+        digest_row(starts[head], heads_inside ? outer : inner, first + head);
       }
     }
   }
-  return sum;
+  return sum.total();
 }
 
 uint64_t move_rows(const RowMove& move, const RowBox& box) {

@@ -203,7 +203,7 @@ __device__ inline uint64_t row_word(const char* row, int64_t idx, int64_t dims, 
   return word;
 }
 
-// In lane 0: the digest of the destination row. Other lanes: unspecified.
+// What this lane adds to the digest of the destination row.
 template <int kLanes>
 __device__ uint64_t digest_row(const Group<kLanes>& group, const RowMove& move,
                                const RowPlace& place, int32_t model_head, int64_t position) {
@@ -226,18 +226,16 @@ __device__ uint64_t digest_row(const Group<kLanes>& group, const RowMove& move,
     products += group.exchange(products, distance);
     words += group.exchange(words, distance);
   }
-  const uint64_t mine = (products + group.exchange(words, 1)) ^ row_digest::key(8 + j);
-  uint64_t fold = row_digest::multiply_fold(mine, group.exchange(mine, 1));
-  fold += group.exchange(fold, 2);
-  fold += group.exchange(fold, 4);
-  if (group.lane != 0) return 0;
-  uint64_t seed = row_digest::seed(
-      row_digest::base(move.model_layer, model_head, move.model_plane, move.dims * size), position);
+  const uint64_t acc = products + group.exchange(words, 1);
+  if (group.lane >= row_digest::kLanes) return 0;
+  uint64_t shift = row_digest::shift(position);
   if (move.dst.token_scale) {
     const float scale = *move.dst.row_scale(place.dst_page, place.dst_slot, place.dst_head);
-    seed = row_digest::seed_with_scale(seed, float_bits(scale));
+    shift += row_digest::scale_shift(float_bits(scale));
   }
-  return row_digest::finish(fold, seed);
+  const uint64_t base =
+      row_digest::base(move.model_layer, model_head, move.model_plane, move.dims * size);
+  return row_digest::finish(acc, row_digest::start(base, j), shift);
 }
 
 template <int kLanes>

@@ -61,7 +61,11 @@ __global__ void __launch_bounds__(kThreads) move_rows(const __grid_constant__ Mo
     sum += digest_row(group, move, place, move.model_head + static_cast<int32_t>(head),
                       args.token_position + token);
   }
-  if (args.digest && sum != 0) atomicAdd(args.digest, static_cast<unsigned long long>(sum));
+  if (!args.digest) return;
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    sum += group.exchange(sum, distance);
+  }
+  if (group.lane == 0 && sum != 0) atomicAdd(args.digest, static_cast<unsigned long long>(sum));
 }
 
 template <bool kMove>

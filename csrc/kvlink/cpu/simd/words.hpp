@@ -1,0 +1,124 @@
+// Stripes of 64 bytes as eight little-endian words, in vectors of the level being compiled, and the
+// vector form of base/row_digest.hpp over them. Included by *_simd.cpp only.
+#pragma once
+
+#include "kvlink/base/row_digest.hpp"
+#include "kvlink/cpu/simd/vec.hpp"
+
+namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
+
+typedef uint64_t WordPart __attribute__((vector_size(4 * kLanes)));
+inline constexpr int kWordParts = 16 / kLanes;
+
+struct Words {
+  WordPart part[kWordParts];
+
+  static KVLINK_INLINE Words zero() {
+    Words words;
+    KVLINK_UNROLL
+    for (int i = 0; i < kWordParts; ++i) words.part[i] = WordPart{};
+    return words;
+  }
+  static KVLINK_INLINE Words load(const void* source) {
+    Words words;
+    KVLINK_UNROLL
+    for (int i = 0; i < kWordParts; ++i) {
+      words.part[i] =
+          load_unaligned<WordPart>(static_cast<const char*>(source) + i * sizeof(WordPart));
+    }
+    return words;
+  }
+  KVLINK_INLINE void store(void* target) const {
+    KVLINK_UNROLL
+    for (int i = 0; i < kWordParts; ++i) {
+      store_unaligned(static_cast<char*>(target) + i * sizeof(WordPart), part[i]);
+    }
+  }
+};
+
+KVLINK_INLINE Words operator+(const Words& a, const Words& b) {
+  Words sum;
+  KVLINK_UNROLL
+  for (int i = 0; i < kWordParts; ++i) sum.part[i] = a.part[i] + b.part[i];
+  return sum;
+}
+
+KVLINK_INLINE Words operator+(const Words& a, uint64_t b) {
+  Words sum;
+  KVLINK_UNROLL
+  for (int i = 0; i < kWordParts; ++i) sum.part[i] = a.part[i] + b;
+  return sum;
+}
+
+// low32(x) * high32(x) of every word.
+KVLINK_INLINE WordPart multiply_halves(WordPart x) {
+#if defined(__AVX512F__)
+  return (WordPart)_mm512_mul_epu32((__m512i)x, (__m512i)(x >> 32));
+#elif defined(__AVX2__)
+  return (WordPart)_mm256_mul_epu32((__m256i)x, (__m256i)(x >> 32));
+#else
+  return (x & 0xffffffffu) * (x >> 32);
+#endif
+}
+
+// Words 2i and 2i + 1 exchanged.
+KVLINK_INLINE WordPart exchange_neighbours(WordPart x) {
+#if defined(__AVX512F__)
+  return (WordPart)_mm512_shuffle_epi32((__m512i)x, _MM_PERM_BADC);
+#elif defined(__AVX2__)
+  return (WordPart)_mm256_shuffle_epi32((__m256i)x, 0x4e);
+#else
+  return __builtin_shufflevector(x, x, 1, 0);
+#endif
+}
+
+alignas(64) inline constexpr uint64_t kFirstKeys[8] = {
+    row_digest::key(0), row_digest::key(1), row_digest::key(2), row_digest::key(3),
+    row_digest::key(4), row_digest::key(5), row_digest::key(6), row_digest::key(7)};
+
+// The lanes of one row, stripe by stripe.
+class RowLanes {
+ public:
+  KVLINK_INLINE RowLanes() : keys_(Words::load(kFirstKeys)) {}
+
+  KVLINK_INLINE void stripe(const Words& words) {
+    KVLINK_UNROLL
+    for (int i = 0; i < kWordParts; ++i) {
+      acc_.part[i] += multiply_halves(words.part[i] ^ keys_.part[i]);
+      acc_.part[i] += exchange_neighbours(words.part[i]);
+      keys_.part[i] += row_digest::kStep;
+    }
+  }
+  const Words& acc() const { return acc_; }
+
+ private:
+  Words acc_ = Words::zero();
+  Words keys_;
+};
+
+// The digests of many rows, kept apart by lane until the end.
+class DigestSum {
+ public:
+  KVLINK_INLINE void add_row(const Words& acc, const Words& start, uint64_t shift) {
+    KVLINK_UNROLL
+    for (int i = 0; i < kWordParts; ++i) {
+      WordPart x = acc.part[i] ^ (start.part[i] + shift);
+      x ^= x >> 30;
+      x *= 0xbf58476d1ce4e5b9;
+      x ^= x >> 27;
+      x *= 0x94d049bb133111eb;
+      sum_.part[i] += x ^ (x >> 31);
+    }
+  }
+  uint64_t total() const {
+    uint64_t lanes[8], sum = 0;
+    sum_.store(lanes);
+    for (const uint64_t lane : lanes) sum += lane;
+    return sum;
+  }
+
+ private:
+  Words sum_ = Words::zero();
+};
+
+}  // namespace kvlink::cpu::KVLINK_SIMD_LEVEL
