@@ -72,6 +72,7 @@ class Control:
     def page_list(self, first: int, count: int) -> Any:
         """A read-only int32 view; nothing is copied."""
     def quiet(self, key: SlotKey) -> bool: ...
+    def readiness(self, key: SlotKey, layer: int, name: str | bytes) -> Readiness: ...
     def release(self, key: SlotKey, bit: int) -> bool: ...
     def status(self, key: SlotKey) -> TransferStatus: ...
     def wait_closed(self, key: SlotKey, deadline_ns: int) -> TransferStatus: ...
@@ -131,6 +132,20 @@ class PostedTransfer:
     def tokens_left(self, part: int) -> int: ...
     def wait_arrived(self, deadline_ns: int) -> TransferStatus: ...
     def wait_source_reusable(self, deadline_ns: int) -> bool: ...
+
+class Readiness:
+    """One layer of a transfer that is under way; Grant.readiness makes it."""
+
+    @property
+    def ready(self) -> bool:
+        """All rows of the layer are there, not yet verified. Raises NeverReady."""
+    def settle(self) -> None:
+        """For the owner: the transfer has arrived and was verified."""
+    def wait(self, timeout: float) -> None:
+        """Until it is ready. Raises NotReady, NeverReady."""
+    @property
+    def waited_s(self) -> float:
+        """Seconds that operators and `wait` have waited for it."""
 
 class Segment:
     """Page-aligned, zeroed memory without a name."""
@@ -258,6 +273,8 @@ def paged_attention(
     alibi_slopes: Any,
     out: Any,
     lse: Any,
+    ready: Sequence[Readiness] = (),
+    ready_timeout: float = 0.0,
 ) -> None:
     """See kvlink.paged_attention; window 0 and softcap 0 mean none."""
 
@@ -306,3 +323,6 @@ def tensor_info(
     name: str | bytes,
 ) -> tuple[int, list[int], list[int], str, tuple[int, int], bool]:
     """(address, shape, strides in elements, dtype name, (device type, device id), read_only)."""
+
+def wait_ready(ready: Sequence[Readiness], timeout: float) -> None:
+    """Until all are ready. Raises NotReady, NeverReady."""

@@ -14,7 +14,7 @@ from kvlink.pool import KVPool
 _FEATURES = frozenset(
     {
         "decode", "extend", "ragged", "bidirectional", "window", "softcap", "sinks",
-        "alibi_slopes", "lse", "out", "csr_page_table", "head_dim_v", "latent",
+        "alibi_slopes", "lse", "out", "csr_page_table", "head_dim_v", "latent", "ready",
     }
 )  # fmt: skip
 _FLOATS = frozenset({"float32", "float16", "bfloat16"})
@@ -59,6 +59,8 @@ def paged_attention(
     return_lse: bool = False,
     plan: Any = None,
     backend: str = "auto",
+    ready: Any = None,
+    ready_timeout: float = 1.0,
 ) -> Any:
     """Attention of new tokens over their sequences' pages: decode, extend, or both in one batch.
 
@@ -80,16 +82,22 @@ def paged_attention(
     whatever they hold; a row's bits depend neither on the rest of the batch nor on the number of
     threads.
 
+    `ready`: what must have landed before a page of the layer is read: a Readiness
+    (`Grant.readiness(layer)`), or several of them. The call waits for it without the GIL, at most
+    `ready_timeout` seconds. What has landed is not verified yet: drop the result if the grant then
+    fails.
+
     `backend` is "auto" or the name of one in BACKENDS; see `choose_backend`. Raises
     InvalidArgument, PageTableError (an entry that would be read is unmapped or names no page),
-    Unsupported. Nothing is written then.
+    Unsupported, NotReady (`ready_timeout` has passed), NeverReady (the transfer has failed).
+    Nothing is written then.
     """
     q_dtype = dtype_of(q, "q")
     needed = [
         name
         for name, given in (("mask", mask), ("plan", plan), ("sinks", sinks),
                             ("alibi_slopes", alibi_slopes), ("window", window),
-                            ("softcap", softcap), ("csr_page_table", page_indptr))
+                            ("softcap", softcap), ("csr_page_table", page_indptr), ("ready", ready))
         if given is not None
     ]  # fmt: skip
     chosen = choose_backend(q_dtype, pool, needed, backend)
@@ -111,11 +119,21 @@ def paged_attention(
         layout.head_dim**-0.5 if scale is None else scale, window or 0, softcap or 0.0,
         sinks, alibi_slopes, out, lse,
     )  # fmt: skip
+    awaited = _readiness(ready)
     if chosen.name == "reference":
+        _C.wait_ready(awaited, ready_timeout)
         _run_reference(pool, arguments)
     else:
-        _C.paged_attention(*arguments)
+        _C.paged_attention(*arguments, ready=awaited, ready_timeout=ready_timeout)
     return (out, lse) if return_lse else out
+
+
+def _readiness(ready: Any) -> list[_C.Readiness]:
+    items = [] if ready is None else [ready] if isinstance(ready, _C.Readiness) else list(ready)
+    for item in items:
+        if not isinstance(item, _C.Readiness):
+            raise InvalidArgument(f"ready: expected Readiness objects; got {item!r}")
+    return items
 
 
 def _run_reference(pool: KVPool, arguments: tuple[Any, ...]) -> None:

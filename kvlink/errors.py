@@ -19,6 +19,14 @@ class PageTableError(KVLinkError, IndexError):
     """A page table entry that would be read is unmapped (-1) or names no page of the pool."""
 
 
+class NotReady(KVLinkError, TimeoutError):
+    """KV that an operator waited for was not there in time; it may still come."""
+
+
+class NeverReady(KVLinkError):
+    """KV that an operator waited for will not come: its transfer has failed."""
+
+
 class PageError(KVLinkError):
     """Base of the page allocator's errors."""
 

@@ -4,6 +4,7 @@
 #include "kvlink/cpu/merge_states.hpp"
 #include "kvlink/cpu/paged_attention.hpp"
 #include "pool.hpp"
+#include "readiness.hpp"
 #include "register.hpp"
 
 namespace kvlink::bindings {
@@ -21,7 +22,8 @@ void paged_attention(const py::object& q, const PoolView& pool, int64_t layer,
                      const py::object& page_table, const py::object& seq_lens,
                      const py::object& q_indptr, const py::object& page_indptr, bool causal,
                      float scale, int64_t window, float softcap, const py::object& sinks,
-                     const py::object& alibi_slopes, const py::object& out, const py::object& lse) {
+                     const py::object& alibi_slopes, const py::object& out, const py::object& lse,
+                     const ReadyItems& ready, double ready_timeout) {
   KVLINK_CHECK(pool.device.type == dlpack::kDeviceCpu,
                "pool: expected host memory; got device type ", pool.device.type);
   const LayerView& kv = pool.layer(layer);
@@ -56,6 +58,7 @@ void paged_attention(const py::object& q, const PoolView& pool, int64_t layer,
   lse_spec.writable = true;
   const auto lse_array = lse_spec.import_optional(lse, sizes);
 
+  const auto awaited = to_readiness(ready);
   const PagedAttentionParams params{
       .q = q_in.data<void>(),
       .out = out_array.data<void>(),
@@ -81,6 +84,7 @@ void paged_attention(const py::object& q, const PoolView& pool, int64_t layer,
       .softcap = softcap,
       .sinks = data_or_null<float>(sink_logits),
       .alibi_slopes = data_or_null<float>(slopes),
+      .ready = make_wait(awaited, ready_timeout),
   };
   py::gil_scoped_release nogil;
   cpu::paged_attention(params);
@@ -134,7 +138,8 @@ void register_attention(py::module_& module) {
              py::arg("page_table"), py::arg("seq_lens"), py::arg("q_indptr"),
              py::arg("page_indptr"), py::arg("causal"), py::arg("scale"), py::arg("window"),
              py::arg("softcap"), py::arg("sinks"), py::arg("alibi_slopes"), py::arg("out"),
-             py::arg("lse"), "See kvlink.paged_attention; window 0 and softcap 0 mean none.");
+             py::arg("lse"), py::arg("ready") = py::tuple(), py::arg("ready_timeout") = 0.0,
+             "See kvlink.paged_attention; window 0 and softcap 0 mean none.");
   module.def("merge_states", &merge_states, py::arg("outs"), py::arg("lses"), py::arg("out"),
              py::arg("lse"), "See kvlink.merge_states.");
 }

@@ -5,6 +5,7 @@
 #include <system_error>
 
 #include "kvlink/base/check.hpp"
+#include "kvlink/base/readiness.hpp"
 
 namespace kvlink::bindings {
 
@@ -29,6 +30,10 @@ void register_exceptions() {
       raise("PageTableError", error.what());
     } catch (const Unsupported& error) {
       raise("Unsupported", error.what());
+    } catch (const NotReady& error) {
+      raise("NotReady", error.what());
+    } catch (const NeverReady& error) {
+      raise("NeverReady", error.what());
     } catch (const std::system_error& error) {
       py::object os_error =
           py::reinterpret_borrow<py::object>(PyExc_OSError)(error.code().value(), error.what());

@@ -11,6 +11,7 @@ PYBIND11_MODULE(_C, module) {
   register_convert(module);
   register_memory(module);
   register_pool(module);
+  register_readiness(module);
   register_attention(module);
   register_probes(module);
   register_cache_ops(module);

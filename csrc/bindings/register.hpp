@@ -9,6 +9,7 @@ void register_cache_ops(pybind11::module_& module);  // append_kv, relayout_page
 void register_convert(pybind11::module_& module);    // scalar conversions, for tests
 void register_attention(pybind11::module_& module);  // paged_attention, merge_states
 void register_memory(pybind11::module_& module);     // Segment, array views, tensor_info
+void register_readiness(pybind11::module_& module);  // Readiness
 void register_pool(pybind11::module_& module);       // Layout, PoolView
 void register_transport(pybind11::module_& module);  // slots and transfers, then each path
 void register_transport_host_shm(pybind11::module_& module);

@@ -5,6 +5,7 @@
 #include "kvlink/base/check.hpp"
 #include "kvlink/cpu/digest_pages.hpp"
 #include "kvlink/cpu/relayout_pages.hpp"
+#include "readiness.hpp"
 #include "register.hpp"
 
 namespace kvlink::bindings {
@@ -173,6 +174,13 @@ void register_control(py::module_& module) {
                 deadline_ns, [&](int64_t until) { return self.wait_layer(key, layer, until); });
           },
           py::arg("key"), py::arg("layer"), py::arg("deadline_ns"))
+      .def(
+          "readiness",
+          [](const std::shared_ptr<Control>& self, SlotKey key, uint32_t layer, std::string name) {
+            return std::make_shared<ReadinessObject>(self->readiness(key, layer), std::move(name),
+                                                     self);
+          },
+          py::arg("key"), py::arg("layer"), py::arg("name"))
       .def(
           "wait_closed",
           [](const Control& self, SlotKey key, int64_t deadline_ns) {

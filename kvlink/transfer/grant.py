@@ -55,6 +55,7 @@ class Grant(Reservation):
         super().__init__(table, region, *args, **kwargs)
         self._with_digest: bool = kwargs["with_digest"]
         self._arrival: Arrival | None = None
+        self._readiness: dict[int, _C.Readiness] = {}  # by stored layer
 
     def wait(self, timeout: float) -> Arrival:
         """Waits until everything has arrived, verifies it, and commits.
@@ -97,22 +98,40 @@ class Grant(Reservation):
 
         Raises TransferTimeout, or why the grant failed.
         """
-        descriptor = self.region.descriptor
-        if not 0 <= layer < len(descriptor.layer_map):
-            raise InvalidArgument(
-                f"layer: expected 0 to {len(descriptor.layer_map) - 1}; got {layer}"
-            )
+        stored = self._stored_layer(layer)
         if self._arrival is not None:
             return
         deadline_ns = time.monotonic_ns() + int(max(0.0, timeout) * 1e9)
-        status = self._outcome or self._control.wait_layer(
-            self.key, descriptor.layer_map[layer], deadline_ns
-        )
+        status = self._outcome or self._control.wait_layer(self.key, stored, deadline_ns)
         if status == _PENDING:
             raise TransferTimeout(f"layer {layer}: not there after {timeout} s")
         if status != _OK:
             self.advance()
             raise self._failure(status)
+
+    def readiness(self, layer: int) -> _C.Readiness:
+        """What `paged_attention(..., ready=)` waits for before it reads `layer` (of the pool): the
+        same as `wait_layer`, inside the operator. The same object each time for a layer; it goes
+        on to say what holds after the grant has ended."""
+        stored = self._stored_layer(layer)
+        with self._table.lock:
+            if stored not in self._readiness:
+                name = f"transfer {self.transfer_id.hex()}, layer {layer}"
+                self._readiness[stored] = self._control.readiness(self.key, stored, name)
+                if self._outcome is not None:
+                    self._settle(self._outcome)
+            return self._readiness[stored]
+
+    def _stored_layer(self, layer: int) -> int:
+        layer_map = self.region.descriptor.layer_map
+        if not 0 <= layer < len(layer_map):
+            raise InvalidArgument(f"layer: expected 0 to {len(layer_map) - 1}; got {layer}")
+        return layer_map[layer]
+
+    def _settle(self, status: _C.TransferStatus) -> None:
+        if status == _OK:
+            for readiness in self._readiness.values():
+                readiness.settle()
 
     def _gives_back(self) -> bool:
         return self._outcome != _OK

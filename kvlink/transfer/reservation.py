@@ -230,6 +230,7 @@ class Reservation:
             if self._outcome is None:
                 self._outcome = status
                 self._table.remember(self.transfer_id, status)
+                self._settle(status)
             if not self._control.quiet(self.key):
                 return
             del self._table.open[self.transfer_id]
@@ -242,6 +243,9 @@ class Reservation:
     def _gives_back(self) -> bool:
         """The pages return to the owner's pool, rather than to the request that arrived in them."""
         return True
+
+    def _settle(self, status: _C.TransferStatus) -> None:
+        """The outcome is known; called once, with the lock, while the slot is still ours."""
 
     def _failure(self, status: _C.TransferStatus) -> Exception:
         if status == _C.TransferStatus.STALE and self._outcome is not None:

@@ -272,7 +272,9 @@ void paged_attention(const PagedAttentionParams& params) {
   for (int64_t seq = 0; seq < params.num_seqs; ++seq) {
     check_sequence(params, seq, sequence_at(params, seq));
   }
-  run(params, make_plan(params));
+  const Plan plan = make_plan(params);
+  wait_ready(params.ready);
+  run(params, plan);
 }
 
 }  // namespace kvlink::cpu

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "kvlink/base/readiness.hpp"
 #include "kvlink/layout/kv_layout.hpp"
 
 namespace kvlink {
@@ -33,6 +34,8 @@ struct PagedAttentionParams {
   float softcap = 0.0f;                 // 0: none
   const float* sinks = nullptr;         // [num_q_heads]; nullable
   const float* alibi_slopes = nullptr;  // [num_q_heads]; nullable
+
+  ReadyWait ready;  // before anything of kv is read
 };
 
 }  // namespace kvlink

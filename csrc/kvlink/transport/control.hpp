@@ -12,6 +12,7 @@
 #include <mutex>
 #include <vector>
 
+#include "kvlink/base/readiness.hpp"
 #include "kvlink/base/segment.hpp"
 #include "kvlink/transport/transport.hpp"
 
@@ -123,6 +124,8 @@ class Control {
   void drop_link(uint32_t bit);
   // Grant: all rows of a stored layer arrived.
   Status wait_layer(SlotKey key, uint32_t layer, int64_t deadline_ns) const;
+  // The same, for operators; valid as long as the segment is mapped.
+  Readiness readiness(SlotKey key, uint32_t layer) const;
   // Grant: until all rows arrived, comparing the digests of layers as they complete; then shuts
   // writers out, compares what is left (count, digests, page generations last) and closes the slot
   // with the result. kPending at the deadline: the slot is open.
