@@ -1,0 +1,160 @@
+"""The host_shm path: peers on one host map each other's pools and control segments."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any
+
+from kvlink import _C
+from kvlink.errors import InvalidArgument
+from kvlink.pool import KVPool
+from kvlink.transfer.errors import ProtocolError, UnknownRegion, status_error
+from kvlink.transfer.paths import Blob, Peer
+
+if TYPE_CHECKING:
+    from kvlink.transfer.descriptor import Descriptor
+    from kvlink.transfer.plan import TransferPlan
+    from kvlink.transfer.region import Region, RegionDescriptor
+
+_CONTROL = struct.Struct("<Q")  # bytes of the control segment
+
+
+class HostShm:
+    """Descriptors of the control segment and of the shared pools go to the peer."""
+
+    name = "host_shm"
+
+    def __init__(self, control: Any) -> None:
+        self._control = control
+
+    def missing(self) -> None:
+        """It is always there; whether peers are on one host shows when they connect."""
+
+    def describe(self, bit: int) -> Blob:
+        """The control segment."""
+        return _CONTROL.pack(self._control.num_bytes), (self._control.fd,)
+
+    def describe_region(self, region: Region) -> Blob:
+        """The pool's segment, when it is shared."""
+        segment = region.pool.segment
+        return b"", () if segment is None or not region.descriptor.shared else (segment.fd,)
+
+    def connect(self, peer: Peer, bit: int, peer_bit: int, blob: bytes, fds: list[int]) -> ShmLink:
+        """Maps the peer's control segment."""
+        if len(fds) != 1 or len(blob) != _CONTROL.size:
+            raise ProtocolError(f"describe: {len(fds)} descriptors and {len(blob)} bytes")
+        try:
+            control = _C.Control.attach(fds[0], *_CONTROL.unpack(blob))
+            return ShmLink(peer, control, bit)
+        except (InvalidArgument, OSError) as error:
+            raise ProtocolError(f"control segment: {error}") from error
+
+    def close(self) -> None:
+        """Nothing to end: memory goes with its users."""
+
+
+class ShmLink:
+    """The peer's memory, mapped here."""
+
+    detail = "mapped memory"
+
+    def __init__(self, peer: Peer, control: Any, bit: int) -> None:
+        self._peer = peer
+        self._control = control
+        self._bit = bit
+        self._moving = _C.ShmLink(control, bit)
+        self._pools: dict[int, KVPool] = {}
+
+    def add_region(self, descriptor: RegionDescriptor, blob: bytes, fds: list[int]) -> None:
+        """Maps it, when it is shared."""
+        number = descriptor.region_id
+        if len(fds) != int(descriptor.shared) or blob:
+            raise ProtocolError(f"region {number}: {len(fds)} descriptors, {len(blob)} bytes")
+        if not descriptor.shared:
+            return
+        try:
+            self._pools[number] = KVPool.attach(
+                descriptor.layout, num_pages=descriptor.num_pages,
+                layer_map=descriptor.layer_map, fd=fds[0],
+            )  # fmt: skip
+        except (InvalidArgument, OSError) as error:
+            raise ProtocolError(f"region {number}: {error}") from error
+
+    def remove_region(self, region_id: int) -> None:
+        """Transfers and leases under way keep their mapping."""
+        self._pools.pop(region_id, None)
+
+    def begin(
+        self,
+        kind: Any,
+        descriptor: Descriptor,
+        own: Region,
+        own_ids: Any,
+        plan: TransferPlan,
+        generations: Any,
+    ) -> Any:
+        """From pool to pool, both mapped."""
+        pool, peer_ids = self._pool(descriptor), self._page_list(descriptor)
+        if kind == _C.SlotKind.GRANT:
+            views = (own.pool.view, pool.view, own_ids, peer_ids)
+        else:
+            views = (pool.view, own.pool.view, peer_ids, own_ids)
+        return self._moving.begin(
+            kind, slot_key(descriptor), plan.parts, plan.heads, *views, descriptor.num_tokens,
+            generations,
+        )  # fmt: skip
+
+    def adopt(self, descriptor: Descriptor) -> tuple[KVPool, Any, Any, Any]:
+        """The pages where they lie."""
+        pool, pages, key = self._pool(descriptor), self._page_list(descriptor), slot_key(descriptor)
+        status = self._control.adopt(key, self._bit)
+        if status != _C.TransferStatus.OK:
+            raise status_error(status, f"offer {descriptor.transfer_id.hex()}")
+        return pool, pages, self._control, key
+
+    def release(self, key: Any) -> None:
+        """Ends what `adopt` began."""
+        self._control.release(key, self._bit)
+
+    def enter(self, descriptor: Descriptor) -> str:
+        """Pins the pages and stays inside, as a writer between two instructions: "OK", or why not.
+        For fault injection."""
+        return str(self._control.enter(slot_key(descriptor), self._bit).name)
+
+    def leave(self, descriptor: Descriptor) -> None:
+        """Ends what `enter` began."""
+        self._control.leave(slot_key(descriptor), self._bit)
+
+    def failed(self) -> None:
+        """The control connection tells of every end."""
+
+    def close(self, status: Any) -> None:
+        """Stops the moving thread."""
+        self._moving.close(status)
+
+    def quiet(self) -> bool:
+        """The kernel closes a process's sockets after its last thread has left user code, and a
+        side that closes a link has stopped its own thread before."""
+        return True
+
+    def _pool(self, descriptor: Descriptor) -> KVPool:
+        pool = self._pools.get(descriptor.region_id)
+        if pool is None:
+            raise UnknownRegion(
+                f"{self._peer.name!r} has no shared region {descriptor.region_id} on this link"
+            )
+        return pool
+
+    def _page_list(self, descriptor: Descriptor) -> Any:
+        """The page ids, where they lie: read-only, and not checked yet."""
+        return self._control.page_list(descriptor.first_page, descriptor.num_pages)
+
+
+def slot_key(descriptor: Descriptor) -> Any:
+    """The use of the slot that a grant or an offer stands for."""
+    return _C.SlotKey(descriptor.slot, descriptor.generation)
+
+
+def make(control: Any) -> HostShm:
+    """For `make_path`."""
+    return HostShm(control)
