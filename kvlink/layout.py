@@ -146,16 +146,27 @@ class KVLayout:
         return cls._make("latent", "nhd", 1, head_dim, head_dim_v, page_size, dtype, scale)
 
     @classmethod
-    def opaque(cls, page_shape: Sequence[int], dtype: Any) -> KVLayout:
-        """Pages of `page_shape` elements that only their owner understands; moved whole."""
+    def opaque(cls, page_shape: Sequence[int], dtype: Any, *, num_heads: int = 1) -> KVLayout:
+        """Pages of `page_shape` elements that only their owner understands; moved whole.
+
+        With `num_heads`, a page's first axis consists of so many equal slices, which a `Shard`
+        numbers as it does KV heads: a state that TP ranks hold by heads can then be resharded.
+        """
+        (num_heads,) = require_positive(num_heads=num_heads)
         for size in page_shape:
             require_positive(page_shape=size)
         num_elements = math.prod(page_shape)
         require_positive(page_elements=num_elements)
+        if num_heads > 1 and (not page_shape or page_shape[0] % num_heads):
+            raise InvalidArgument(
+                f"page_shape: expected a first axis of {num_heads} equal slices; "
+                f"got {tuple(page_shape)}"
+            )
         name = dtype_name(dtype)
         page_bytes = round_up(num_elements * DTYPE_BYTES[name], PAGE_ALIGNMENT)
-        k = Plane(0, page_bytes // DTYPE_BYTES[name], num_elements, num_elements, 1)
-        return cls("opaque", name, "none", 1, num_elements, 0, 1, k, Plane())
+        dims = num_elements // num_heads
+        k = Plane(0, page_bytes // DTYPE_BYTES[name], num_elements, dims, 1)
+        return cls("opaque", name, "none", num_heads, dims, 0, 1, k, Plane())
 
     @classmethod
     def from_tensor(

@@ -32,7 +32,7 @@ from kvlink.transfer.errors import (
 from kvlink.transfer.grant import Arrival, Grant
 from kvlink.transfer.link import Link
 from kvlink.transfer.offer import Lease, Offer
-from kvlink.transfer.plan import TransferPlan
+from kvlink.transfer.plan import PlanSummary, PoolShape, TransferPlan
 from kvlink.transfer.region import Region, RegionDescriptor
 from kvlink.transfer.transfer import PartTimes, Progress, Transfer
 
@@ -60,6 +60,8 @@ __all__ = [
     "PathUnavailable",
     "PeerLost",
     "PeerUnreachable",
+    "PlanSummary",
+    "PoolShape",
     "Progress",
     "ProtocolError",
     "Region",

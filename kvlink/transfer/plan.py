@@ -2,10 +2,64 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kvlink.errors import InvalidArgument
+from kvlink.layout import KVLayout, Shard
+from kvlink.transfer import runs
 from kvlink.transfer.errors import Unconvertible
-from kvlink.transfer.region import RegionDescriptor
+from kvlink.transfer.region import RegionDescriptor, check_shard, lowest_layers, page_ids
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_MAX_PLANS = 1024  # kept, for all links of the process
+_FAMILIES = {"separate": "KV", "packed": "KV"}
+
+
+class PoolShape(NamedTuple):
+    """What a plan needs to know of a pool: no memory, no endpoint.
+
+    `layer_map` as in `KVPool`: the stored layer behind each layer of the shard; by default each
+    has memory of its own.
+    """
+
+    layout: KVLayout
+    shard: Shard
+    layer_map: tuple[int, ...] | None = None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layer map, filled in."""
+        return tuple(range(len(self.shard.layers))) if self.layer_map is None else self.layer_map
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """What a plan moves for a number of tokens, and in what pieces.
+
+    `rows`: one KV head of one token in one plane of one layer each. `src_bytes`, `dst_bytes`: read
+    and written, scales per row included. `src_run_bytes`, `dst_run_bytes`: the longest piece of a
+    page that is contiguous on that side. `run_bytes`, `num_runs`: the same for pieces contiguous
+    on both sides, and how many such there are in all layers; where page ids were given, pages that
+    follow each other are one piece; both 0 when values are converted. `verbatim`: stored bytes are
+    copied (True) or converted (False); None when that depends on the static scales being equal.
+    """
+
+    num_tokens: int
+    num_parts: int
+    num_heads: int
+    rows: int
+    src_bytes: int
+    dst_bytes: int
+    src_run_bytes: int
+    dst_run_bytes: int
+    run_bytes: int
+    num_runs: int
+    verbatim: bool | None
 
 
 @dataclass(frozen=True)
@@ -13,47 +67,150 @@ class TransferPlan:
     """The cut of two pools. Depends on layouts and shards only, so one serves every request.
 
     `parts`: (stored source layer, stored destination layer, model layer) for each stored
-    destination layer that the source has, each moved once. `heads`: (count, first in the source
+    destination layer that this source sends, each moved once. `heads`: (count, first in the source
     pool, first in the destination pool, first in the model). `parts_of_layer[i]`: the parts that
     are complete when layer i of the source pool is.
     """
 
+    src: PoolShape
+    dst: PoolShape
     parts: tuple[tuple[int, int, int], ...]
     heads: tuple[int, int, int, int]
     parts_of_layer: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def build(cls, src: RegionDescriptor, dst: RegionDescriptor) -> TransferPlan:
-        """O(layers). Raises Unconvertible with the reason."""
-        _check_layouts(src, dst)
-        first = max(src.shard.kv_heads.start, dst.shard.kv_heads.start)
-        last = min(src.shard.kv_heads.stop, dst.shard.kv_heads.stop)
-        if first >= last:
-            raise Unconvertible(
-                f"shards: {src.shard.kv_heads} and {dst.shard.kv_heads} have no KV head in common"
-            )
-        stored_of = dict(zip(src.shard.layers, src.layer_map, strict=True))
-        parts = []
-        for dst_layer, model_layer in enumerate(dst.stored_model_layers):
-            if model_layer in stored_of:
-                _check_sharing(src, dst, stored_of, dst_layer)
-                parts.append((stored_of[model_layer], dst_layer, model_layer))
-        if not parts:
-            raise Unconvertible("shards: no layer of the destination is stored by the source")
-        parts_of_layer = tuple(
-            tuple(idx for idx, part in enumerate(parts) if part[0] == stored)
-            for stored in src.layer_map
-        )
-        heads = (
-            last - first, first - src.shard.kv_heads.start, first - dst.shard.kv_heads.start, first
+    def build(
+        cls,
+        src: PoolShape | RegionDescriptor | tuple[Any, ...],
+        dst: PoolShape | RegionDescriptor | tuple[Any, ...],
+    ) -> TransferPlan:
+        """The plan from one pool to another, each given as `(layout, shard)`, `(layout, shard,
+        layer_map)` or a registered region's descriptor.
+
+        Moved are the layers and KV heads that both hold, each stored destination layer as the
+        lowest model layer behind it. Of these, replica idx of count at the source sends every
+        count-th. A rank whose share is empty has a plan without parts. O(layers); equal pairs
+        share one plan. Raises Unconvertible with the reason, InvalidArgument when a shard does not
+        fit its layout.
+        """
+        src, dst = _shape("src", src), _shape("dst", dst)
+        # As a destination, one replica is like the others.
+        return _compile(src, dst._replace(shard=Shard(dst.shard.layers, dst.shard.kv_heads)))
+
+    @property
+    def verbatim(self) -> bool | None:
+        """Stored bytes are copied (True), or converted (False); None: copied if the static scales
+        of both pools are equal."""
+        src, dst = self.src.layout, self.dst.layout
+        per_row = [layout.scale == "token_head" for layout in (src, dst)]
+        if src.dtype != dst.dtype or per_row[0] != per_row[1]:
+            return False
+        return True if per_row[0] or not (src.has_scales or dst.has_scales) else None
+
+    def describe(
+        self, num_tokens: int, src_pages: Any = None, dst_pages: Any = None
+    ) -> PlanSummary:
+        """What moving `num_tokens` tokens takes. O(pages). With the page ids of both sides, pieces
+        are counted over page boundaries. Raises InvalidArgument."""
+        _check_tokens(num_tokens)
+        src, dst, num_heads = self.src.layout, self.dst.layout, self.heads[0]
+        rows_per_plane = len(self.parts) * num_heads * num_tokens
+        run_bytes = num_runs = 0
+        if self.verbatim is False or not self.parts:
+            pass
+        elif src_pages is None and dst_pages is None:
+            boxes = runs.box_lengths(num_tokens, (src.page_size, dst.page_size))
+            lengths, counts = _unique(boxes)
+            for sides in runs.paired(src, dst):
+                for length, count in zip(lengths, counts, strict=True):
+                    cut = runs.pieces(sides, length, num_heads)
+                    run_bytes = max(run_bytes, cut.run_bytes)
+                    num_runs += count * cut.num_runs
+        else:
+            for copies in self.runs(src_pages, dst_pages, num_tokens).values():
+                run_bytes = max(run_bytes, int(copies[:, 2].max()))
+                num_runs += len(copies)
+        return PlanSummary(
+            num_tokens, len(self.parts), num_heads,
+            rows_per_plane * (2 if dst.has_v_plane else 1),
+            rows_per_plane * src.token_bytes() // src.num_kv_heads,
+            rows_per_plane * dst.token_bytes() // dst.num_kv_heads,
+            runs.longest(src, num_tokens, num_heads), runs.longest(dst, num_tokens, num_heads),
+            run_bytes, num_runs * len(self.parts), self.verbatim,
         )  # fmt: skip
-        return cls(tuple(parts), heads, parts_of_layer)
+
+    def runs(
+        self, src_pages: Any, dst_pages: Any, num_tokens: int
+    ) -> dict[str, npt.NDArray[np.int64]]:
+        """The copies that move one part, the same for every part. O(pages).
+
+        By plane ("k", "v", "k_scale", "v_scale"; K and V of one allocation are both in "k"): int64
+        [copies, 3] of source offset, destination offset (each from the plane's first element) and
+        bytes. Runs that follow each other on both sides are one. Raises InvalidArgument, and
+        Unconvertible where values are not copied but converted.
+        """
+        _check_tokens(num_tokens)
+        if self.verbatim is False:
+            raise Unconvertible("plan: the values are converted, not copied; there are no runs")
+        ids, sizes = [], []
+        for name, shape, pages in (("src", self.src, src_pages), ("dst", self.dst, dst_pages)):
+            sizes.append(shape.layout.page_size)
+            ids.append(page_ids(pages, 2**31 - 1))
+            if ids[-1].size * sizes[-1] < num_tokens:
+                raise InvalidArgument(
+                    f"{name}_pages: expected at least {-(-num_tokens // sizes[-1])} for "
+                    f"{num_tokens} tokens; got {ids[-1].size}"
+                )
+        return {
+            sides[0].name: runs.run_offsets(
+                sides, ids, sizes, self.heads[1:3], self.heads[0], num_tokens
+            )
+            for sides in runs.paired(self.src.layout, self.dst.layout)
+        }
 
 
-def _check_layouts(src: RegionDescriptor, dst: RegionDescriptor) -> None:
-    a, b = src.layout, dst.layout
-    families = {"separate": "KV", "packed": "KV"}
-    if families.get(a.form, a.form) != families.get(b.form, b.form):
+def _shape(name: str, given: Any) -> PoolShape:
+    if isinstance(given, RegionDescriptor):
+        return PoolShape(given.layout, given.shard, given.layer_map)
+    try:
+        shape = PoolShape(*given)
+    except TypeError:
+        raise InvalidArgument(f"{name}: expected (layout, shard); got {given!r}") from None
+    if not isinstance(shape.layout, KVLayout) or not isinstance(shape.shard, Shard):
+        raise InvalidArgument(f"{name}: expected (layout, shard); got {given!r}")
+    shape = shape._replace(layer_map=tuple(shape.layers))
+    check_shard(shape.layout, shape.shard, shape.layers)
+    return shape
+
+
+@functools.lru_cache(maxsize=_MAX_PLANS)
+def _compile(src: PoolShape, dst: PoolShape) -> TransferPlan:
+    _check_layouts(src.layout, dst.layout)
+    src_heads, dst_heads = src.shard.kv_heads, dst.shard.kv_heads
+    first, last = max(src_heads.start, dst_heads.start), min(src_heads.stop, dst_heads.stop)
+    if first >= last:
+        raise Unconvertible(f"shards: {src_heads} and {dst_heads} have no KV head in common")
+    stored_of = dict(zip(src.shard.layers, src.layers, strict=True))
+    common = [
+        (stored_of[model_layer], dst_layer, model_layer)
+        for dst_layer, model_layer in enumerate(lowest_layers(dst.shard, dst.layers))
+        if model_layer in stored_of
+    ]
+    if not stored_of.keys() & set(dst.shard.layers):
+        raise Unconvertible("shards: no layer of the destination is held by the source")
+    _check_sharing(dst, stored_of, {part[1] for part in common})
+    replica, num_replicas = src.shard.replica
+    parts = tuple(common[replica::num_replicas])
+    parts_of_stored: dict[int, tuple[int, ...]] = {}
+    for idx, part in enumerate(parts):
+        parts_of_stored[part[0]] = (*parts_of_stored.get(part[0], ()), idx)
+    heads = (last - first, first - src_heads.start, first - dst_heads.start, first)
+    parts_of_layer = tuple(parts_of_stored.get(stored, ()) for stored in src.layers)
+    return TransferPlan(src, dst, parts, heads, parts_of_layer)
+
+
+def _check_layouts(a: KVLayout, b: KVLayout) -> None:
+    if _FAMILIES.get(a.form, a.form) != _FAMILIES.get(b.form, b.form):
         raise Unconvertible(f"layouts: {a.form} pages do not convert to {b.form} pages")
     if (a.head_dim, a.head_dim_v) != (b.head_dim, b.head_dim_v):
         raise Unconvertible(
@@ -66,16 +223,27 @@ def _check_layouts(src: RegionDescriptor, dst: RegionDescriptor) -> None:
         )
 
 
-def _check_sharing(
-    src: RegionDescriptor, dst: RegionDescriptor, stored_of: dict[int, int], dst_layer: int
-) -> None:
+def _check_sharing(dst: PoolShape, stored_of: dict[int, int], moved: set[int]) -> None:
     """Model layers that share memory at the destination must share it at the source."""
-    members = [
-        layer
-        for layer, stored in zip(dst.shard.layers, dst.layer_map, strict=True)
-        if stored == dst_layer and layer in stored_of
-    ]
-    if len({stored_of[layer] for layer in members}) > 1:
-        raise Unconvertible(
-            f"shards: model layers {members} share memory at the destination, but not at the source"
-        )
+    members: dict[int, list[int]] = {}  # stored destination layer -> model layers of the source
+    for layer, stored in zip(dst.shard.layers, dst.layers, strict=True):
+        if layer in stored_of and stored in moved:
+            members.setdefault(stored, []).append(layer)
+    for layers in members.values():
+        if len({stored_of[layer] for layer in layers}) > 1:
+            raise Unconvertible(
+                f"shards: model layers {layers} share memory at the destination, but not at the "
+                "source"
+            )
+
+
+def _check_tokens(num_tokens: int) -> None:
+    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
+        raise InvalidArgument(f"num_tokens: expected a positive integer; got {num_tokens!r}")
+
+
+def _unique(values: Any) -> tuple[list[int], list[int]]:
+    import numpy as np
+
+    found, counts = np.unique(values, return_counts=True)
+    return found.tolist(), counts.tolist()

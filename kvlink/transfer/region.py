@@ -40,11 +40,7 @@ class RegionDescriptor:
     @property
     def stored_model_layers(self) -> tuple[int, ...]:
         """The model layer as which each stored layer travels: the lowest one that it backs."""
-        names = [-1] * self.num_stored_layers
-        for model_layer, stored in zip(self.shard.layers, self.layer_map, strict=True):
-            if names[stored] < 0 or model_layer < names[stored]:
-                names[stored] = model_layer
-        return tuple(names)
+        return lowest_layers(self.shard, self.layer_map)
 
     @property
     def rows_per_token(self) -> int:
@@ -78,18 +74,7 @@ class RegionDescriptor:
 
     def check(self) -> None:
         """Raises InvalidArgument when shard, layout and layer map do not fit each other."""
-        if len(self.shard.kv_heads) != self.layout.num_kv_heads:
-            raise InvalidArgument(
-                f"shard: expected {self.layout.num_kv_heads} KV heads, as the layout has; "
-                f"got {len(self.shard.kv_heads)}"
-            )
-        if len(self.shard.layers) != len(self.layer_map):
-            raise InvalidArgument(
-                f"shard: expected {len(self.layer_map)} layers, as the pool has; "
-                f"got {len(self.shard.layers)}"
-            )
-        if sorted(set(self.layer_map)) != list(range(self.num_stored_layers)):
-            raise InvalidArgument("layer_map: expected stored layers 0 to n-1, each used")
+        check_shard(self.layout, self.shard, self.layer_map)
 
 
 class Region:
@@ -139,6 +124,30 @@ class Region:
         if not self._own_generations:
             raise InvalidArgument("generations: they belong to whoever passed them to register")
         np.add.at(self.generations, page_ids(pages, self.pool.num_pages), 1)
+
+
+def lowest_layers(shard: Shard, layer_map: Sequence[int]) -> tuple[int, ...]:
+    """The lowest model layer behind each stored layer: the one as which it travels."""
+    names = [-1] * (max(layer_map) + 1)
+    for model_layer, stored in zip(shard.layers, layer_map, strict=True):
+        if names[stored] < 0 or model_layer < names[stored]:
+            names[stored] = model_layer
+    return tuple(names)
+
+
+def check_shard(layout: KVLayout, shard: Shard, layer_map: Sequence[int]) -> None:
+    """Raises InvalidArgument when the three do not fit each other."""
+    if len(shard.kv_heads) != layout.num_kv_heads:
+        raise InvalidArgument(
+            f"shard: expected {layout.num_kv_heads} KV heads, as the layout has; "
+            f"got {len(shard.kv_heads)}"
+        )
+    if len(shard.layers) != len(layer_map):
+        raise InvalidArgument(
+            f"shard: expected {len(layer_map)} layers, as the pool has; got {len(shard.layers)}"
+        )
+    if min(layer_map) < 0 or max(layer_map) + 1 != len(set(layer_map)):
+        raise InvalidArgument("layer_map: expected stored layers 0 to n-1, each used")
 
 
 def page_ids(pages: Any, num_pages: int) -> npt.NDArray[np.int32]:
