@@ -28,10 +28,11 @@ class PoolSpec:
     kv_heads: tuple[int, int] = (0, 4)  # first and past the last
     layer_map: tuple[int, ...] | None = None
     shared: bool = True
+    replica: tuple[int, int] = (0, 1)
 
     @property
     def shard(self) -> Shard:
-        return Shard(self.layers, range(*self.kv_heads))
+        return Shard(self.layers, range(*self.kv_heads), self.replica)
 
     def build(self) -> KVPool:
         """The pool, every byte of its pages 0xff: NaN wherever that is a value."""

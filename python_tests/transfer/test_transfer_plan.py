@@ -36,7 +36,7 @@ def plan_of(src: Rank, dst: Rank) -> TransferPlan | None:
     common = [set(of(src.shard)) & set(of(dst.shard)) for of in (LAYERS, HEADS)]
     if all(common):
         return TransferPlan.build(side(src), side(dst))
-    with pytest.raises(Unconvertible, match="in common|no layer of the destination"):
+    with pytest.raises(Unconvertible, match=r"in common|no layer of the destination"):
         TransferPlan.build(side(src), side(dst))
     return None
 

@@ -1,0 +1,167 @@
+"""Ranks of two engines, linked: fan-in, fan-out, push and pull, whatever the cut."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+
+from kvlink import KVPool, Shard
+from kvlink.testing.transfer_pool import PoolSpec, pool_bytes
+from kvlink.transfer import Endpoint, Unconvertible
+
+SECRET = b"a secret of the resharding tests"
+TOKENS = 45
+LAYERS = 6
+SMALL = PoolSpec(num_pages=14, head_dim=8)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """`spec` gives pages and dtype; the cut follows from the rest. `same`: see PoolSpec.layer_map,
+    for all layers of the model."""
+
+    spec: PoolSpec = SMALL
+    tp: int = 1
+    stages: tuple[int, ...] = (LAYERS,)
+    num_kv_heads: int = 8
+    same: tuple[int, ...] | None = None
+
+    def specs(self) -> list[PoolSpec]:
+        specs = []
+        for pp_rank in range(len(self.stages)):
+            for tp_rank in range(self.tp):
+                shard = Shard.of_rank(
+                    num_layers=LAYERS, num_kv_heads=self.num_kv_heads, tp_rank=tp_rank,
+                    tp_size=self.tp, pp_rank=pp_rank, pp_size=len(self.stages),
+                    pp_layers=self.stages,
+                )  # fmt: skip
+                held = [layer if self.same is None else self.same[layer] for layer in shard.layers]
+                stored = list(dict.fromkeys(held))
+                specs.append(
+                    replace(
+                        self.spec, layers=shard.layers, replica=shard.replica,
+                        kv_heads=(shard.kv_heads.start, shard.kv_heads.stop),
+                        layer_map=tuple(stored.index(layer) for layer in held),
+                    )
+                )  # fmt: skip
+        return specs
+
+
+NHD, HND = SMALL, replace(SMALL, kind="hnd", page_size=24)
+LATENT = replace(SMALL, kind="latent")
+SHARED = (0, 1, 2, 2, 2, 2)
+CASES = {
+    "TP 4 to 2": (Engine(tp=4), Engine(HND, tp=2)),
+    "TP 2 to 4": (Engine(tp=2), Engine(replace(NHD, page_size=7, kind="packed"), tp=4)),
+    "TP 8 to 3": (Engine(tp=8), Engine(HND, tp=3)),
+    "TP 3 to 1, int8": (Engine(tp=3), Engine(replace(HND, dtype="int8", scale="token_head"))),
+    "2 heads, TP 8 to 3": (Engine(tp=8, num_kv_heads=2), Engine(HND, tp=3, num_kv_heads=2)),
+    "2 heads, TP 1 to 4, fp8": (
+        Engine(num_kv_heads=2),
+        Engine(replace(HND, dtype="float8_e4m3", scale="tensor"), tp=4, num_kv_heads=2),
+    ),
+    "PP 2 to 3, TP 2 to 1": (Engine(tp=2, stages=(4, 2)), Engine(HND, stages=(1, 3, 2))),
+    "latent, TP 4 to 2": (
+        Engine(LATENT, tp=4, num_kv_heads=1),
+        Engine(replace(LATENT, page_size=5), tp=2, num_kv_heads=1),
+    ),
+    "shared layers, TP 2 to 1": (Engine(tp=2, same=SHARED), Engine(HND, same=SHARED)),
+    "shared layers, PP 2 to 1": (
+        Engine(stages=(3, 3), same=SHARED),
+        Engine(HND, same=SHARED),
+    ),
+}
+
+
+@contextlib.contextmanager
+def running(engine: Engine) -> Iterator[list[tuple[Endpoint, KVPool, PoolSpec]]]:
+    with contextlib.ExitStack() as stack:
+        ranks = []
+        for idx, spec in enumerate(engine.specs()):
+            endpoint = stack.enter_context(
+                Endpoint(f"rank-{idx}", secret=SECRET, num_slots=4, num_page_entries=256)
+            )
+            pool = spec.build()
+            endpoint.register(pool, spec.shard)
+            ranks.append((endpoint, pool, spec))
+        yield ranks
+
+
+def pages_of(spec: PoolSpec, seed: int) -> list[int]:
+    count = -(-TOKENS // spec.page_size)
+    return list(range(seed % 3, seed % 3 + count))[::-1]
+
+
+def fill(spec: PoolSpec, pool: KVPool, pages: list[int], same: tuple[int, ...] | None) -> None:
+    """As the model has it: layers that share KV hold that of the lowest."""
+    if same is not None:
+        spec = replace(spec, layers=tuple(same[layer] for layer in spec.layers))
+    spec.fill(pool, pages, TOKENS, 3)
+
+
+def held(engine: Engine, spec: PoolSpec, pages: list[int]) -> bytes:
+    pool = spec.build()
+    fill(spec, pool, pages, engine.same)
+    return pool_bytes(pool).tobytes()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_push(name: str) -> None:
+    src_engine, dst_engine = CASES[name]
+    with running(src_engine) as sources, running(dst_engine) as destinations:
+        for idx, (_, pool, spec) in enumerate(sources):
+            fill(spec, pool, pages_of(spec, idx), src_engine.same)
+        grants, transfers = [], []
+        for idx, (decode, _, spec) in enumerate(destinations):
+            grant = decode.grant(pages_of(spec, idx), TOKENS)
+            grants.append(grant)
+            for src_idx, (prefill, _, src_spec) in enumerate(sources):
+                if not common(src_spec, spec):
+                    continue
+                link = prefill.connect(decode.address)
+                transfers.append(link.push(pages_of(src_spec, src_idx), grant.to_bytes()))
+        for idx, (grant, (_, pool, spec)) in enumerate(zip(grants, destinations, strict=True)):
+            grant.wait(10)
+            assert pool_bytes(pool).tobytes() == held(dst_engine, spec, pages_of(spec, idx))
+        for transfer in transfers:
+            transfer.wait_arrived(10)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pull(name: str) -> None:
+    src_engine, dst_engine = CASES[name]
+    with running(src_engine) as sources, running(dst_engine) as destinations:
+        for src_idx, (prefill, src_pool, src_spec) in enumerate(sources):
+            pages = pages_of(src_spec, src_idx)
+            fill(src_spec, src_pool, pages, src_engine.same)
+            reached = [
+                (idx, decode)
+                for idx, (decode, _, spec) in enumerate(destinations)
+                if common(src_spec, spec)
+            ]
+            offer = prefill.offer(pages, TOKENS, pulls=len(reached))
+            for idx, decode in reached:
+                link = decode.connect(prefill.address)
+                transfer = link.pull(offer.to_bytes(), pages_of(destinations[idx][2], idx))
+                transfer.wait_arrived(10)
+            offer.wait_released(10)
+        for idx, (_, pool, spec) in enumerate(destinations):
+            assert pool_bytes(pool).tobytes() == held(dst_engine, spec, pages_of(spec, idx))
+
+
+def common(src: PoolSpec, dst: PoolSpec) -> bool:
+    """They hold a layer and a head in common."""
+    heads = set(src.shard.kv_heads) & set(dst.shard.kv_heads)
+    return bool(heads and set(src.layers) & set(dst.layers))
+
+
+def test_ranks_with_nothing_in_common_are_told() -> None:
+    src, dst = Engine(tp=2), Engine(tp=2)
+    with running(src) as sources, running(dst) as destinations:
+        grant = destinations[1][0].grant([1, 2, 3], TOKENS)
+        link = sources[0][0].connect(destinations[1][0].address)
+        with pytest.raises(Unconvertible, match="no KV head in common"):
+            link.push([1, 2, 3], grant.to_bytes())
