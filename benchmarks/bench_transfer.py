@@ -1,199 +1,290 @@
-"""Hand-off, copied moves and the control plane of host_shm, between two processes.
+"""Transfers between two processes: moves by every path, hand-off, the control plane.
 
     python benchmarks/bench_transfer.py [--case NAME ...] [--json]
+                                        [--peer nixl --peer-python PATH] [--peer mooncake ...]
 
-handoff_16, handoff_32k   `Link.adopt` of a 32-layer request of that many tokens: no byte moves
-offer_16, offer_32k       the owner's `Endpoint.offer` of the same (it names every page once)
-copy_same, copy_relayout  `Link.push` of 256 MiB until the receiver has verified it: the same
-                          layout, and page 16 -> 64 with NHD -> HND
-*_move                    of the same, from the first layer posted to the last one moved: without
-                          the receiver's verification
-*_nodigest                the same without digest
-post_layer                one `Transfer.push_layer` call of a 32k-token transfer
-connect                   register a pool of 32 layers x 100k pages, and connect to a peer with one
-memcpy                    the machine's copy bandwidth: the limit of the copied moves
+shm_same_4k, shm_same_64k  host_shm, the same layout on both sides, pages of 4 and 64 KiB
+shm_relayout               two ranks of TP 4 fill one of TP 2, page 16 -> 64, NHD -> HND
+shm_convert                the same, bfloat16 to fp8 and int8
+digest                     shm_same_64k with the digest and without
+ucx_shm_4k                 ucx over shared memory, the same layout, pages of 4 KiB
+ucx_tcp_16k, ucx_tcp_1m    ucx over TCP between two network namespaces, pages of 16 KiB and 1 MiB
+handoff_16, handoff_32k    `Link.adopt` of so many tokens x 32 layers; and the owner's offer of them
+post_layer                 one `Transfer.push_layer` call of a 32k-token transfer
+connect                    register a pool of 32 layers x 100k pages, and connect to a peer with one
+memcpy                     the machine's copy bandwidth with two threads
 
-A copied byte counts once. Rows without a limit report time alone.
+Moves are of 256 MiB, in pages that are scattered on both sides. `verified` is the time from the
+sender's call until the receiver has verified and committed, `moved` until the last byte was moved.
+Their limit is a copy of the same memory traffic at memcpy's rate: (bytes read + bytes written) / 2.
+Over TCP it is a plain TCP stream's time between the same namespaces, without them over loopback.
+GB/s count the bytes at the source once.
+
+A peer's script (peers/) runs in the environment of its own Python. It writes 256 MiB from one
+process to another, in pieces of the same size, scattered on both sides; its time ends when its own
+call says that all is done. Limits and peers take turns with what is held against them.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import statistics
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import harness
 from harness import Figure
+from moves import NUM_BYTES, Kvlink, Memcpy, Peer, Shape, Stream, in_turns, medians
+from netns import ADDRESSES, NotPermitted, TwoHosts
+from perftest import line_rate
+from sides import Side
 
-from kvlink.layout import KVLayout
-from kvlink.pool import KVPool
-from kvlink.testing.transfer_peer import SECRET, Peer
-from kvlink.testing.transfer_pool import PoolSpec
-from kvlink.transfer import Endpoint
+PEERS = {"nixl": "ucx", "mooncake": "tcp"}  # name -> what moves its bytes
 
-MOVES = {
-    "copy_same": ("nhd", 16, True),
-    "copy_same_nodigest": ("nhd", 16, False),
-    "copy_relayout": ("hnd", 64, True),
-    "copy_relayout_nodigest": ("hnd", 64, False),
-}
-HANDOFFS = {"16": 16, "32k": 32768}
-CASES = ("handoff", *MOVES, "post_layer", "connect", "memcpy")
-HEADS, HEAD_DIM = 8, 128
+SAME_4K = Shape(page_size=8, heads=(0, 1), num_tokens=65536)
+SAME_64K = Shape()
+SAME_16K = Shape(heads=(0, 2), num_tokens=32768)
+SAME_1M = Shape(page_size=256)
+RANKS = tuple(Shape(heads=(first, first + 2), num_tokens=16384) for first in (0, 2))
+DECODE = Shape(order="hnd", page_size=64, heads=(0, 4), num_tokens=16384)
+CONVERTED = (("float8_e4m3", "tensor"), ("float8_e4m3", "token_head"), ("int8", "token_head"))
 
 
-@dataclass(frozen=True)
-class BenchSpec(PoolSpec):
-    """A pool whose memory is not touched before it is used."""
+@dataclass
+class Run:
+    """What the command line asks for. `peers`: [name, its Python]."""
 
-    def build(self) -> KVPool:
-        layout = getattr(KVLayout, self.kind)(
-            num_kv_heads=len(self.shard.kv_heads), head_dim=self.head_dim,
-            page_size=self.page_size, dtype=self.dtype,
+    seconds: float
+    peers: list[list[str]] = field(default_factory=list)
+
+
+def moves(
+    run: Run, case: str, kvlinks: dict[str, Kvlink], piece_bytes: int = 0,
+    line: Stream | None = None, **where: object,
+) -> Iterator[Figure]:  # fmt: skip
+    """kvlink's figures by the text that tells them apart, those of the peers that write pieces of
+    `piece_bytes`, and the limit's; all in turns."""
+    with contextlib.ExitStack() as stack:
+        limit = stack.enter_context(line or Memcpy())
+        own = [stack.enter_context(each) for each in kvlinks.values()]
+        peers = []
+        for name, python in run.peers if piece_bytes else []:
+            try:
+                peer = Peer(name, python, piece_bytes, **where)  # type: ignore[arg-type]
+                peers.append(stack.enter_context(peer))
+            except (RuntimeError, OSError) as error:
+                print(f"{case}: {name} is left out: {error}", file=sys.stderr)
+        limit_s, *times = medians(in_turns([limit, *own, *peers], run.seconds))
+    what = "line" if line else "copy"
+    peer_s = dict(zip((peer.name for peer in peers), times[len(own) :], strict=True))
+    for (text, each), values in zip(kvlinks.items(), times, strict=False):
+        moved = sum(shape.num_bytes for shape in each.sources)
+        share = (moved + each.target.num_bytes) / 2 / NUM_BYTES
+        for name, seconds in values.items():
+            notes = [text, each.detail]
+            notes += [f"{took['moved'] / seconds:.2f} x {peer}" for peer, took in peer_s.items()]
+            yield Figure(
+                f"push_{name}", case, each.path, each.target.dtype, each.target.page_size,
+                round(seconds * 1e3, 4), round(moved / seconds / 1e9, 3), 0.0, what,
+                round(limit_s["moved"] * share / seconds, 4), "kvlink",
+                "; ".join(note for note in notes if note),
+            )  # fmt: skip
+    rows = [("write", name, PEERS[name], took["moved"]) for name, took in peer_s.items()]
+    rows.append((limit.op, limit.name, "host", limit_s["moved"]))
+    for op, name, backend, seconds in rows:
+        yield Figure(
+            op, case, backend, "uint8", 0, round(seconds * 1e3, 4),
+            round(NUM_BYTES / seconds / 1e9, 3), 0.0, what,
+            round(limit_s["moved"] / seconds, 4), name,
         )  # fmt: skip
-        return KVPool.create(
-            layout, num_layers=len(self.layers), num_pages=self.num_pages, shared=True
-        )
 
 
-def spec(num_layers: int, num_tokens: int, **changes: object) -> BenchSpec:
-    base = BenchSpec(
-        dtype="bfloat16", head_dim=HEAD_DIM, layers=tuple(range(num_layers)),
-        kv_heads=(0, HEADS), num_pages=num_tokens // 16,
-    )  # fmt: skip
-    return replace(base, **changes)  # type: ignore[arg-type]
+def shm_same(run: Run, case: str, shape: Shape, piece_bytes: int) -> Iterator[Figure]:
+    yield from moves(run, case, {"": Kvlink([shape], shape, "host_shm")}, piece_bytes)
 
 
-def plain(op: str, case: str, dtype: str, seconds: float) -> Figure:
+def shm_relayout(run: Run) -> Iterator[Figure]:
+    yield from moves(run, "shm_relayout", {"": Kvlink(RANKS, DECODE, "host_shm")})
+
+
+def shm_convert(run: Run) -> Iterator[Figure]:
+    for dtype, scale in CONVERTED:
+        text = {"tensor": "one scale", "token_head": "a scale per token and head"}[scale]
+        target = replace(DECODE, dtype=dtype, scale=scale)
+        yield from moves(run, "shm_convert", {text: Kvlink(RANKS, target, "host_shm")})
+
+
+def digest(run: Run) -> Iterator[Figure]:
+    sides = {
+        f"{name} digest": Kvlink([SAME_64K], SAME_64K, "host_shm", digest=name == "with")
+        for name in ("with", "without")
+    }
+    found = list(moves(run, "digest", sides))
+    without = {figure.op: figure.ms for figure in found if figure.note == "without digest"}
+    for figure in found:
+        if figure.note == "with digest":
+            cost = figure.ms / without[figure.op] - 1
+            figure = replace(figure, note=f"with digest, which costs {cost:.1%}")
+        yield figure
+
+
+def ucx_shm_4k(run: Run) -> Iterator[Figure]:
+    yield from moves(run, "ucx_shm_4k", {"": Kvlink([SAME_4K], SAME_4K, "ucx")}, 4 << 10)
+
+
+def ucx_tcp(run: Run, case: str, shape: Shape, piece_bytes: int) -> Iterator[Figure]:
+    with contextlib.ExitStack() as stack:
+        where = {"prefixes": ((), ()), "hosts": ("127.0.0.1", "127.0.0.1")}
+        note = ""
+        try:
+            hosts = stack.enter_context(TwoHosts())
+            where = {"prefixes": (hosts.prefix(0), hosts.prefix(1)), "hosts": ADDRESSES}
+        except NotPermitted as error:
+            note = f"over loopback: {error}"
+        line = Stream(**where)  # type: ignore[arg-type]
+        where["environment"] = {"UCX_TLS": "tcp"}
+        own = Kvlink([shape], shape, "ucx", **where)  # type: ignore[arg-type]
+        for figure in moves(run, case, {note: own}, piece_bytes, line, **where):
+            yield replace(figure, note=note) if figure.peer == "socket" else figure
+        yield from line_rate(case, piece_bytes, note, **where)  # type: ignore[arg-type]
+
+
+def plain(op: str, case: str, seconds: float, note: str = "") -> Figure:
     """A figure that no limit binds."""
-    return Figure(op, case, "host_shm", dtype, 16, round(seconds * 1e3, 5), 0.0, 0.0, "none", 0.0)
+    ms = round(seconds * 1e3, 5)
+    return Figure(op, case, "host_shm", "bfloat16", 16, ms, 0, 0, "none", 0, "kvlink", note)
 
 
-def handoff(seconds: float) -> Iterator[Figure]:
-    """Sizes take turns, so that whatever disturbs one disturbs the other."""
-    shape = spec(32, 32768)
-    adopt_s: dict[str, list[float]] = {name: [] for name in HANDOFFS}
-    offer_s: dict[str, list[float]] = {name: [] for name in HANDOFFS}
-    with Endpoint("owner", secret=SECRET) as owner, Peer(shape) as peer:
-        link = owner.connect(peer.address)
-        owner.register(shape.build())
-        end = time.perf_counter() + 2 * seconds
-        while time.perf_counter() < end:
-            for name, num_tokens in HANDOFFS.items():
-                pages = list(range(num_tokens // 16))
-                offer = peer.call("offer", pages, num_tokens)
-                begin = time.perf_counter()
-                lease = link.adopt(offer)
-                adopt_s[name].append(time.perf_counter() - begin)
-                assert len(lease.pages) == len(pages)
-                lease.release()
-                begin = time.perf_counter()
-                own = owner.offer(pages, num_tokens)
-                offer_s[name].append(time.perf_counter() - begin)
-                own.revoke()
-    for op, times in (("handoff", adopt_s), ("offer", offer_s)):
-        for name, values in times.items():
-            yield plain(op, f"{op}_{name}", "bfloat16", statistics.median(values))
+@contextlib.contextmanager
+def linked(sender: Shape, receiver: Shape) -> Iterator[tuple[Side, Side]]:
+    """Two kvlink sides; the first has connected to the second."""
+    with Side("kvlink_side") as first, Side("kvlink_side") as second:
+        first.call("open", vars(sender))
+        first.call("connect", second.call("open", vars(receiver)), "host_shm")
+        yield first, second
 
 
-def move(name: str, seconds: float) -> Iterator[Figure]:
-    kind, page_size, digest = MOVES[name]
-    num_layers, num_tokens = 8, 8192  # 256 MiB
-    src = spec(num_layers, num_tokens)
-    dst = replace(src, kind=kind, page_size=page_size, num_pages=num_tokens // page_size)
-    num_bytes = num_layers * num_tokens * HEADS * HEAD_DIM * 2 * 2
-    pages = list(range(src.num_pages))[::-1]  # no two neighbours in order
-    dst_pages = [page ^ 1 for page in range(dst.num_pages)]
-    moved_s: list[float] = []
-    with Endpoint("decode", secret=SECRET) as endpoint, Peer(src) as peer:
-        endpoint.register(dst.build())
-        peer.call("fill", pages, num_tokens)
-        peer.call("connect", endpoint.address)
-
-        def once() -> None:
-            grant = endpoint.grant(dst_pages, num_tokens, digest=digest)
-            begin = time.perf_counter()
-            transfer = peer.call("push", pages, grant.to_bytes())
-            peer.start("wait_source_reusable", transfer)
-            grant.wait(60)
-            peer.result()
-            whole_s.append(time.perf_counter() - begin)
-            times = peer.call("span", transfer)
-            moved_s.append(times)
-
-        whole_s: list[float] = []
-        harness.measure(once, seconds)
-    for case, times in ((name, whole_s[1:]), (f"{name}_move", moved_s[1:])):
-        yield harness.figure(
-            "push", case, "host_shm", "bfloat16", page_size, statistics.median(times),
-            {"copy": float(num_bytes)},
-        )  # fmt: skip
+def handoff(run: Run, case: str, num_tokens: int) -> Iterator[Figure]:
+    shape = Shape(num_layers=32, num_tokens=32768, touched=False)
+    offers, adoptions = [], []
+    with linked(shape, shape) as (adopter, owner):
+        end = time.perf_counter() + run.seconds
+        while time.perf_counter() < end or len(adoptions) < 20:
+            offer, seconds = owner.call("offer", num_tokens)
+            offers.append(seconds)
+            adoptions.append(adopter.call("adopt", offer))
+            owner.call("released")
+    yield plain("handoff", case, statistics.median(adoptions), "no byte moves")
+    pages = -(-num_tokens // shape.page_size)
+    yield plain("offer", case, statistics.median(offers), f"names {pages} pages")
 
 
-def post_layer(seconds: float) -> Iterator[Figure]:
-    num_tokens = 32768
-    shape = spec(8, num_tokens, kv_heads=(0, 1), head_dim=64)
+def post_layer(run: Run) -> Iterator[Figure]:
+    shape = Shape(heads=(0, 1), num_tokens=32768, head_dim=64)
     times: list[float] = []
-    with Endpoint("prefill", secret=SECRET) as endpoint, Peer(shape) as peer:
-        endpoint.register(shape.build())
-        link = endpoint.connect(peer.address)
-        pages = list(range(shape.num_pages))
-        end = time.perf_counter() + seconds
+    with linked(shape, shape) as (sender, receiver):
+        end = time.perf_counter() + run.seconds
         while time.perf_counter() < end:
-            token = peer.call("grant", pages, num_tokens)
-            transfer = link.begin(pages, token)
-            for layer in range(8):
-                begin = time.perf_counter()
-                transfer.push_layer(layer)
-                times.append(time.perf_counter() - begin)
-            transfer.finish()
-            peer.call("wait", token)
-    yield plain("push_layer", "post_layer", "bfloat16", statistics.median(times))
+            grant = receiver.call("grant")
+            receiver.start("wait")
+            times += sender.call("post_layers", grant)
+            receiver.result()
+    yield plain("push_layer", "post_layer", statistics.median(times))
 
 
-def connect(seconds: float) -> Iterator[Figure]:
-    shape = spec(32, 1_600_000, kv_heads=(0, 1), head_dim=64)
-    times: list[float] = []
-    pool = shape.build()
-    with Peer(shape) as peer:
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            with Endpoint("prefill", secret=SECRET) as endpoint:
-                begin = time.perf_counter()
-                endpoint.register(pool)
-                link = endpoint.connect(peer.address)
-                times.append(time.perf_counter() - begin)
-                assert link.path == "host_shm"
-    yield plain("connect", "connect", "bfloat16", statistics.median(times))
-
-
-def memcpy() -> Iterator[Figure]:
-    num_bytes = float(256 << 20)
-    seconds = num_bytes / (harness.limits("cpu")["copy"] * 1e9)
-    yield harness.figure(
-        "copy", "memcpy", "host", "uint8", 0, seconds, {"copy": num_bytes}, peer="memcpy"
-    )
-
-
-def run(options: object) -> Iterator[Figure]:
-    cases, seconds = options.case, options.seconds  # type: ignore[attr-defined]
-    for case in cases:
-        if case in MOVES:
-            yield from move(case, seconds)
-        elif case == "memcpy":
-            yield from memcpy()
-        else:
-            yield from {"handoff": handoff, "post_layer": post_layer, "connect": connect}[case](
-                seconds
+def connect(run: Run) -> Iterator[Figure]:
+    """Pools of 100k and of 1k pages in turns."""
+    sizes = (100_000, 1_000)
+    times: dict[int, list[float]] = {num_pages: [] for num_pages in sizes}
+    with contextlib.ExitStack() as stack:
+        sides = {}
+        for num_pages in sizes:
+            shape = Shape(
+                num_layers=32, num_tokens=num_pages * 16, heads=(0, 1), head_dim=64, touched=False
             )
+            sides[num_pages] = [stack.enter_context(Side("kvlink_side")) for _ in range(2)]
+            addresses = [side.call("open", vars(shape)) for side in sides[num_pages]]
+            sides[num_pages].append(addresses[1])
+        end = time.perf_counter() + run.seconds
+        while time.perf_counter() < end or len(times[sizes[0]]) < 5:
+            for num_pages, (side, _, address) in sides.items():
+                times[num_pages].append(side.call("reconnect", address))
+    most, least = (statistics.median(times[num_pages]) for num_pages in sizes)
+    yield plain("connect", "connect", most, f"with 1k pages: {least * 1e3:.3f} ms")
 
 
-def main() -> None:
-    """Runs the cases named on the command line."""
-    options = harness.arguments("transfers", CASES, ["bfloat16"])
-    harness.report(run(options), options.json)
+def memcpy(run: Run) -> Iterator[Figure]:
+    (times,) = medians(in_turns([Memcpy()], run.seconds))
+    seconds = times["moved"]
+    yield Figure(
+        "copy", "memcpy", "host", "uint8", 0, round(seconds * 1e3, 4),
+        round(NUM_BYTES / seconds / 1e9, 3), 0.0, "copy", 1.0, "memcpy",
+    )  # fmt: skip
+
+
+CASES: dict[str, Callable[[Run], Iterator[Figure]]] = {
+    "shm_same_4k": lambda run: shm_same(run, "shm_same_4k", SAME_4K, 4 << 10),
+    "shm_same_64k": lambda run: shm_same(run, "shm_same_64k", SAME_64K, 64 << 10),
+    "shm_relayout": shm_relayout,
+    "shm_convert": shm_convert,
+    "digest": digest,
+    "handoff_16": lambda run: handoff(run, "handoff_16", 16),
+    "handoff_32k": lambda run: handoff(run, "handoff_32k", 32768),
+    "ucx_shm_4k": ucx_shm_4k,
+    "ucx_tcp_16k": lambda run: ucx_tcp(run, "ucx_tcp_16k", SAME_16K, 16 << 10),
+    "ucx_tcp_1m": lambda run: ucx_tcp(run, "ucx_tcp_1m", SAME_1M, 1 << 20),
+    "post_layer": post_layer,
+    "connect": connect,
+    "memcpy": memcpy,
+}
+
+
+class PeerPython(argparse.Action):
+    """Names the Python of the peer before it."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: object,
+        option: str | None = None,
+    ) -> None:  # fmt: skip
+        if not namespace.peer:
+            parser.error(f"{option}: name its --peer first")
+        namespace.peer[-1][1] = str(value)
+
+
+def more_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--peer", action="append", default=[], choices=[[name, sys.executable] for name in PEERS],
+        type=lambda name: [name, sys.executable], metavar="NAME",
+        help=f"measured in the same run; of: {', '.join(PEERS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peer-python", action=PeerPython, metavar="PATH",
+        help="the Python that has the --peer before it (default: this one)",
+    )  # fmt: skip
+
+
+def figures(cases: Sequence[str], run: Run, failed: list[str]) -> Iterator[Figure]:
+    """A case whose path is missing here is told of; one that failed otherwise is in `failed`."""
+    for case in cases:
+        try:
+            yield from CASES[case](run)
+        except RuntimeError as error:
+            print(f"{case}: {error}", file=sys.stderr)
+            if "PathUnavailable" not in str(error):
+                failed.append(case)
+
+
+def main() -> int:
+    """Runs the cases named on the command line; 1 when one of them failed."""
+    options = harness.arguments("transfers", list(CASES), ["bfloat16"], more=more_arguments)
+    failed: list[str] = []
+    run = Run(options.seconds, options.peer)
+    harness.report(figures(options.case, run, failed), options.json)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

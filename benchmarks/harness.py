@@ -25,7 +25,8 @@ class Figure:
     """One measurement: one JSON object on a line of stdout with --json.
 
     `GBps` and `GFLOPs` count what the operation must at least move and compute (10^9 a second);
-    `limit_fraction` is the part of `limit` that was reached; `peer` names whose figure it is.
+    `limit_fraction` is the part of `limit` that was reached; `peer` names whose figure it is,
+    `note` what else is to be known about it.
     """
 
     op: str
@@ -39,6 +40,7 @@ class Figure:
     limit: str
     limit_fraction: float
     peer: str = "kvlink"
+    note: str = ""
 
 
 @cache
@@ -124,9 +126,11 @@ def figure(
 
 
 def arguments(
-    family: str, cases: Sequence[str], dtypes: Sequence[str], devices: Sequence[str] = ("cpu",)
-) -> argparse.Namespace:
-    """The command line that all benchmarks have: device, case, dtype, threads, seconds, json."""
+    family: str, cases: Sequence[str], dtypes: Sequence[str], devices: Sequence[str] = ("cpu",),
+    more: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> argparse.Namespace:  # fmt: skip
+    """The command line that all benchmarks have: device, case, dtype, threads, seconds, json; and
+    what `more` adds to it."""
     parser = argparse.ArgumentParser(description=f"Benchmarks of {family}.")
     parser.add_argument("--device", choices=devices, default=devices[0])
     parser.add_argument("--case", nargs="+", choices=cases, default=list(cases), metavar="NAME",
@@ -135,6 +139,8 @@ def arguments(
     parser.add_argument("--threads", type=int, help="default: kvlink's own choice")
     parser.add_argument("--seconds", type=float, default=1.0, help="about, per figure")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    if more:
+        more(parser)
     options = parser.parse_args()
     if options.threads:
         _C.set_num_threads(options.threads)
@@ -156,5 +162,5 @@ def report(figures: Iterable[Figure], as_json: bool, device: str = "cpu") -> Non
             names = f"{each.op:<18}{each.case:<29}{each.dtype:<13}{each.peer:<12}"
             rates = f"{each.ms:>10.3f}{each.GBps:>9.2f}{each.GFLOPs:>9.1f}"
             part = "-" if each.limit == "none" else f"{each.limit_fraction:.0%} of {each.limit}"
-            print(f"{names}{rates}  {part}", flush=True)
+            print(f"{names}{rates}  {part:<14}{each.note}".rstrip(), flush=True)
     sys.stdout.flush()
