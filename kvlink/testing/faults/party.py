@@ -1,0 +1,381 @@
+"""`Party`: an endpoint with watched pools, and each step of a transfer as one call.
+
+The survivor and its peer are both one; the peer's calls come through a pipe (`peer.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvlink import _C
+from kvlink.testing.faults import frames
+from kvlink.testing.faults.watched import SPECS, TOKENS, WatchedPool, kv_of, write_kv
+from kvlink.testing.transfer_peer import SECRET
+from kvlink.testing.transfer_pool import PoolSpec
+from kvlink.transfer import (
+    Endpoint,
+    Grant,
+    Lease,
+    Link,
+    Offer,
+    Transfer,
+    TransferError,
+    TransferTimeout,
+)
+from kvlink.transfer.descriptor import Descriptor
+from kvlink.transfer.errors import status_error
+
+NUM_SLOTS = 16
+RELEASE_BOUND = 5.0  # s, for everything to be back once no peer is stopped
+
+
+@dataclass
+class Job:
+    """One request at one party."""
+
+    shape: str
+    request: int
+    pages: Any
+    lent: Grant | Offer | None = None
+    transfer: Transfer | None = None
+    lease: Lease | None = None
+    pulls: bool = False
+    posted: int = 0  # layers
+    arrived: bool = False  # verified: the pages hold the request
+    returned: int = 0  # how often the pages came back
+
+
+class Party:
+    """Not thread-safe, but for the pages that come back on the endpoint's own thread."""
+
+    def __init__(self, name: str, path: str) -> None:
+        self.endpoint = Endpoint(name, secret=SECRET, num_slots=NUM_SLOTS, num_page_entries=512)
+        self.path = path
+        self.pools = {shape: WatchedPool(spec, self.endpoint) for shape, spec in SPECS.items()}
+        self.link: Link | None = None
+        self.job: Job | None = None
+        self.inside: tuple[Any, Any] | None = None
+        self.problems: list[str] = []
+
+    # --- the link -----------------------------------------------------------------------------
+
+    def address(self) -> bytes:
+        return self.endpoint.address
+
+    def connect(self, address: bytes, timeout: float) -> None:
+        self.link = self.endpoint.connect(address, timeout=timeout)
+
+    def accept(self, timeout: float) -> None:
+        """The newest link; older ones are what earlier faults left."""
+        self.link = self.endpoint.accept(timeout)
+        with contextlib.suppress(TransferTimeout):
+            while True:
+                self.link = self.endpoint.accept(0)
+
+    def register(self) -> None:
+        """One more region while the link is up, and a question that its peer answers."""
+        self.open_link.query(bytes(16), timeout=1.0)
+
+    def close_link(self) -> None:
+        if self.link is not None:
+            self.link.close()
+            self.link = None
+
+    @property
+    def open_link(self) -> Link:
+        if self.link is None:
+            raise TransferTimeout("no link was made")
+        return self.link
+
+    # --- lending ------------------------------------------------------------------------------
+
+    def grant(self, shape: str, request: int, ttl: float) -> bytes:
+        pool = self.pools[shape]
+        job = self.job = Job(shape, request, pool.take(TOKENS[shape]))
+        try:
+            job.lent = self.endpoint.grant(
+                job.pages, TOKENS[shape], ttl, region=pool.region,
+                on_release=lambda _: self._back(job),
+            )  # fmt: skip
+        except BaseException:
+            self._back(job)
+            raise
+        return job.lent.to_bytes()
+
+    def offer(self, shape: str, request: int, ttl: float) -> bytes:
+        pool = self.pools[shape]
+        job = self.job = Job(shape, request, pool.take(TOKENS[shape]))
+        pool.put(job.pages, TOKENS[shape], request)
+        try:
+            job.lent = self.endpoint.offer(
+                job.pages, TOKENS[shape], ttl, region=pool.region,
+                on_release=lambda _: self._back(job),
+            )  # fmt: skip
+        except BaseException:
+            self._back(job)
+            raise
+        return job.lent.to_bytes()
+
+    def wait(self, timeout: float) -> None:
+        """A grant: until it is verified here."""
+        job = self._job
+        assert isinstance(job.lent, Grant)
+        arrival = job.lent.wait(timeout)
+        if list(arrival.pages) != list(job.pages) or not arrival.digest_verified:
+            self.problems.append("the arrival names other pages, or was not verified")
+        self._arrived(job)
+
+    def released(self, timeout: float) -> None:
+        """An offer: until its pages are back. Raises how it ended."""
+        job = self._job
+        assert job.lent is not None
+        job.lent.wait_released(timeout)
+        if job.lent.status != _C.TransferStatus.OK:
+            raise status_error(job.lent.status, "what was lent")
+
+    def revoke(self) -> None:
+        job = self._job
+        assert job.lent is not None
+        job.lent.revoke()
+
+    def reuse(self) -> None:
+        """The pages are freed and taken again although they are lent."""
+        job = self._job
+        allocator = self.pools[job.shape].allocator
+        allocator.free(job.pages)
+        again = allocator.allocate(len(job.pages))
+        assert list(again) == list(job.pages)
+
+    # --- moving -------------------------------------------------------------------------------
+
+    def begin(self, token: bytes, shape: str, request: int) -> int:
+        """A push; the number of layers to post."""
+        pool, link = self.pools[shape], self.open_link
+        job = self.job = Job(shape, request, pool.take(TOKENS[shape]))
+        pool.put(job.pages, TOKENS[shape], request)
+        job.transfer = link.begin(job.pages, token, region=pool.region)
+        return len(job.transfer.plan.parts_of_layer)
+
+    def begin_pull(self, token: bytes, shape: str, request: int) -> int:
+        pool, link = self.pools[shape], self.open_link
+        job = self.job = Job(shape, request, pool.take(TOKENS[shape]), pulls=True)
+        job.transfer = link._start(_C.SlotKind.OFFER, token, job.pages, pool.region)
+        return len(job.transfer.plan.parts)
+
+    def layer(self, layer: int) -> None:
+        self._transfer.push_layer(layer)
+        self._job.posted += 1
+
+    def part(self, part: int) -> None:
+        self._transfer.post_part(part)
+        self._job.posted += 1
+
+    def finish(self) -> None:
+        self._transfer.finish()
+
+    def cancel(self) -> None:
+        self._transfer.cancel()
+
+    def reusable(self, timeout: float) -> None:
+        self._transfer.wait_source_reusable(timeout)
+
+    def arrived(self, timeout: float) -> None:
+        """The mover's outcome; of a pull, the KV is here now."""
+        self._transfer.wait_arrived(timeout)
+        if self._job.pulls:
+            self._arrived(self._job)
+
+    def adopt(self, token: bytes, shape: str, request: int) -> None:
+        lease = self.open_link.adopt(token)
+        self.job = Job(shape, request, lease.pages, lease=lease)
+
+    def read(self) -> None:
+        """Reads the adopted KV, and tells whether it may be used."""
+        job = self._job
+        assert job.lease is not None
+        same = adopted_is(job.lease, SPECS[job.shape], TOKENS[job.shape], job.request)
+        job.lease.check()
+        if not same:
+            self.problems.append("wrong KV: adopted pages hold other bytes")
+
+    def release(self) -> None:
+        job = self._job
+        assert job.lease is not None
+        job.lease.release()
+
+    # --- faults -------------------------------------------------------------------------------
+
+    def flip(self, seed: int) -> None:
+        choose = random.Random(seed)
+        self.pools[self._job.shape].flip(int(choose.choice(list(self._job.pages))), choose)
+
+    def moved(self, timeout: float) -> None:
+        """Until every row that was posted has been moved: the mover is outside the pages."""
+        transfer, job = self._transfer, self._job
+        rows = job.posted * TOKENS[job.shape] * len(SPECS[job.shape].shard.kv_heads) * 2
+        if not eventually(lambda: transfer.progress().num_rows == rows, timeout):
+            raise TransferTimeout(f"expected {rows} rows; {transfer.progress().num_rows} are there")
+
+    def arm(self, action: str, nth: int, seed: int) -> None:
+        frames.arm(action, nth, seed)
+
+    def disarm(self) -> bool:
+        return frames.disarm()
+
+    def enter(self, token: bytes) -> str:
+        """Is inside the peer's pages, as a mover between two instructions of a chunk."""
+        link: Any = self.open_link
+        kind = _C.SlotKind.GRANT if token[6] == 1 else _C.SlotKind.OFFER
+        descriptor = Descriptor.from_bytes(token, self.endpoint.descriptor_key, kind)
+        key = _C.SlotKey(descriptor.slot, descriptor.generation)
+        status = link._control.enter(key, link._bit)
+        if status == _C.TransferStatus.OK:
+            self.inside = (key, descriptor)
+        return str(status.name)
+
+    def leave(self, shape: str, request: int) -> None:
+        """Writes foreign KV into the pages it is inside of (a grant's), and leaves."""
+        link: Any = self.open_link
+        assert self.inside is not None
+        key, descriptor = self.inside
+        if descriptor.kind == _C.SlotKind.GRANT:
+            pages = link._remote.pages(descriptor)
+            pool = link._remote.pool(descriptor)
+            write_kv(pool, SPECS[shape], pages, descriptor.num_tokens, request)
+        link._control.leave(key, link._bit)
+        self.inside = None
+
+    def fill_up(self) -> list[str]:
+        """Takes every slot and every page there is; what the next request is told."""
+        told = []
+        grants: list[Grant] = []
+        page = self.pools["same"].take(1)
+        for _ in range(NUM_SLOTS + 1):
+            try:
+                grants.append(self.endpoint.grant(page, 1, region=self.pools["same"].region))
+            except TransferError as error:
+                told.append(type(error).__name__)
+        for grant in grants:
+            grant.revoke()
+        pool = self.pools["large"]
+        held = pool.allocator.allocate(pool.allocator.num_free)
+        try:
+            self.grant("large", 0, 1.0)
+        except Exception as error:
+            told.append(type(error).__name__)
+        pool.give(held)
+        self.pools["same"].give(page)
+        return told
+
+    # --- the end ------------------------------------------------------------------------------
+
+    def give_up(self) -> None:
+        """This side's own part ends; nothing here waits for the peer."""
+        if self.link is not None:
+            with contextlib.suppress(TransferError):
+                self.link.close()
+            self.link = None
+        job = self.job
+        if job is not None and job.lent is not None:
+            job.lent.revoke()
+        if job is not None and job.lease is not None:
+            job.lease.release()
+        self.drain()
+
+    def drain(self) -> None:
+        """Links that a peer made and nobody asked for."""
+        with contextlib.suppress(TransferTimeout):
+            while True:
+                self.endpoint.accept(0).close()
+
+    def give_up_moving(self) -> None:
+        """Another transfer begins here while the first one's pages are still lent."""
+        if self.job is not None and self.job.lent is None:
+            self.problems += self.settle()
+
+    def settle(self) -> list[str]:
+        """Ends everything, waits until it has ended, and audits the pools; what was wrong."""
+        self.give_up()
+        job = self.job
+        if job is not None and job.transfer is not None:
+            try:
+                job.transfer.wait_source_reusable(RELEASE_BOUND)
+            except TransferTimeout:
+                self.problems.append("hang: the source never became reusable")
+        if job is not None and job.lease is None and (job.lent is None or job.arrived):
+            self._back(job)  # nobody else gives them back
+        if not eventually(lambda: not any(pool.num_out for pool in self.pools.values())):
+            self.problems.append("leak: pages are not back")
+        if not eventually(lambda: not self.endpoint.links):
+            self.problems.append("leak: links are still open")
+        found, self.job = self.audit(), None
+        return found
+
+    def audit(self) -> list[str]:
+        """What is not as it must be, by now."""
+        for shape, pool in self.pools.items():
+            if num := pool.wrong():
+                self.problems.append(f"wrong KV: {num} bytes of pool {shape!r} are not its own")
+                pool.resync()
+        if self.job is not None and self.job.returned > 1:
+            self.problems.append("pages came back twice")
+        found, self.problems = self.problems, []
+        return found
+
+    def close(self) -> None:
+        self.endpoint.close()
+
+    def _arrived(self, job: Job) -> None:
+        if job.arrived:
+            return
+        job.arrived = True
+        self.pools[job.shape].expect(job.pages, TOKENS[job.shape], job.request)
+        if num := self.pools[job.shape].wrong():
+            self.problems.append(f"wrong KV: {num} bytes of a verified request")
+
+    def _back(self, job: Job) -> None:
+        job.returned += 1
+        if job.returned == 1:
+            self.pools[job.shape].give(job.pages)
+
+    @property
+    def _job(self) -> Job:
+        if self.job is None:
+            raise TransferTimeout("the step before did not happen")
+        return self.job
+
+    @property
+    def _transfer(self) -> Transfer:
+        if self._job.transfer is None:
+            raise TransferTimeout("the step before did not happen")
+        return self._job.transfer
+
+
+def adopted_is(lease: Lease, spec: PoolSpec, num_tokens: int, request: int) -> bool:
+    """The lease's pages hold that request."""
+    at = np.arange(num_tokens)
+    pages, slots = np.asarray(lease.pages)[at // spec.page_size], at % spec.page_size
+    for layer, model_layer in enumerate(spec.layers):
+        planes = kv_of(request, spec, model_layer, num_tokens)
+        for plane, want in zip(("k", "v"), planes, strict=True):
+            view = np.from_dlpack(getattr(lease.pool, plane)(layer))
+            if not np.array_equal(view[pages, slots], want):
+                return False
+    return True
+
+
+def eventually(condition: Callable[[], bool], bound: float = RELEASE_BOUND) -> bool:
+    """Whether it came true in time."""
+    end = time.monotonic() + bound
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.002)
+    return True
