@@ -6,6 +6,7 @@
 #   make bench     every benchmark
 #   make gpu       on a machine with an NVIDIA GPU: builds for it, runs the GPU tests and benchmarks
 #   make sanitize  the operator tests under ASan and UBSan
+#   make faults    the fault campaign on every path: KVLINK_FAULTS faults from KVLINK_FAULT_SEED on
 #   make stubs     kvlink/_C.pyi from the built extension, after its bindings changed
 #   make clean     removes all of this
 # Variables: PYTHON (which makes .venv), CXX, MAX_JOBS and those of setup.py (KVLINK_CUDA, ...).
@@ -18,7 +19,7 @@ STAMP := $(VENV)/installed
 CXX_SOURCES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.cpp' 'csrc/*.hpp' \
 	'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inl')
 
-.PHONY: build demo test lint pytest sanitize stubs bench clean
+.PHONY: build demo test lint pytest sanitize faults stubs bench clean
 
 build: $(STAMP)
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -52,6 +53,16 @@ SANITIZED_TESTS ?= $(wildcard $(patsubst %,python_tests/test_%.py,layout pool po
 
 sanitize: build
 	@$(BIN)/python python_tests/run_sanitized.py build/sanitized $(SANITIZED_TESTS)
+
+KVLINK_FAULTS ?= 1000
+KVLINK_FAULT_SEED ?= 0
+FAULT_PATHS ?= host_shm
+
+faults: build
+	@status=0; for path in $(FAULT_PATHS); do \
+		$(BIN)/python -m kvlink.testing.faults --path $$path --faults $(KVLINK_FAULTS) \
+			--seed $(KVLINK_FAULT_SEED) || status=1; \
+	done; exit $$status
 
 stubs: build
 	@$(BIN)/python tools/make_stubs.py

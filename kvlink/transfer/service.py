@@ -78,8 +78,8 @@ class Service:
         busy = True
         while not self._stopping:
             ready = self._selector.select(_BUSY_TICK if busy else _IDLE_TICK)
-            for key, _ in ready:
-                self._guard(key.data)
+            while ready:  # and keeps no callback, with all that it refers to, until the next event
+                self._guard(ready.pop(0)[0].data)
             while self._calls:
                 self._guard(self._calls.popleft())
             busy = self._guard(self._tick)

@@ -52,7 +52,10 @@ class _LaneProcess:
 
 
 def run_campaign(
-    path: str, seeds: Iterable[int], *, num_lanes: int | None = None,
+    path: str,
+    seeds: Iterable[int],
+    *,
+    num_lanes: int | None = None,
     on_verdict: Callable[[Verdict], Any] = lambda _: None,
 ) -> list[Verdict]:
     """Runs every seed once and returns the verdicts, in the order in which they came.

@@ -51,7 +51,8 @@ def disarm() -> bool:
 
 def install() -> None:
     """Puts the hooks in place; once in a process."""
-    send, pack = Channel.send, channel_module.pack_frame
+    module: Any = channel_module
+    send, pack = Channel.send, module.pack_frame
 
     def spoiling_send(self: Channel, frame: Any, fds: tuple[int, ...] = ()) -> None:
         with _lock:
@@ -99,7 +100,7 @@ def install() -> None:
         message = pack(*args, **kwargs)
         seed = getattr(_corrupt, "seed", None)
         if seed is None:
-            return message
+            return bytes(message)
         choose = random.Random(seed)
         bad = bytearray(message)
         for _ in range(choose.randint(1, 4)):
@@ -107,7 +108,7 @@ def install() -> None:
         return bytes(bad)
 
     Channel.send = spoiling_send  # type: ignore[method-assign]
-    channel_module.pack_frame = spoiling_pack
+    module.pack_frame = spoiling_pack
 
 
 def _close(fds: tuple[int, ...]) -> None:

@@ -147,8 +147,10 @@ class Lane:
     def _serve(self, move: str, owner: str, shape: str, seed: int) -> list[str]:
         """A request on a new link, without any fault."""
         shapes = dict.fromkeys(("survivor", "peer"), shape)
-        quiet = {"kind": "none", "at": "", "ttl": 5.0, "shapes": shapes, "seed": seed + 10**9}
-        scenario = replace(draw(seed, self.path), move=move, owner=owner, **quiet)
+        scenario = replace(
+            draw(seed, self.path), kind="none", at="", move=move, owner=owner, shapes=shapes,
+            seed=seed + 10**9, ttl=5.0,
+        )  # fmt: skip
         dance = Dance(scenario, self.survivor, self._living_peer())
         dance.run()
         wrong = {step: each for step, each in dance.outcomes.items() if each != "OK"}

@@ -44,7 +44,8 @@ def write_kv(pool: Any, spec: PoolSpec, pages: Any, num_tokens: int, request: in
     at = np.arange(num_tokens)
     slots = np.asarray(pages, np.int64)[at // spec.page_size] * spec.page_size + at % spec.page_size
     for layer, model_layer in enumerate(spec.layers):
-        append_kv(*kv_of(request, spec, model_layer, num_tokens), pool, layer, slots)
+        k, v = kv_of(request, spec, model_layer, num_tokens)
+        append_kv(k, v, pool, layer, slots)
 
 
 class WatchedPool:

@@ -1,0 +1,29 @@
+"""A slice of the fault campaign: `make faults` runs the whole."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvlink.testing.faults.campaign import run_campaign
+from kvlink.testing.faults.report import counts, table
+from kvlink.testing.faults.scenario import KINDS, draw
+
+pytestmark = [pytest.mark.two_process, pytest.mark.timeout(300)]
+
+NUM_FAULTS = 60
+
+
+def test_survivors_of_a_slice() -> None:
+    verdicts = run_campaign("host_shm", range(NUM_FAULTS))
+    wrong = {verdict.seed: verdict.problems for verdict in verdicts if verdict.problems}
+    assert not wrong, f"{table(verdicts)}\n{wrong}"
+    assert counts(verdicts)["faults"] == NUM_FAULTS
+
+
+def test_a_seed_always_draws_the_same() -> None:
+    for path in ("host_shm", "ucx"):
+        drawn = [draw(seed, path) for seed in range(500)]
+        assert drawn == [draw(seed, path) for seed in range(500)]
+        kinds = {scenario.kind for scenario in drawn}
+        assert kinds >= {kind for kind in KINDS if not kind.endswith("inside")}
+        assert {scenario.owner for scenario in drawn} == {"survivor", "peer"}
