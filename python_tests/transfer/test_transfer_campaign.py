@@ -10,7 +10,7 @@ from kvlink.testing.faults.scenario import KINDS, draw
 
 pytestmark = [pytest.mark.two_process, pytest.mark.timeout(300)]
 
-NUM_FAULTS = 60
+NUM_FAULTS = 40
 
 
 def test_survivors_of_a_slice() -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvlink.testing.faults.dance import GONE, Dance
-from kvlink.testing.faults.party import Party, eventually
+from kvlink.testing.faults.mishaps import FaultyParty
+from kvlink.testing.faults.party import eventually
 from kvlink.testing.faults.peer import PeerDied, PeerProcess
 from kvlink.testing.faults.scenario import MOVES, Scenario, draw
 from kvlink.testing.faults.tuning import tune
@@ -45,7 +46,7 @@ class Lane:
     def __init__(self, path: str) -> None:
         tune()
         self.path = path
-        self.survivor = Party("survivor", path)
+        self.survivor = FaultyParty("survivor", path)
         self.peer: PeerProcess | None = None
         self._age = 0
         self._most: dict[str, int] | None = None

@@ -6,19 +6,14 @@ The survivor and its peer are both one; the peer's calls come through a pipe (`p
 from __future__ import annotations
 
 import contextlib
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from kvlink import _C
-from kvlink.testing.faults import frames
-from kvlink.testing.faults.watched import SPECS, TOKENS, WatchedPool, kv_of, write_kv
+from kvlink.testing.faults.watched import SPECS, TOKENS, WatchedPool, adopted_is
 from kvlink.testing.transfer_peer import SECRET
-from kvlink.testing.transfer_pool import PoolSpec
 from kvlink.transfer import (
     Endpoint,
     Grant,
@@ -29,7 +24,6 @@ from kvlink.transfer import (
     TransferError,
     TransferTimeout,
 )
-from kvlink.transfer.descriptor import Descriptor
 from kvlink.transfer.errors import status_error
 
 NUM_SLOTS = 16
@@ -61,7 +55,6 @@ class Party:
         self.pools = {shape: WatchedPool(spec, self.endpoint) for shape, spec in SPECS.items()}
         self.link: Link | None = None
         self.job: Job | None = None
-        self.inside: tuple[Any, Any] | None = None
         self.problems: list[str] = []
 
     # --- the link -----------------------------------------------------------------------------
@@ -210,70 +203,6 @@ class Party:
         assert job.lease is not None
         job.lease.release()
 
-    # --- faults -------------------------------------------------------------------------------
-
-    def flip(self, seed: int) -> None:
-        choose = random.Random(seed)
-        self.pools[self._job.shape].flip(int(choose.choice(list(self._job.pages))), choose)
-
-    def moved(self, timeout: float) -> None:
-        """Until every row that was posted has been moved: the mover is outside the pages."""
-        transfer, job = self._transfer, self._job
-        rows = job.posted * TOKENS[job.shape] * len(SPECS[job.shape].shard.kv_heads) * 2
-        if not eventually(lambda: transfer.progress().num_rows == rows, timeout):
-            raise TransferTimeout(f"expected {rows} rows; {transfer.progress().num_rows} are there")
-
-    def arm(self, action: str, nth: int, seed: int) -> None:
-        frames.arm(action, nth, seed)
-
-    def disarm(self) -> bool:
-        return frames.disarm()
-
-    def enter(self, token: bytes) -> str:
-        """Is inside the peer's pages, as a mover between two instructions of a chunk."""
-        link: Any = self.open_link
-        kind = _C.SlotKind.GRANT if token[6] == 1 else _C.SlotKind.OFFER
-        descriptor = Descriptor.from_bytes(token, self.endpoint.descriptor_key, kind)
-        key = _C.SlotKey(descriptor.slot, descriptor.generation)
-        status = link._control.enter(key, link._bit)
-        if status == _C.TransferStatus.OK:
-            self.inside = (key, descriptor)
-        return str(status.name)
-
-    def leave(self, shape: str, request: int) -> None:
-        """Writes foreign KV into the pages it is inside of (a grant's), and leaves."""
-        link: Any = self.open_link
-        assert self.inside is not None
-        key, descriptor = self.inside
-        if descriptor.kind == _C.SlotKind.GRANT:
-            pages = link._remote.pages(descriptor)
-            pool = link._remote.pool(descriptor)
-            write_kv(pool, SPECS[shape], pages, descriptor.num_tokens, request)
-        link._control.leave(key, link._bit)
-        self.inside = None
-
-    def fill_up(self) -> list[str]:
-        """Takes every slot and every page there is; what the next request is told."""
-        told = []
-        grants: list[Grant] = []
-        page = self.pools["same"].take(1)
-        for _ in range(NUM_SLOTS + 1):
-            try:
-                grants.append(self.endpoint.grant(page, 1, region=self.pools["same"].region))
-            except TransferError as error:
-                told.append(type(error).__name__)
-        for grant in grants:
-            grant.revoke()
-        pool = self.pools["large"]
-        held = pool.allocator.allocate(pool.allocator.num_free)
-        try:
-            self.grant("large", 0, 1.0)
-        except Exception as error:
-            told.append(type(error).__name__)
-        pool.give(held)
-        self.pools["same"].give(page)
-        return told
-
     # --- the end ------------------------------------------------------------------------------
 
     def give_up(self) -> None:
@@ -356,19 +285,6 @@ class Party:
         if self._job.transfer is None:
             raise TransferTimeout("the step before did not happen")
         return self._job.transfer
-
-
-def adopted_is(lease: Lease, spec: PoolSpec, num_tokens: int, request: int) -> bool:
-    """The lease's pages hold that request."""
-    at = np.arange(num_tokens)
-    pages, slots = np.asarray(lease.pages)[at // spec.page_size], at % spec.page_size
-    for layer, model_layer in enumerate(spec.layers):
-        planes = kv_of(request, spec, model_layer, num_tokens)
-        for plane, want in zip(("k", "v"), planes, strict=True):
-            view = np.from_dlpack(getattr(lease.pool, plane)(layer))
-            if not np.array_equal(view[pages, slots], want):
-                return False
-    return True
 
 
 def eventually(condition: Callable[[], bool], bound: float = RELEASE_BOUND) -> bool:

@@ -34,11 +34,11 @@ class Remote(KVLinkError):
 
 def _serve(connection: Any, name: str, path: str, options: dict[str, Any]) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # also ends one that is stopped
-    from kvlink.testing.faults.party import Party
+    from kvlink.testing.faults.mishaps import FaultyParty
     from kvlink.testing.faults.tuning import tune
 
     tune(options)
-    party = Party(name, path)
+    party = FaultyParty(name, path)
     connection.send(("ok", party.address()))
     while True:
         try:
@@ -60,7 +60,7 @@ class PeerProcess:
 
     def __init__(self, name: str, path: str, **options: Any) -> None:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["kvlink.testing.faults.party"])
+        context.set_forkserver_preload(["kvlink.testing.faults.mishaps"])
         self._connection, theirs = context.Pipe()
         self.process = context.Process(
             target=_serve, args=(theirs, name, path, options), daemon=True

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from kvlink.cache_ops import append_kv
 from kvlink.pages import PageAllocator
 from kvlink.testing.transfer_pool import PoolSpec, pool_bytes
-from kvlink.transfer import Endpoint
+from kvlink.transfer import Endpoint, Lease
 
 SAME = PoolSpec(num_pages=48)
 SPECS = {
@@ -109,6 +109,19 @@ class WatchedPool:
     def resync(self) -> None:
         """Goes on from what is there, so that one finding is reported once."""
         self._want[:] = self._bytes
+
+
+def adopted_is(lease: Lease, spec: PoolSpec, num_tokens: int, request: int) -> bool:
+    """The lease's pages hold that request."""
+    at = np.arange(num_tokens)
+    pages, slots = np.asarray(lease.pages)[at // spec.page_size], at % spec.page_size
+    for layer, model_layer in enumerate(spec.layers):
+        planes = kv_of(request, spec, model_layer, num_tokens)
+        for plane, want in zip(("k", "v"), planes, strict=True):
+            view = np.from_dlpack(getattr(lease.pool, plane)(layer))
+            if not np.array_equal(view[pages, slots], want):
+                return False
+    return True
 
 
 def holdings() -> dict[str, int]:

@@ -1,0 +1,81 @@
+"""What a party does that no user of the library would, or should."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from kvlink import _C
+from kvlink.testing.faults import frames
+from kvlink.testing.faults.party import NUM_SLOTS, Party, eventually
+from kvlink.testing.faults.watched import SPECS, TOKENS, write_kv
+from kvlink.transfer import Grant, TransferError, TransferTimeout
+from kvlink.transfer.descriptor import Descriptor
+
+
+class FaultyParty(Party):
+    """A party with the faults that happen between two of its steps."""
+
+    _inside: tuple[Any, Any] | None = None
+
+    def flip(self, seed: int) -> None:
+        choose = random.Random(seed)
+        self.pools[self._job.shape].flip(int(choose.choice(list(self._job.pages))), choose)
+
+    def moved(self, timeout: float) -> None:
+        """Until every row that was posted has been moved: the mover is outside the pages."""
+        transfer, job = self._transfer, self._job
+        rows = job.posted * TOKENS[job.shape] * len(SPECS[job.shape].shard.kv_heads) * 2
+        if not eventually(lambda: transfer.progress().num_rows == rows, timeout):
+            raise TransferTimeout(f"expected {rows} rows; {transfer.progress().num_rows} are there")
+
+    def arm(self, action: str, nth: int, seed: int) -> None:
+        frames.arm(action, nth, seed)
+
+    def disarm(self) -> bool:
+        return frames.disarm()
+
+    def enter(self, token: bytes) -> str:
+        """Is inside the peer's pages, as a mover between two instructions of a chunk."""
+        link: Any = self.open_link
+        kind = _C.SlotKind.GRANT if token[6] == 1 else _C.SlotKind.OFFER
+        descriptor = Descriptor.from_bytes(token, self.endpoint.descriptor_key, kind)
+        key = _C.SlotKey(descriptor.slot, descriptor.generation)
+        status = link._control.enter(key, link._bit)
+        if status == _C.TransferStatus.OK:
+            self._inside = (key, descriptor)
+        return str(status.name)
+
+    def leave(self, shape: str, request: int) -> None:
+        """Writes foreign KV into the pages it is inside of (a grant's), and leaves."""
+        link: Any = self.open_link
+        assert self._inside is not None
+        key, descriptor = self._inside
+        if descriptor.kind == _C.SlotKind.GRANT:
+            pages = link._remote.pages(descriptor)
+            pool = link._remote.pool(descriptor)
+            write_kv(pool, SPECS[shape], pages, descriptor.num_tokens, request)
+        link._control.leave(key, link._bit)
+        self._inside = None
+
+    def fill_up(self) -> list[str]:
+        """Takes every slot and every page there is; what the next request is told."""
+        told = []
+        grants: list[Grant] = []
+        page = self.pools["same"].take(1)
+        for _ in range(NUM_SLOTS + 1):
+            try:
+                grants.append(self.endpoint.grant(page, 1, region=self.pools["same"].region))
+            except TransferError as error:
+                told.append(type(error).__name__)
+        for grant in grants:
+            grant.revoke()
+        pool = self.pools["large"]
+        held = pool.allocator.allocate(pool.allocator.num_free)
+        try:
+            self.grant("large", 0, 1.0)
+        except Exception as error:
+            told.append(type(error).__name__)
+        pool.give(held)
+        self.pools["same"].give(page)
+        return told
