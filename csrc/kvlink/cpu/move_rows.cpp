@@ -14,11 +14,11 @@ namespace {
 
 constexpr int64_t kTaskBytes = 256 << 10;
 
+}  // namespace
+
 int64_t token_bytes(const RowMove& move) {
   return move.num_heads * move.dims * dtype_bytes(move.dst.dtype);
 }
-
-}  // namespace
 
 bool moves_verbatim(const RowMove& move) {
   if (move.src.dtype != move.dst.dtype || move.src.token_scale != move.dst.token_scale)
@@ -47,11 +47,7 @@ void check_run(const TokenRun& run, int64_t num_tokens, const LayerView& layer, 
 
 int64_t box_tokens(const std::vector<RowMove>& moves) {
   int64_t limit = INT32_MAX;
-  for (const RowMove& move : moves) {
-    // A digest reads what was just written, so that should still be in a core's first cache.
-    const int64_t box_bytes = move.with_digest ? 32 << 10 : kTaskBytes;
-    limit = std::min(limit, box_bytes / token_bytes(move));
-  }
+  for (const RowMove& move : moves) limit = std::min(limit, kTaskBytes / token_bytes(move));
   return std::max<int64_t>(limit, 1);
 }
 
@@ -70,11 +66,9 @@ uint64_t for_each_box(const std::vector<RowMove>& moves, const std::vector<RowBo
   std::atomic<uint64_t> sum{0};
   const auto run_part = [&](int64_t task) {
     const int64_t first = task / num_moves * boxes_per_part;
-    uint64_t part_sum = 0;
-    for (int64_t i = first; i < std::min(first + boxes_per_part, num_boxes); ++i) {
-      part_sum += function(moves[task % num_moves], boxes[i]);
-    }
-    sum.fetch_add(part_sum, std::memory_order_relaxed);
+    const int64_t count = std::min(boxes_per_part, num_boxes - first);
+    sum.fetch_add(function(moves[task % num_moves], &boxes[first], count),
+                  std::memory_order_relaxed);
   };
   const int64_t num_tasks = num_moves * ceil_div(num_boxes, boxes_per_part);
   if (num_bytes < kTaskBytes) {  // not worth waking a thread

@@ -18,9 +18,13 @@ struct RowBox {
   int64_t token_position = 0;  // of the first; enters the digest
 };
 
-// Both return the sum of the destination's row digests, 0 unless asked for one.
-KVLINK_SIMD_DECLARE(uint64_t move_rows(const RowMove& move, const RowBox& box);
-                    uint64_t digest_rows(const RowMove& move, const RowBox& box);)
+// Each applies one move to a stretch of boxes and returns the sum of the destination's row digests,
+// 0 unless asked for one. convert_rows is the part of move_rows for rows that are not verbatim.
+using RowFunction = uint64_t(const RowMove& move, const RowBox* boxes, int64_t num_boxes);
+KVLINK_SIMD_DECLARE(RowFunction move_rows; RowFunction convert_rows; RowFunction digest_rows;)
+
+// What a token brings to the destination, scales left out.
+int64_t token_bytes(const RowMove& move);
 
 // Same type and same scales: stored bytes mean the same on both sides.
 bool moves_verbatim(const RowMove& move);
@@ -32,7 +36,6 @@ void check_run(const TokenRun& run, int64_t num_tokens, const LayerView& layer, 
 // Most tokens in a box, so that a box is work worth a task of its own at most.
 int64_t box_tokens(const std::vector<RowMove>& moves);
 
-using RowFunction = uint64_t(const RowMove& move, const RowBox& box);
 // Applies `function` to every move and box on the thread pool; the sum of what it returns.
 uint64_t for_each_box(const std::vector<RowMove>& moves, const std::vector<RowBox>& boxes,
                       RowFunction* function);

@@ -11,6 +11,8 @@ namespace kvlink::cpu {
 
 namespace {
 
+constexpr int64_t kStreamBytes = 16 << 20;
+
 // Pages that the run touches, sorted.
 std::vector<int32_t> used_pages(const TokenRun& run, int64_t num_tokens, int64_t page_size) {
   const int64_t first = run.first_slot / page_size;
@@ -59,6 +61,14 @@ std::vector<RowBox> plan_boxes(const RelayoutParams& params, int64_t max_tokens)
   return boxes;
 }
 
+// What does not stay in the caches anyway should not pass through them: its lines would be read
+// before they are written, and push out others.
+bool streams(const RelayoutParams& params, const std::vector<RowMove>& moves) {
+  int64_t num_bytes = 0;
+  for (const RowMove& move : moves) num_bytes += params.num_tokens * token_bytes(move);
+  return std::max(num_bytes, params.whole_bytes) >= kStreamBytes;
+}
+
 }  // namespace
 
 RelayoutResult relayout_pages(const RelayoutParams& params) {
@@ -67,7 +77,11 @@ RelayoutResult relayout_pages(const RelayoutParams& params) {
   check_run(params.dst, params.num_tokens, params.dst_layers[0], "dst_pages");
   if (params.num_tokens == 0) return {};
   check_overlap(params);
-  for (RowMove& move : moves) move.verbatim = moves_verbatim(move);
+  const bool streaming = streams(params, moves);
+  for (RowMove& move : moves) {
+    move.verbatim = moves_verbatim(move);
+    move.streaming = streaming;
+  }
   const std::vector<RowBox> boxes = plan_boxes(params, box_tokens(moves));
   const uint64_t digest = for_each_box(moves, boxes, KVLINK_SIMD_PICK(move_rows));
   return {.rows = static_cast<uint64_t>(params.num_tokens) * params.num_heads * moves.size(),

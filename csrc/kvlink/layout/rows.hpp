@@ -33,6 +33,7 @@ struct RowMove {
   int32_t src_head = 0, dst_head = 0;
   bool verbatim = false;  // stored bytes (and scales per row) are copied as they are
   bool with_digest = false;
+  bool streaming = false;  // host: store around the caches where that is possible
   int32_t model_layer = 0, model_head = 0, model_plane = 0;  // enter the digest
 };
 

@@ -29,6 +29,8 @@ struct RelayoutParams {
   int64_t num_tokens = 0;
   int64_t token_position = 0;  // of the first token in its request; enters the digest
   bool with_digest = false;
+  // Bytes of the whole move if this is a part of one: they tell how to store, never what.
+  int64_t whole_bytes = 0;
 };
 
 // The same coordinates over one pool, read only.

@@ -34,20 +34,50 @@ struct Words {
       store_unaligned(static_cast<char*>(target) + i * sizeof(WordPart), part[i]);
     }
   }
+  // The first `num_bytes` < 64, zeros after them; nothing past them is touched.
+  static KVLINK_INLINE Words load_some(const void* source, int64_t num_bytes) {
+#if defined(__AVX512F__)
+    return {{(WordPart)_mm512_maskz_loadu_epi8(first_bytes(num_bytes), source)}};
+#else
+    char padded[64] = {};
+    std::memcpy(padded, source, static_cast<size_t>(num_bytes));
+    return load(padded);
+#endif
+  }
+  KVLINK_INLINE void store_some(void* target, int64_t num_bytes) const {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_epi8(target, first_bytes(num_bytes), (__m512i)part[0]);
+#else
+    char padded[64];
+    store(padded);
+    std::memcpy(target, padded, static_cast<size_t>(num_bytes));
+#endif
+  }
+  // Around the caches, to a multiple of 64 bytes; ordered with other stores by finish_streams().
+  KVLINK_INLINE void stream(void* target) const {
+#if defined(__AVX512F__)
+    _mm512_stream_si512((__m512i*)target, (__m512i)part[0]);
+#elif defined(__AVX2__)
+    KVLINK_UNROLL
+    for (int i = 0; i < kWordParts; ++i) {
+      _mm256_stream_si256((__m256i*)target + i, (__m256i)part[i]);
+    }
+#else
+    store(target);
+#endif
+  }
+
+#if defined(__AVX512F__)
+ private:
+  static KVLINK_INLINE __mmask64 first_bytes(int64_t count) { return (uint64_t{1} << count) - 1; }
+#endif
 };
 
-KVLINK_INLINE Words operator+(const Words& a, const Words& b) {
-  Words sum;
-  KVLINK_UNROLL
-  for (int i = 0; i < kWordParts; ++i) sum.part[i] = a.part[i] + b.part[i];
-  return sum;
-}
-
-KVLINK_INLINE Words operator+(const Words& a, uint64_t b) {
-  Words sum;
-  KVLINK_UNROLL
-  for (int i = 0; i < kWordParts; ++i) sum.part[i] = a.part[i] + b;
-  return sum;
+// What was streamed is seen by whoever sees a later store of this thread.
+KVLINK_INLINE void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 
 // low32(x) * high32(x) of every word.
@@ -89,7 +119,13 @@ class RowLanes {
       keys_.part[i] += row_digest::kStep;
     }
   }
-  const Words& acc() const { return acc_; }
+  // Whole stripes, except in the last call for a row.
+  KVLINK_INLINE void bytes(const char* data, int64_t num_bytes) {
+    int64_t i = 0;
+    for (; i + 64 <= num_bytes; i += 64) stripe(Words::load(data + i));
+    if (i < num_bytes) stripe(Words::load_some(data + i, num_bytes - i));
+  }
+  KVLINK_INLINE const Words& acc() const { return acc_; }
 
  private:
   Words acc_ = Words::zero();

@@ -1,0 +1,222 @@
+// The rows of a stretch of boxes one after the other, and the fetching of those that come next.
+// Included by *_simd.cpp only.
+#pragma once
+
+#include "kvlink/base/convert.hpp"
+#include "kvlink/cpu/move_rows.hpp"
+#include "kvlink/cpu/simd/words.hpp"
+
+namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
+
+// Goes through runs of bytes: rows, or with kMerged what consecutive rows make on both sides. Each
+// box in the order of the destination's addresses, tokens outside heads or inside.
+template <bool kMerged>
+class RowWalk {
+ public:
+  // With `of_dst` there is no source: both addresses are those of the destination.
+  KVLINK_INLINE RowWalk(const RowMove& move, const RowBox* boxes, int64_t num_boxes, bool of_dst)
+      : move_(&move), from_(of_dst ? &move.dst : &move.src), box_(boxes), end_(boxes + num_boxes) {
+    of_dst_ = of_dst;
+    heads_inside_ = move.dst.at.stride_head < move.dst.at.stride_slot;
+    row_bytes_ = move.dims * dtype_bytes(move.dst.dtype);
+    src_row_bytes_ = move.dims * dtype_bytes(from_->dtype);
+    enter_box();
+  }
+
+  KVLINK_INLINE bool done() const { return box_ == end_; }
+  KVLINK_INLINE const char* src() const { return src_; }
+  KVLINK_INLINE char* dst() const { return dst_; }
+  KVLINK_INLINE int64_t dst_bytes() const { return run_bytes_; }
+  KVLINK_INLINE int64_t src_bytes() const { return kMerged ? run_bytes_ : src_row_bytes_; }
+  // Of rows, so without kMerged.
+  KVLINK_INLINE const RowBox& box() const { return *box_; }
+  KVLINK_INLINE int64_t token() const { return heads_inside_ ? outer_ : inner_; }
+  KVLINK_INLINE int64_t head() const { return heads_inside_ ? inner_ : outer_; }
+
+  KVLINK_INLINE void next() {
+    if (++inner_ < num_inner_) {
+      src_ += src_inner_;
+      dst_ += dst_inner_;
+      return;
+    }
+    inner_ = 0;
+    if (++outer_ < num_outer_) {
+      src_ = src_outer_begin_ += src_outer_;
+      dst_ = dst_outer_begin_ += dst_outer_;
+      return;
+    }
+    ++box_;
+    enter_box();
+  }
+
+ private:
+  KVLINK_INLINE void enter_box() {
+    if (box_ == end_) return;
+    if (box_->num_tokens != num_tokens_) shape(box_->num_tokens);
+    outer_ = inner_ = 0;
+    dst_ = dst_outer_begin_ = move_->dst.row(box_->dst_page, box_->dst_slot, move_->dst_head);
+    src_ = src_outer_begin_ =
+        of_dst_ ? dst_ : from_->row(box_->src_page, box_->src_slot, move_->src_head);
+  }
+
+  void shape(int64_t num_tokens) {
+    num_tokens_ = num_tokens;
+    const int64_t src_size = dtype_bytes(from_->dtype), dst_size = dtype_bytes(move_->dst.dtype);
+    const int64_t src_slot = from_->at.stride_slot * src_size;
+    const int64_t dst_slot = move_->dst.at.stride_slot * dst_size;
+    const int64_t src_head = from_->at.stride_head * src_size;
+    const int64_t dst_head = move_->dst.at.stride_head * dst_size;
+    num_outer_ = heads_inside_ ? num_tokens : move_->num_heads;
+    num_inner_ = heads_inside_ ? move_->num_heads : num_tokens;
+    src_outer_ = heads_inside_ ? src_slot : src_head;
+    dst_outer_ = heads_inside_ ? dst_slot : dst_head;
+    src_inner_ = heads_inside_ ? src_head : src_slot;
+    dst_inner_ = heads_inside_ ? dst_head : dst_slot;
+    run_bytes_ = row_bytes_;
+    if (!kMerged) return;
+    for (int i = 0; i < 2; ++i) {
+      const bool continues = src_inner_ == run_bytes_ && dst_inner_ == run_bytes_;
+      if (num_inner_ != 1 && !continues) return;
+      run_bytes_ *= num_inner_;
+      num_inner_ = num_outer_;
+      src_inner_ = src_outer_;
+      dst_inner_ = dst_outer_;
+      num_outer_ = 1;
+    }
+  }
+
+  const RowMove* move_;
+  const RowPlane* from_;
+  const RowBox* box_;
+  const RowBox* end_;
+  bool of_dst_, heads_inside_;
+  int64_t row_bytes_, src_row_bytes_, run_bytes_ = 0, num_tokens_ = -1;
+  int64_t num_outer_ = 0, num_inner_ = 0, outer_ = 0, inner_ = 0;
+  int64_t src_outer_ = 0, src_inner_ = 0, dst_outer_ = 0, dst_inner_ = 0;
+  const char* src_ = nullptr;
+  const char* src_outer_begin_ = nullptr;
+  char* dst_ = nullptr;
+  char* dst_outer_begin_ = nullptr;
+};
+
+// Fetches what a walk will read, kFetchBytes before it does: runs are too short, and too scattered,
+// for the CPU to see where they go.
+template <bool kMerged>
+class FetchAhead {
+ public:
+  KVLINK_INLINE explicit FetchAhead(const RowWalk<kMerged>& walk) : walk_(walk) {
+    enter_run();
+    bytes(kFetchBytes);
+  }
+
+  KVLINK_INLINE void stripe() {
+    __builtin_prefetch(at_);
+    at_ += row_digest::kStripeBytes;
+    if (at_ >= end_) next_run();
+  }
+  KVLINK_INLINE void bytes(int64_t num_bytes) {
+    for (int64_t i = 0; i < num_bytes; i += row_digest::kStripeBytes) stripe();
+  }
+
+ private:
+  static constexpr int64_t kFetchBytes = 4096;
+
+  KVLINK_INLINE void enter_run() {
+    at_ = walk_.src();
+    end_ = at_ + walk_.src_bytes();
+  }
+  KVLINK_INLINE void next_run() {
+    if (!walk_.done()) walk_.next();
+    if (!walk_.done()) enter_run();
+  }
+
+  RowWalk<kMerged> walk_;
+  const char* at_ = nullptr;
+  const char* end_ = nullptr;
+};
+
+// What each head of a move begins its digests with, kHeads of them at most.
+class HeadStarts {
+ public:
+  static constexpr int32_t kHeads = 64;
+
+  explicit HeadStarts(const RowMove& move) {
+    const int64_t row_bytes = move.dims * dtype_bytes(move.dst.dtype);
+    for (int32_t i = 0; i < move.num_heads; ++i) {
+      const uint64_t base =
+          row_digest::base(move.model_layer, move.model_head + i, move.model_plane, row_bytes);
+      uint64_t start[8];
+      for (int j = 0; j < 8; ++j) start[j] = row_digest::start(base, j);
+      starts_[i] = Words::load(start);
+    }
+  }
+  const Words& operator[](int64_t head) const { return starts_[head]; }
+
+ private:
+  Words starts_[kHeads];
+};
+
+// Applies `function` to kHeads heads of the move at a time, and adds up what it returns.
+template <typename Function>
+uint64_t for_each_heads(const RowMove& move, const Function& function) {
+  uint64_t sum = 0;
+  for (int32_t first = 0; first < move.num_heads; first += HeadStarts::kHeads) {
+    const int32_t left = move.num_heads - first;
+    RowMove part = move;
+    part.num_heads = left < HeadStarts::kHeads ? left : HeadStarts::kHeads;
+    part.src_head += first;
+    part.dst_head += first;
+    part.model_head += first;
+    sum += function(part);
+  }
+  return sum;
+}
+
+// The part of a row's digest that tells its place and its own scale.
+template <bool kMerged>
+KVLINK_INLINE uint64_t digest_shift(const RowMove& move, const RowWalk<kMerged>& walk) {
+  const RowBox& box = walk.box();
+  const uint64_t shift = row_digest::shift(box.token_position + walk.token());
+  if (!move.dst.token_scale) return shift;
+  const float* scale =
+      move.dst.row_scale(box.dst_page, box.dst_slot + walk.token(), move.dst_head + walk.head());
+  return shift + row_digest::scale_shift(float_bits(*scale));
+}
+
+// Streaming stores take whole stripes at multiples of 64 bytes.
+KVLINK_INLINE bool can_stream(const RowMove& move) {
+  const RowPlane& dst = move.dst;
+  const int64_t size = dtype_bytes(dst.dtype);
+  const int64_t all = dst.at.stride_page | dst.at.stride_slot | dst.at.stride_head | move.dims;
+  return move.streaming && dst.at.stride_dim == 1 && all * size % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(dst.data) % 64 == 0;
+}
+
+// Copies a run, whose digest lanes grow by it with kDigest.
+template <bool kDigest, bool kMerged>
+KVLINK_INLINE void copy_run(char* dst, const char* src, int64_t num_bytes, bool streaming,
+                            FetchAhead<kMerged>& ahead, RowLanes& lanes) {
+  int64_t i = 0;
+  if (streaming) {
+    for (; i + 64 <= num_bytes; i += 64) {
+      ahead.stripe();
+      const Words words = Words::load(src + i);
+      words.stream(dst + i);
+      if (kDigest) lanes.stripe(words);
+    }
+  } else {
+    for (; i + 64 <= num_bytes; i += 64) {
+      ahead.stripe();
+      const Words words = Words::load(src + i);
+      words.store(dst + i);
+      if (kDigest) lanes.stripe(words);
+    }
+  }
+  if (i == num_bytes) return;
+  ahead.stripe();
+  const Words words = Words::load_some(src + i, num_bytes - i);
+  words.store_some(dst + i, num_bytes - i);
+  if (kDigest) lanes.stripe(words);
+}
+
+}  // namespace kvlink::cpu::KVLINK_SIMD_LEVEL
