@@ -249,7 +249,8 @@ RelayoutParams PostedTransfer::chunk_params(int32_t part_idx, int64_t first, int
           .dst = run(spec_.dst_pages, dst.layout),
           .num_tokens = count,
           .token_position = first,
-          .with_digest = spec_.with_digest};
+          .with_digest = spec_.with_digest,
+          .whole_bytes = dst_bytes(spec_.num_tokens) * std::ssize(spec_.plan.parts)};
 }
 
 int64_t PostedTransfer::dst_bytes(int64_t count) const {
