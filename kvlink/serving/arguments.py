@@ -6,7 +6,15 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 
-from kvlink.serving.options import DTYPES, KV_DTYPES, LAYOUTS, Options, SideOptions, split_threads
+from kvlink.serving.options import (
+    DTYPES,
+    KV_DTYPES,
+    LAYOUTS,
+    PATHS,
+    Options,
+    SideOptions,
+    split_threads,
+)
 from kvlink.serving.request import Defaults
 
 
@@ -70,13 +78,17 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grant-ttl", type=_number(0.001, 86400.0), default=60.0, metavar="S",
         help="seconds without a sign of life of prefill after which decode takes back the pages "
         "that it granted")  # fmt: skip
+    add("--prefill-ranks", type=positive, default=1, metavar="N",
+        help="prefill processes, each of which sends its part of the KV heads")  # fmt: skip
+    add("--path", choices=PATHS, default="auto", help="how the KV cache moves; auto is the fastest "
+        "that there is")  # fmt: skip
     add("--threads", type=count, default=0, metavar="N",
-        help="CPU threads of both processes together; 0 takes the CPUs there are")  # fmt: skip
+        help="CPU threads of all processes together; 0 takes the CPUs there are")  # fmt: skip
 
 
 def options_from(arguments: argparse.Namespace, model_dir: str) -> Options:
     """What the workers need to know."""
-    threads = split_threads(arguments.threads)
+    threads = split_threads(arguments.threads, arguments.prefill_ranks)
     prefill, decode = (
         SideOptions(
             page_size=getattr(arguments, f"{side}_page_size"),
@@ -96,6 +108,8 @@ def options_from(arguments: argparse.Namespace, model_dir: str) -> Options:
         max_batch_tokens=arguments.max_batch_tokens,
         ignore_eos=arguments.ignore_eos,
         grant_ttl_s=arguments.grant_ttl,
+        prefill_ranks=arguments.prefill_ranks,
+        path=None if arguments.path == "auto" else arguments.path,
     )
 
 

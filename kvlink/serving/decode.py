@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import time
-from collections import Counter
+from collections import defaultdict
 from functools import partial
 from typing import Any
 
+from kvlink.errors import NeverReady, NotReady
 from kvlink.serving.batch import Batch
 from kvlink.serving.channel import Channel, Message
+from kvlink.serving.early import EarlyStep
 from kvlink.serving.request import Request
 from kvlink.serving.sampling import sample
 from kvlink.serving.scheduler import DecodeJob, DecodeScheduler
@@ -18,6 +20,9 @@ from kvlink.transfer import TransferError
 
 _MAX_ATTEMPTS = 3
 _PROGRESS_S = 0.1
+# A step waits at most this long for layers that are still landing.
+_ALONE_S = 1.0
+_SHARED_S = 0.05  # while others wait for their next token
 
 
 class DecodeWorker(Worker):
@@ -26,17 +31,17 @@ class DecodeWorker(Worker):
     def __init__(self, role: str, setup: Message, channel: Channel) -> None:
         super().__init__(role, setup, channel)
         self.scheduler = DecodeScheduler(self.allocator, self.options.max_num_seqs)
-        self.totals: Counter[str] = Counter()
+        self.totals: dict[str, float] = defaultdict(int)
         self.progress_at = 0.0  # time.monotonic()
         self.extended_at = 0.0
+        self.alive: set[int] = set()  # ranks of prefill that were heard of since then
 
     def serve(self) -> None:
         """Works until the router says stop."""
         while not self.stopping:
             self.grant()
             self.collect_arrivals()
-            if self.scheduler.running:
-                self.run()
+            self.run()
             self.receive(self.patience())
 
     def patience(self) -> float:
@@ -73,25 +78,73 @@ class DecodeWorker(Worker):
             if arrival is not None and job.token_ids:
                 self.totals["num_verified"] += 1
                 self.scheduler.start(job)
+                self.take_early_token(job)
                 self.finish_if_done(job)
 
     def run(self) -> None:
-        """One token for every running sequence."""
-        jobs, chunks = self.scheduler.schedule()
-        logits = self.model(Batch.of(chunks, self.allocator.page_size), self.pool)
+        """One token for every running sequence, and for those whose KV is landing now."""
+        early = self.early_step()
+        jobs, chunks = self.scheduler.schedule(early.jobs)
+        if not jobs:
+            return
+        try:
+            logits = self.model(
+                Batch.of(chunks, self.allocator.page_size),
+                self.pool,
+                awaited=early.awaited if early.jobs else None,
+            )
+        except (NotReady, NeverReady):
+            # No token was taken: the next step computes the same again, without the late ones.
+            self.put_off(early)
+            return
+        early.look()
+        self.totals["early_waited_s"] += early.waited_s
         for job, row in zip(jobs, logits, strict=True):
-            job.token_ids.append(sample(row, job.request.sampling, step=len(job.token_ids)))
+            token = sample(row, job.request.sampling, step=len(job.token_ids))
+            if job in early.jobs:
+                job.early_token, job.early_hidden_s = token, early.hidden_s(job)
+                continue
+            job.token_ids.append(token)
+            self.totals["num_tokens"] += 1
             self.finish_if_done(job)
-        self.totals["num_tokens"] += len(jobs)
         if time.monotonic() - self.progress_at > _PROGRESS_S:
             self.progress_at = time.monotonic()
             self.channel.send("progress", num_tokens=self.totals["num_tokens"])
 
+    def early_step(self) -> EarlyStep:
+        """Of the requests that can begin now."""
+        shared = bool(self.scheduler.running)
+        jobs = [
+            job
+            for job in self.scheduler.early()
+            if not self.is_done(job) and not (shared and job.early_late)
+        ]
+        return EarlyStep(jobs, self.pool.num_layers, _SHARED_S if shared else _ALONE_S)
+
+    def put_off(self, early: EarlyStep) -> None:
+        """Layers did not land in time: who misses some lets the others go on."""
+        for job in early.look():
+            job.early_late = True
+        self.totals["early_waited_s"] += early.waited_s
+        self.totals["num_early_late"] += 1
+
+    def take_early_token(self, job: DecodeJob) -> None:
+        """The KV that it was computed from is verified."""
+        if job.early_token is not None:
+            job.token_ids.append(job.early_token)
+            self.totals["num_tokens"] += 1
+            self.totals["num_early"] += 1
+            self.totals["early_hidden_s"] += job.early_hidden_s
+
+    def is_done(self, job: DecodeJob) -> bool:
+        """Its newest token is its last."""
+        return job.token_ids[-1] in self.eos or len(job.token_ids) >= job.request.max_new_tokens
+
     def finish_if_done(self, job: DecodeJob) -> None:
         """Reports a sequence that has ended, and takes its pages back."""
-        stopped = job.token_ids[-1] in self.eos
-        if not stopped and len(job.token_ids) < job.request.max_new_tokens:
+        if not self.is_done(job):
             return
+        stopped = job.token_ids[-1] in self.eos
         self.scheduler.end(job)
         self.channel.send(
             "finished",
@@ -104,6 +157,8 @@ class DecodeWorker(Worker):
 
     def retry(self, job: DecodeJob, error: TransferError) -> None:
         """The KV did not arrive: asks for it again, or gives the request up."""
+        if job.early_token is not None:
+            self.totals["num_early_dropped"] += 1
         if job.attempt < _MAX_ATTEMPTS:
             self.scheduler.requeue(job)
         else:
@@ -119,10 +174,15 @@ class DecodeWorker(Worker):
         """A grant has failed and nobody writes to its pages any more; called from any thread."""
         self.allocator.free(pages)
 
-    def extend_grants(self) -> None:
-        """Prefill is at work, however long its queue is: grants only expire when it is stuck."""
+    def extend_grants(self, rank: int) -> None:
+        """Prefill is at work, however long its queue is: grants only expire when it is stuck, or
+        one of its ranks is."""
+        self.alive.add(rank)
+        if len(self.alive) < self.options.prefill_ranks:
+            return
         if time.monotonic() - self.extended_at > self.options.grant_ttl_s / 8:
             self.extended_at = time.monotonic()
+            self.alive.clear()
             for job in self.scheduler.arriving.values():
                 job.grant.extend(self.options.grant_ttl_s)
 
@@ -132,18 +192,22 @@ class DecodeWorker(Worker):
             if message["type"] == "admit":
                 self.scheduler.add(DecodeJob(Request.from_message(message["request"])))
             elif message["type"] == "prefilled":
-                job = self.scheduler.arriving.get(message["index"])
-                if job is None or job.attempt != message["attempt"]:
-                    continue  # of an earlier attempt
-                job.token_ids.append(message["token"])
-                job.first_token_at = message["at"]
-                job.failure = message["failure"]
-                if job.failure is not None:
+                if (job := self.arriving_job(message)) is not None:
+                    job.token_ids.append(message["token"])
+                    job.first_token_at = message["at"]
+            elif message["type"] == "not_sent":
+                if (job := self.arriving_job(message)) is not None:
+                    job.failure = message["failure"]
                     job.grant.revoke()
             elif message["type"] == "alive":
-                self.extend_grants()
+                self.extend_grants(message["rank"])
             elif message["type"] == "stop":
                 self.stopping = True
+
+    def arriving_job(self, message: Message) -> DecodeJob | None:
+        """What a message of prefill is about; None when it is about an earlier attempt."""
+        job = self.scheduler.arriving.get(message["index"])
+        return job if job is not None and job.attempt == message["attempt"] else None
 
     def stats(self) -> dict[str, Any]:
         """Totals over all requests."""

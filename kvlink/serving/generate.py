@@ -1,8 +1,9 @@
-"""`Generation`: input lines to output records, in input order, by way of the two workers."""
+"""`Generation`: input lines to output records, in input order, by way of the workers."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,8 @@ class Generation:
         """
         written = 0
         results: list[Result] = []
-        path, started_at = "", 0.0
-        stats: dict[str, Record] = {}
+        path, started_at = ("", ""), 0.0
+        stats: dict[str, Counter[str]] = {}
         if self.requests:
             with Router(self.options) as router:
                 router.connect()
@@ -79,7 +80,8 @@ class Generation:
                         yield self._records[written]
                         written += 1
                 router.stop()
-                path, started_at, stats = router.path, router.started_at, router.stats
+                path = (router.path, router.path_detail)
+                started_at, stats = router.started_at, router.stats
         for index in range(written, self.num_lines):
             yield self._records[index]
         self.report = make_report(results, self.num_errors, started_at, path, stats)

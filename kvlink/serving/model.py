@@ -31,17 +31,23 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, batch: Batch, pool: KVPool, on_layer: Callable[[int], None] | None = None
+        self,
+        batch: Batch,
+        pool: KVPool,
+        on_layer: Callable[[int], None] | None = None,
+        awaited: Callable[[int], tuple[Any, float]] | None = None,
     ) -> Tensor:
         """Logits float32 [num_logits, vocab_size] of the rows `batch.logit_rows`.
 
         Writes the KV of the batch's tokens into `pool`; `on_layer(i)` is called as soon as layer
-        i's is complete there.
+        i's is complete there. `awaited(i)` gives what attention waits for before it reads layer i,
+        and for how long (`ready` and `ready_timeout` of `kvlink.paged_attention`). Raises NotReady,
+        NeverReady: the same call may then be made again.
         """
         hidden = self.model.embed_tokens(torch.from_numpy(batch.token_ids))
         rotary = _cos_sin(self.inv_freq, torch.from_numpy(batch.positions), hidden.dtype)
         for layer in self.model.layers:
-            hidden = layer(hidden, rotary, batch, pool, on_layer)
+            hidden = layer(hidden, rotary, batch, pool, on_layer, awaited)
         hidden = hidden[torch.from_numpy(batch.logit_rows)]
         return self.lm_head(self.model.norm(hidden)).float()  # type: ignore[no-any-return]
 
@@ -88,6 +94,7 @@ class _Attention(nn.Module):
         batch: Batch,
         pool: KVPool,
         on_layer: Callable[[int], None] | None,
+        awaited: Callable[[int], tuple[Any, float]] | None,
     ) -> Tensor:
         by_head = (hidden.shape[0], -1, self.head_dim)
         q = self.q_proj(hidden).view(by_head)
@@ -100,6 +107,7 @@ class _Attention(nn.Module):
         kvlink.append_kv(k, v, pool, self.index, batch.slots)
         if on_layer is not None:
             on_layer(self.index)
+        ready, ready_timeout = (None, 0.0) if awaited is None else awaited(self.index)
         out = kvlink.paged_attention(
             q,
             pool,
@@ -108,6 +116,8 @@ class _Attention(nn.Module):
             batch.seq_lens,
             q_indptr=batch.q_indptr,
             window=self.window,
+            ready=ready,
+            ready_timeout=ready_timeout,
         )
         return self.o_proj(out.view(hidden.shape[0], -1))  # type: ignore[no-any-return]
 

@@ -14,6 +14,7 @@ from kvlink.serving.config import ModelConfig
 
 LAYOUTS = ("nhd", "hnd", "packed")
 KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "fp8_e4m3", "fp8_e5m2", "int8")
+PATHS = ("auto", "host_shm", "ucx")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -56,6 +57,8 @@ class Options:
     max_batch_tokens: int = 1024  # prompt tokens in one prefill step
     ignore_eos: bool = False
     grant_ttl_s: float = 60.0
+    prefill_ranks: int = 1
+    path: str | None = None  # None: the fastest that there is
 
     def to_message(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -75,24 +78,28 @@ class Options:
         """Page counts filled in where they are 0.
 
         `num_tokens` gives per request what prefill and decode must hold. A pool gets room for the
-        `max_num_seqs` longest of them, at most a quarter of the memory that is available.
+        `max_num_seqs` longest of them, at most a quarter of the memory that is available (all
+        ranks of prefill together).
         """
         prefill, decode = (
-            self._sized(side, config, [tokens[which] for tokens in num_tokens])
-            for which, side in enumerate((self.prefill, self.decode))
+            self._sized(side, config, [tokens[which] for tokens in num_tokens], num_pools)
+            for which, (side, num_pools) in enumerate(
+                ((self.prefill, self.prefill_ranks), (self.decode, 1))
+            )
         )
         return replace(self, prefill=prefill, decode=decode)
 
     def _sized(
-        self, side: SideOptions, config: ModelConfig, num_tokens: Sequence[int]
+        self, side: SideOptions, config: ModelConfig, num_tokens: Sequence[int], num_pools: int
     ) -> SideOptions:
         layout = side.kv_layout(config, self.model_dtype(config))
         num_pages = side.num_pages
         if num_pages == 0:
             longest = sorted(map(side.pages_for, num_tokens), reverse=True)[: self.max_num_seqs]
             page_bytes = config.num_layers * layout.layer_bytes(1)
-            num_pages = max(1, min(sum(longest), available_memory() // 4 // page_bytes))
-        need = pool_bytes(layout, config.num_layers, num_pages)
+            room = available_memory() // 4 // num_pools // page_bytes
+            num_pages = max(1, min(sum(longest), room))
+        need = num_pools * pool_bytes(layout, config.num_layers, num_pages)
         if need > available_memory():
             raise InvalidArgument(
                 f"num_pages: {num_pages} pages take {need >> 20} MiB; "
@@ -113,7 +120,8 @@ def available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def split_threads(num_threads: int) -> tuple[int, int]:
-    """Threads of prefill and of decode; at least one each. 0: all CPUs this process may use."""
+def split_threads(num_threads: int, prefill_ranks: int = 1) -> tuple[int, int]:
+    """Threads of each rank of prefill and of decode; at least one each. 0: all CPUs this process
+    may use."""
     total = num_threads or len(os.sched_getaffinity(0))
-    return max(1, total - total // 2), max(1, total // 2)
+    return max(1, (total - total // 2) // prefill_ranks), max(1, total // 2)

@@ -49,18 +49,16 @@ class PrefillWorker(Worker):
         batch = Batch.of([chunk for _, chunk in step], self.allocator.page_size)
         logits = self.model(batch, self.pool, on_layer=push_layer)
         computed_ns = time.monotonic_ns()
-        self.channel.send("alive")
+        self.channel.send("alive", rank=self.rank)
         for migration, row in zip(migrations, logits, strict=True):
             migration.finish(computed_ns)
             job = migration.job
-            self.channel.send(
-                "prefilled",
-                index=job.request.index,
-                attempt=job.attempt,
-                token=sample(row, job.request.sampling, step=0),
-                at=time.monotonic(),
-                failure=migration.failure,
-            )
+            names = {"index": job.request.index, "attempt": job.attempt}
+            if self.rank == 0:
+                token = sample(row, job.request.sampling, step=0)
+                self.channel.send("prefilled", **names, token=token, at=time.monotonic())
+            if migration.failure is not None:
+                self.channel.send("not_sent", **names, failure=migration.failure)
         return migrations
 
     def collect(self, started: list[Migration]) -> None:
@@ -82,8 +80,10 @@ class PrefillWorker(Worker):
                 grant = base64.b64decode(message["grant"])
                 self.scheduler.add(PrefillJob(request, message["attempt"], grant))
             elif message["type"] == "connect":
-                self.link = self.endpoint.connect(bytes.fromhex(message["address"]))
-                self.channel.send("linked", path=str(self.link.path))
+                address = bytes.fromhex(message["address"])
+                self.link = self.endpoint.connect(address, require=self.options.path)
+                detail = str(getattr(self.link, "path_detail", ""))
+                self.channel.send("linked", path=str(self.link.path), detail=detail)
             elif message["type"] == "stop":
                 self.stopping = True
 

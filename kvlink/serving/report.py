@@ -26,10 +26,10 @@ def make_report(
     results: Sequence[Result],
     num_errors: int,
     started_at: float,
-    path: str,
+    path: tuple[str, str],
     stats: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Plain values, for JSON; times in seconds."""
+    """Plain values, for JSON; times in seconds. `path` is its name and detail."""
     prefill, decode = stats.get("prefill", {}), stats.get("decode", {})
     moving_s = prefill.get("moving_s", 0.0)
     tpots = [value for value in map(tpot_s, results) if value is not None]
@@ -40,11 +40,20 @@ def make_report(
         "ttft_s": _spread([ttft_s(result, started_at) for result in results]),
         "tpot_s": _spread(tpots),
         "migration": {
-            "path": path,
+            "path": path[0],
+            "path_detail": path[1],
             "bytes": int(prefill.get("num_bytes", 0)),
             "moving_s": moving_s,
             "hidden_share": prefill.get("hidden_s", 0.0) / moving_s if moving_s > 0 else None,
             "verified": int(decode.get("num_verified", 0)),
+        },
+        # First steps of decode that began while layers were still landing.
+        "early_decode": {
+            "requests": int(decode.get("num_early", 0)),
+            "hidden_s": decode.get("early_hidden_s", 0.0),
+            "waited_s": decode.get("early_waited_s", 0.0),
+            "late_steps": int(decode.get("num_early_late", 0)),
+            "dropped": int(decode.get("num_early_dropped", 0)),
         },
     }
 
@@ -52,13 +61,13 @@ def make_report(
 def format_report(report: Mapping[str, Any]) -> str:
     """A few readable lines."""
     migration = report["migration"]
-    hidden = migration["hidden_share"]
+    hidden, early = migration["hidden_share"], report["early_decode"]
     lines = [
         ("requests", f"{report['requests']} served, {report['errors']} refused or failed"),
         ("tokens", f"{report['tokens']} generated"),
         ("TTFT", _format_spread(report["ttft_s"])),
         ("TPOT", _format_spread(report["tpot_s"])),
-        ("migrated", f"{_format_bytes(migration['bytes'])} over {migration['path'] or 'no link'}"),
+        ("migrated", f"{_format_bytes(migration['bytes'])} over {_format_path(migration)}"),
         (
             "hidden",
             "-"
@@ -66,9 +75,19 @@ def format_report(report: Mapping[str, Any]) -> str:
             else f"{hidden:.0%} of {migration['moving_s'] * 1e3:.1f} ms of migration ran "
             "while prefill still computed",
         ),
+        (
+            "early",
+            f"{early['requests']} requests began decode before their last layer had landed: "
+            f"{early['hidden_s'] * 1e3:.1f} ms computed, {early['waited_s'] * 1e3:.1f} ms waited",
+        ),
         ("verified", f"{migration['verified']} transfers by digest"),
     ]
     return "\n".join(f"{name:<9} {text}" for name, text in lines)
+
+
+def _format_path(migration: Mapping[str, Any]) -> str:
+    path, detail = migration["path"], migration["path_detail"]
+    return f"{path} ({detail})" if detail else path or "no link"
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:

@@ -85,6 +85,9 @@ class DecodeJob:
     token_ids: list[int] = field(default_factory=list)
     first_token_at: float = 0.0
     failure: str | None = None  # why prefill could not send the KV, if it told
+    early_token: int | None = None  # computed from KV that is not verified yet
+    early_hidden_s: float = 0.0
+    early_late: bool = False  # its layers were too late for a step that others waited in
 
     @property
     def num_kv_tokens(self) -> int:
@@ -127,17 +130,28 @@ class DecodeScheduler:
         del self.arriving[job.request.index]
         self.running.append(job)
 
-    def schedule(self) -> tuple[Sequence[DecodeJob], Sequence[Chunk]]:
-        """Every running sequence, with its newest token."""
-        jobs = list(self.running)
+    def schedule(
+        self, early: Sequence[DecodeJob] = ()
+    ) -> tuple[Sequence[DecodeJob], Sequence[Chunk]]:
+        """Every running sequence and the early ones, with their newest tokens."""
+        jobs = [*self.running, *early]
         chunks = [Chunk(j.token_ids[-1:], j.num_kv_tokens, j.pages, True) for j in jobs]
         return jobs, chunks
+
+    def early(self) -> list[DecodeJob]:
+        """Jobs whose first token is known while their KV is on its way, and that may go on."""
+        return [
+            job
+            for job in self.arriving.values()
+            if job.token_ids and job.early_token is None and job.failure is None
+        ]
 
     def requeue(self, job: DecodeJob) -> None:
         """The KV of a job did not arrive: it is first to be admitted again, to other pages."""
         del self.arriving[job.request.index]
         job.token_ids.clear()
-        job.failure = None
+        job.failure = job.early_token = None
+        job.early_late = False
         self.waiting.appendleft(job)
 
     def end(self, job: DecodeJob) -> None:

@@ -31,9 +31,11 @@ class Worker:
         from kvlink.pages import PageAllocator
         from kvlink.serving.checkpoint import eos_ids, load_model
         from kvlink.serving.config import ModelConfig
+        from kvlink.serving.ranks import head_view, shard_of
         from kvlink.transfer import Endpoint
 
         self.channel = channel
+        self.rank: int = setup["rank"]
         self.options = options = Options.from_message(setup["options"])
         side = options.prefill if role == "prefill" else options.decode
         torch.set_num_threads(side.num_threads)
@@ -57,10 +59,10 @@ class Worker:
             num_slots=2 * options.max_num_seqs,
             num_page_entries=4 * side.num_pages,
         )
+        num_ranks = options.prefill_ranks if role == "prefill" else 1
+        shard = shard_of(config, self.rank, num_ranks)
         self.endpoint.register(
-            self.pool,
-            kvlink.Shard(layers=range(config.num_layers), kv_heads=range(config.num_kv_heads)),
-            generations=self.allocator.generations,
+            head_view(self.pool, shard.kv_heads), shard, generations=self.allocator.generations
         )
         self.stopping = False
 

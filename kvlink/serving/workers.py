@@ -22,10 +22,12 @@ class WorkerFailed(KVLinkError):
 
 
 class WorkerProcess:
-    """Started on construction. `connection` is the router's end of its channel."""
+    """Started on construction. `connection` is the router's end of its channel; `name` tells
+    several of one role apart."""
 
-    def __init__(self, role: str, num_threads: int) -> None:
+    def __init__(self, role: str, num_threads: int, name: str = "") -> None:
         self.role = role
+        self.name = name or role
         ours, theirs = socket.socketpair()
         with theirs:
             args = f"{role!r}, {theirs.fileno()}, {os.getpid()}"
@@ -64,7 +66,7 @@ class WorkerProcess:
         except (EOFError, OSError):
             raise self._gone() from None
         if message["type"] == "failed":
-            raise WorkerFailed(f"{self.role} worker (pid {self.pid}) failed: {message['error']}")
+            raise WorkerFailed(f"{self.name} worker (pid {self.pid}) failed: {message['error']}")
         return message
 
     def end(self, grace: float = 0.0) -> None:
@@ -84,7 +86,7 @@ class WorkerProcess:
         else:
             ended = f"exited with status {status}"
             how = ended if status >= 0 else f"was killed by {_name(-status)}"
-        return WorkerFailed(f"{self.role} worker (pid {self.pid}) {how}")
+        return WorkerFailed(f"{self.name} worker (pid {self.pid}) {how}")
 
 
 def _name(number: int) -> str:
