@@ -28,8 +28,8 @@ _SHARED_S = 0.05  # while others wait for their next token
 class DecodeWorker(Worker):
     """Owns a request from admission to its last token; grants nothing while it is full."""
 
-    def __init__(self, role: str, setup: Message, channel: Channel) -> None:
-        super().__init__(role, setup, channel)
+    def __init__(self, role: str, rank: int, setup: Message, channel: Channel) -> None:
+        super().__init__(role, rank, setup, channel)
         self.scheduler = DecodeScheduler(self.allocator, self.options.max_num_seqs)
         self.totals: dict[str, float] = defaultdict(int)
         self.progress_at = 0.0  # time.monotonic()

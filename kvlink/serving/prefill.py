@@ -21,8 +21,8 @@ Step = list[tuple[PrefillJob, Chunk]]
 class PrefillWorker(Worker):
     """Sees only requests that decode has granted pages to; that is the backpressure."""
 
-    def __init__(self, role: str, setup: Message, channel: Channel) -> None:
-        super().__init__(role, setup, channel)
+    def __init__(self, role: str, rank: int, setup: Message, channel: Channel) -> None:
+        super().__init__(role, rank, setup, channel)
         self.scheduler = PrefillScheduler(
             self.allocator, self.options.max_batch_tokens, self.options.max_num_seqs
         )

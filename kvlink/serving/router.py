@@ -104,9 +104,9 @@ class Router:
             worker.end(grace=_STOP_S)
 
     def _start(self, role: str, name: str, rank: int, num_threads: int, secret: str) -> None:
-        worker = WorkerProcess(role, num_threads, name)
+        worker = WorkerProcess(role, num_threads, rank, name)
         self._workers.append(worker)
-        worker.send("setup", options=self.options.to_message(), secret=secret, rank=rank)
+        worker.send("setup", options=self.options.to_message(), secret=secret)
 
     def _one_from_each(
         self, timeout: float, workers: Sequence[WorkerProcess] = (), wanted: str = ""

@@ -23,7 +23,7 @@ BUSY_S = 0.0005  # between two looks at transfers that are under way
 class Worker:
     """Model, pool, pages and endpoint of one side. Built from the router's first message."""
 
-    def __init__(self, role: str, setup: Message, channel: Channel) -> None:
+    def __init__(self, role: str, rank: int, setup: Message, channel: Channel) -> None:
         import torch
 
         import kvlink
@@ -35,7 +35,7 @@ class Worker:
         from kvlink.transfer import Endpoint
 
         self.channel = channel
-        self.rank: int = setup["rank"]
+        self.rank = rank  # 0, but for several ranks of prefill
         self.options = options = Options.from_message(setup["options"])
         side = options.prefill if role == "prefill" else options.decode
         torch.set_num_threads(side.num_threads)
@@ -75,7 +75,7 @@ class Worker:
         return {}
 
 
-def main(role: str, fd: int, parent: int) -> None:
+def main(role: str, fd: int, parent: int, rank: int) -> None:
     """Runs a worker over the socket `fd` until the router stops it or goes away."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
@@ -83,7 +83,7 @@ def main(role: str, fd: int, parent: int) -> None:
     channel = Channel(Connection(fd), on_close=lambda: os._exit(_FAILED_STATUS))
     try:
         (setup,) = channel.take(timeout=60.0)
-        worker = _make(role, setup, channel)
+        worker = _make(role, rank, setup, channel)
         channel.send("ready", address=worker.endpoint.address.hex())
         worker.serve()
         channel.send("stats", **worker.stats())
@@ -98,11 +98,11 @@ def main(role: str, fd: int, parent: int) -> None:
         os._exit(_FAILED_STATUS)
 
 
-def _make(role: str, setup: Message, channel: Channel) -> Worker:
+def _make(role: str, rank: int, setup: Message, channel: Channel) -> Worker:
     if role == "prefill":
         from kvlink.serving.prefill import PrefillWorker
 
-        return PrefillWorker(role, setup, channel)
+        return PrefillWorker(role, rank, setup, channel)
     from kvlink.serving.decode import DecodeWorker
 
-    return DecodeWorker(role, setup, channel)
+    return DecodeWorker(role, rank, setup, channel)

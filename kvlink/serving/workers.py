@@ -25,12 +25,12 @@ class WorkerProcess:
     """Started on construction. `connection` is the router's end of its channel; `name` tells
     several of one role apart."""
 
-    def __init__(self, role: str, num_threads: int, name: str = "") -> None:
+    def __init__(self, role: str, num_threads: int, rank: int = 0, name: str = "") -> None:
         self.role = role
         self.name = name or role
         ours, theirs = socket.socketpair()
         with theirs:
-            args = f"{role!r}, {theirs.fileno()}, {os.getpid()}"
+            args = f"{role!r}, {theirs.fileno()}, {os.getpid()}, {rank}"
             # A session of its own: Ctrl-C goes to the router alone, which then ends its workers.
             # Standard output belongs to the results.
             self.process = subprocess.Popen(

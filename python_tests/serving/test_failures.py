@@ -5,66 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command import command, generate
-from tiny import CONTEXT, to_jsonl
+from command import generate
+from running import LINES, SECONDS, Running, alive, jsonl, wait_until_gone
+from tiny import CONTEXT
 
 pytestmark = pytest.mark.two_process
-SECONDS = 20.0  # bound of every wait here; far above what anything takes
-
-
-def jsonl(count: int, max_new_tokens: int) -> bytes:
-    return to_jsonl(
-        [{"prompt_token_ids": [i], "max_new_tokens": max_new_tokens} for i in range(count)]
-    )
-
-
-LINES = jsonl(200, CONTEXT)
-
-
-class Running:
-    """A command that is generating, and its two workers."""
-
-    def __init__(self, model: Path, *options: str, lines: bytes = LINES) -> None:
-        self.process = subprocess.Popen(
-            command(model, "--ignore-eos", "--max-num-seqs=2", *options),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            # What a shell runs in the background ignores SIGINT, and so would the command.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        assert self.process.stdin is not None
-        self.process.stdin.write(lines)
-        self.process.stdin.close()
-        self.process.stdin = None
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline()  # a first request has ended: both are at work
-        self.workers = {role: self._find(role) for role in ("prefill", "decode")}
-
-    def _find(self, role: str) -> int:
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit():
-                continue
-            try:
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                arguments = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if parent == self.process.pid and f"main({role!r}".encode() in arguments:
-                return int(entry.name)
-        raise AssertionError(f"no {role} worker")
-
-    def finish(self) -> tuple[int, str]:
-        """Exit status and standard error of the command."""
-        _, errors = self.process.communicate(timeout=SECONDS)
-        return self.process.returncode, errors.decode()
 
 
 @pytest.fixture
@@ -75,21 +26,6 @@ def running(checkpoint: Callable[[str], tuple[Any, Path]]) -> Iterator[Running]:
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
     run.process.communicate(timeout=SECONDS)
-
-
-def alive(pid: int) -> bool:
-    """The process exists and has not ended (a zombie has)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def wait_until_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while any(map(alive, pids)):
-        assert time.monotonic() < deadline, "a worker is left behind"
-        time.sleep(0.01)
 
 
 def shared_memory() -> set[str]:

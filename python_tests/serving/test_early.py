@@ -1,0 +1,279 @@
+"""Decode begins while layers are landing: same tokens, and none before the KV is verified."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from alone import Alone
+
+from kvlink.serving.batch import Batch, Chunk
+from kvlink.serving.decode import DecodeWorker
+from kvlink.serving.early import EarlyStep
+from kvlink.serving.options import Options, SideOptions
+from kvlink.serving.request import Request
+from kvlink.serving.sampling import Sampling
+from kvlink.transfer import Endpoint
+
+SECRET = bytes(range(32))
+PROMPT = list(range(10, 50))
+OTHER = list(range(90, 103))
+
+
+class Wire:
+    """A channel whose router is the test."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict[str, Any]] = []
+        self.inbox: list[dict[str, Any]] = []
+
+    def send(self, kind: str, **fields: Any) -> None:
+        self.sent.append(json.loads(json.dumps({"type": kind, **fields})))
+
+    def take(self, timeout: float) -> list[dict[str, Any]]:
+        taken, self.inbox = self.inbox, []
+        return taken
+
+
+class Serving:
+    """A decode worker in this process, one call at a time, and the prefill side of its grants."""
+
+    def __init__(self, path: Path) -> None:
+        side = SideOptions(page_size=16, num_pages=64)
+        options = Options(str(path), dtype="float32", prefill=side, decode=side)
+        self.wire: Any = Wire()
+        setup = {"options": options.to_message(), "secret": SECRET.hex()}
+        self.worker = DecodeWorker("decode", 0, setup, self.wire)
+        self.alone = Alone(path, side)
+        self.endpoint = Endpoint("prefill", secret=SECRET)
+        self.endpoint.register(self.alone.pool)
+        self.link = self.endpoint.connect(self.worker.endpoint.address)
+        self.num_layers = self.alone.config.num_layers
+        self.pages = np.arange(self.alone.pool.num_pages, dtype=np.int32)
+
+    def close(self) -> None:
+        self.endpoint.close()
+        self.worker.endpoint.close()
+
+    def deliver(self, kind: str, **fields: Any) -> None:
+        self.wire.inbox.append({"type": kind, **fields})
+        self.worker.receive(0.0)
+
+    def admit(self, index: int, prompt: list[int], num_tokens: int = 6) -> None:
+        request = Request(index, prompt, num_tokens, Sampling())
+        self.deliver("admit", request=request.to_message())
+
+    def granted(self) -> dict[str, Any]:
+        """The newest grant that was sent."""
+        self.worker.grant()
+        return [message for message in self.wire.sent if message["type"] == "granted"][-1]
+
+    def prefill(self, grant: dict[str, Any], prompt: list[int]) -> Any:
+        """Computes the KV and tells the first token; the transfer is begun, nothing pushed."""
+        transfer = self.link.begin(
+            self.pages[: -(-len(prompt) // 16)], base64.b64decode(grant["grant"])
+        )
+        batch = Batch.of([Chunk(prompt, 0, self.pages, True)], 16)
+        token = int(self.alone.model(batch, self.alone.pool)[0].argmax())
+        names = {"index": grant["index"], "attempt": grant["attempt"]}
+        self.deliver("prefilled", **names, token=token, at=0.0)
+        return transfer
+
+    def push_all(self, transfer: Any) -> None:
+        for layer in range(self.num_layers):
+            transfer.push_layer(layer)
+        transfer.finish()
+        transfer.wait_source_reusable(10)
+
+    def start(self, index: int, prompt: list[int]) -> None:
+        """A request that is decoding."""
+        self.admit(index, prompt)
+        self.push_all(self.prefill(self.granted(), prompt))
+        self.worker.collect_arrivals()
+        assert index in [job.request.index for job in self.worker.scheduler.running]
+
+    def finish(self) -> dict[int, list[int]]:
+        """Decodes to the end; the tokens of each request."""
+        while self.worker.scheduler.running or self.worker.scheduler.arriving:
+            self.worker.collect_arrivals()
+            self.worker.run()
+        ended = [message for message in self.wire.sent if message["type"] == "finished"]
+        return {message["index"]: message["token_ids"] for message in ended}
+
+    def expected(self, prompt: list[int]) -> list[int]:
+        return self.alone.generate({"prompt_token_ids": prompt, "max_new_tokens": 6})
+
+
+@pytest.fixture
+def serving(checkpoint: Callable[[str], tuple[Any, Path]]) -> Iterator[Serving]:
+    serving = Serving(checkpoint("llama3")[1])
+    yield serving
+    serving.close()
+
+
+def at_layer(
+    monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]
+) -> list[tuple[int, list[bool]]]:
+    """Calls `act(layer)` as the early step comes to that layer; lists what had landed by then."""
+    seen: list[tuple[int, list[bool]]] = []
+    awaited = EarlyStep.awaited
+
+    def acting(self: EarlyStep, layer: int) -> Any:
+        items, timeout = awaited(self, layer)
+        seen.append((layer, [item.ready for item in items]))
+        act(layer)
+        return items, timeout
+
+    monkeypatch.setattr(EarlyStep, "awaited", acting)
+    return seen
+
+
+def test_layers_land_as_the_step_comes_to_them(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving.admit(0, PROMPT)
+    transfer = serving.prefill(serving.granted(), PROMPT)
+    seen = at_layer(monkeypatch, transfer.push_layer)
+    serving.worker.collect_arrivals()
+    serving.worker.run()
+    assert seen == [(layer, [False]) for layer in range(serving.num_layers)]
+    (job,) = serving.worker.scheduler.arriving.values()
+    # The second token is there, and nobody was told: nothing has been verified yet.
+    expected = serving.expected(PROMPT)
+    assert (job.token_ids, job.early_token) == (expected[:1], expected[1])
+    serving.worker.run()
+    assert len(seen) == serving.num_layers
+    assert not serving.worker.totals["num_early"]
+    transfer.finish()
+    assert serving.finish() == {0: expected}
+    stats = serving.worker.stats()
+    assert (stats["num_early"], stats["num_verified"]) == (1, 1)
+    assert stats["early_waited_s"] > 0
+    assert stats["early_hidden_s"] > 0
+
+
+def test_a_byte_that_changes_after_the_step(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token computed early is dropped, the request retried; others in the batch go on."""
+    serving.start(1, OTHER)
+    serving.admit(0, PROMPT)
+    transfer = serving.prefill(serving.granted(), PROMPT)
+    seen = at_layer(monkeypatch, transfer.push_layer)
+    serving.worker.run()
+    assert len(seen) == serving.num_layers
+    job = serving.worker.scheduler.arriving[0]
+    assert job.early_token is not None
+    torch.utils.dlpack.from_dlpack(serving.worker.pool.k(2))[int(job.pages[1]), 3] += 1
+    transfer.finish()
+    serving.worker.collect_arrivals()
+    assert serving.worker.totals["num_early_dropped"] == 1
+    assert not serving.worker.scheduler.arriving
+    assert (job.token_ids, job.early_token) == ([], None)
+    grant = serving.granted()
+    assert (grant["index"], grant["attempt"]) == (0, 2)
+    serving.push_all(serving.prefill(grant, PROMPT))
+    assert serving.finish() == {0: serving.expected(PROMPT), 1: serving.expected(OTHER)}
+    assert serving.worker.allocator.num_free == 64
+
+
+@pytest.mark.parametrize("ends", ["cancel", "revoke"])
+def test_a_grant_that_ends_within_the_step(
+    ends: str, serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving.start(1, OTHER)
+    serving.admit(0, PROMPT)
+    transfer = serving.prefill(serving.granted(), PROMPT)
+    job = serving.worker.scheduler.arriving[0]
+
+    def act(layer: int) -> None:
+        if layer < 2:
+            transfer.push_layer(layer)
+        elif ends == "cancel":
+            transfer.cancel()
+        else:
+            job.grant.revoke()
+
+    seen = at_layer(monkeypatch, act)
+    (other,) = serving.worker.scheduler.running
+    before = list(other.token_ids)
+    serving.worker.run()
+    assert len(seen) == 3
+    assert other.token_ids == before
+    serving.worker.collect_arrivals()
+    monkeypatch.undo()
+    serving.push_all(serving.prefill(serving.granted(), PROMPT))
+    assert serving.finish() == {0: serving.expected(PROMPT), 1: serving.expected(OTHER)}
+
+
+def test_a_late_layer_holds_others_up_once(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvlink.serving.decode._SHARED_S", 0.005)
+    serving.start(1, OTHER)
+    serving.admit(0, PROMPT)
+    transfer = serving.prefill(serving.granted(), PROMPT)
+    transfer.push_layer(0)
+    (other,) = serving.worker.scheduler.running
+    lengths = []
+    for _ in range(3):
+        serving.worker.collect_arrivals()
+        serving.worker.run()
+        lengths.append(len(other.token_ids))
+    assert lengths == [1, 2, 3]
+    assert serving.worker.totals["num_early_late"] == 1
+    assert serving.worker.scheduler.arriving[0].early_token is None
+    for layer in range(1, serving.num_layers):
+        transfer.push_layer(layer)
+    transfer.finish()
+    assert serving.finish() == {0: serving.expected(PROMPT), 1: serving.expected(OTHER)}
+
+
+def test_alone_it_waits_again(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvlink.serving.decode._ALONE_S", 0.005)
+    serving.admit(0, PROMPT)
+    transfer = serving.prefill(serving.granted(), PROMPT)
+    for _ in range(2):
+        serving.worker.collect_arrivals()
+        serving.worker.run()
+    assert serving.worker.totals["num_early_late"] == 2
+    at_layer(monkeypatch, transfer.push_layer)
+    monkeypatch.setattr("kvlink.serving.decode._ALONE_S", 10.0)
+    serving.worker.run()
+    transfer.finish()
+    assert serving.finish() == {0: serving.expected(PROMPT)}
+    assert serving.worker.totals["num_early"] == 1
+
+
+def test_two_begin_early_together(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    transfers = []
+    for index, prompt in enumerate((PROMPT, OTHER)):
+        serving.admit(index, prompt)
+        transfers.append(serving.prefill(serving.granted(), prompt))
+        if index == 0:
+            # One pool serves both prompts here: the first has to have left it.
+            serving.push_all(transfers[0])
+    seen = at_layer(monkeypatch, transfers[1].push_layer)
+    serving.worker.run()
+    assert seen == [(layer, [True, False]) for layer in range(serving.num_layers)]
+    transfers[1].finish()
+    assert serving.finish() == {0: serving.expected(PROMPT), 1: serving.expected(OTHER)}
+    assert serving.worker.totals["num_early"] == 2
+
+
+def test_a_request_of_one_token_does_not_begin_early(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving.admit(0, PROMPT, num_tokens=1)
+    transfer = serving.prefill(serving.granted(), PROMPT)
+    seen = at_layer(monkeypatch, transfer.push_layer)
+    serving.worker.run()
+    assert seen == []
+    serving.push_all(transfer)
+    assert serving.finish() == {0: serving.expected(PROMPT)[:1]}
