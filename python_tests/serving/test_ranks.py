@@ -75,12 +75,18 @@ def test_tokens_are_those_of_a_single_process(
 @pytest.mark.two_process
 @pytest.mark.parametrize(
     ("family", "num_ranks", "kv_dtype"),
-    [("llama2", 3, "float32"), ("llama2", 4, "int8"), ("mistral", 2, "bfloat16")],
+    [
+        ("llama2", 3, "float32"),
+        ("llama2", 4, "int8"),
+        ("mistral", 2, "bfloat16"),
+        ("llama_linear_tied", 2, "float32"),
+        ("qwen3", 3, "float32"),
+    ],
 )
 def test_heads_are_cut_among_ranks(
     family: str, num_ranks: int, kv_dtype: str, checkpoint: Checkpoints
 ) -> None:
-    """Also unevenly, and converted or with scales on the way."""
+    """Also unevenly, among more ranks than heads, and converted or with scales on the way."""
     _, model = checkpoint(family)
     lines = mixed_lines()[:8]
     options = ["--dtype=float32", "--prefill-layout=packed", "--prefill-kv-dtype=" + kv_dtype]
