@@ -28,9 +28,9 @@ build: $(STAMP)
 $(STAMP): constraints.txt pyproject.toml
 	@echo "making $(VENV) (only the first time, and when the dependencies change)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install -qq --constraint constraints.txt setuptools wheel pybind11
+	@$(PIP) install -qq --constraint constraints.txt setuptools wheel pybind11 libucx-cu13
 	@$(PIP) install -qq --constraint constraints.txt --no-build-isolation \
-		--editable '.[serving,test,bench]'
+		--editable '.[serving,test,bench,ucx]'
 	@touch $@
 
 demo: build

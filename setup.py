@@ -3,6 +3,8 @@ found, kvlink._cuda. Environment:
 
 KVLINK_CUDA         auto (default: built if nvcc is found), 1 (demanded), 0 (left out)
 KVLINK_CUDA_ARCHS   for example "90a" or "80;90a;100" (default)
+KVLINK_UCX_HOME     where include/ucp/api/ucp.h is (default: the libucx package of the Python that
+                    builds, then /usr); without it the ucx path is left out. 0: leave it out
 KVLINK_SANITIZE     for example "address,undefined": a build for tests, not for use
 CXX, CXXFLAGS       the compiler (default: c++), and flags that come after ours
 MAX_JOBS            compilers run at once (default: the CPUs)
@@ -10,6 +12,7 @@ MAX_JOBS            compilers run at once (default: the CPUs)
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shlex
@@ -45,9 +48,28 @@ SANITIZE_FLAGS = (
 )
 
 
+def find_ucx_headers() -> Path | None:
+    """The include folder of UCX: its functions are found at run time, its types are needed here."""
+    wanted = os.environ.get("KVLINK_UCX_HOME", "")
+    if wanted == "0":
+        return None
+    homes = [Path(wanted)] if wanted else [Path("/usr/local"), Path("/usr")]
+    package = None if wanted else importlib.util.find_spec("libucx")
+    if package is not None and package.submodule_search_locations:
+        homes.insert(0, Path(package.submodule_search_locations[0]))
+    for home in homes:
+        if (home / "include" / "ucp" / "api" / "ucp.h").exists():
+            return home / "include"
+    if wanted:
+        raise SystemExit(f"KVLINK_UCX_HOME={wanted}: there is no include/ucp/api/ucp.h")
+    return None
+
+
 def cpu_sources() -> list[Path]:
     folders = ("base", "layout", "cpu", "transport")
     sources = [path for name in folders for path in (CSRC / "kvlink" / name).rglob("*.cpp")]
+    if find_ucx_headers() is None:
+        sources = [path for path in sources if path.parent.name != "ucx"]
     bindings = [path for path in (CSRC / "bindings").glob("*.cpp") if path.stem != "cuda_module"]
     return sorted(sources + bindings)
 
@@ -139,6 +161,8 @@ class BuildExtensions(build_ext):
 
     def cpu_compiles(self) -> list[tuple[Path, Path, list[str]]]:
         levels = ",".join(SIMD_LEVELS)
+        headers = find_ucx_headers()
+        ucx = [f"-isystem{headers}", "-DKVLINK_HAVE_UCX"] if headers else []
         compiles = []
         for source in cpu_sources():
             variants = SIMD_LEVELS if source.stem.endswith("_simd") else {"": []}
@@ -147,6 +171,7 @@ class BuildExtensions(build_ext):
                 defines = [f"-DKVLINK_SIMD_LEVEL={level}"] if level else []
                 command = [
                     *(*self.cxx(), *self.cxx_flags(), *flags, *defines),
+                    *(ucx if "ucx" in str(source) else []),
                     *(f'-DKVLINK_SIMD_LEVELS="{levels}"', "-c", str(source), "-o", str(target)),
                 ]
                 compiles.append((source, target, command))

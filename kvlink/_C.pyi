@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 MAX_LINKS: int
 MAX_STORED_LAYERS: int
+UCX_BUILT: bool
 
 class ArrayView:
     """Memory of a pool, exported through DLPack."""
@@ -231,6 +232,63 @@ class TransferStatus:
     def value(self) -> int: ...
     __members__: ClassVar[dict[str, TransferStatus]]
 
+class UcxFault:
+    """What a fault test does to messages on their way."""
+
+    DELAY: ClassVar[UcxFault]
+    DROP: ClassVar[UcxFault]
+    DUPLICATE: ClassVar[UcxFault]
+    FLIP_BIT: ClassVar[UcxFault]
+    def __index__(self, /) -> int: ...
+    def __init__(self, value: int) -> None: ...
+    def __int__(self, /) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+    __members__: ClassVar[dict[str, UcxFault]]
+
+class UcxHub:
+    """An endpoint's UCX context and its threads."""
+
+    def __init__(self, control: Control) -> None: ...
+    def close(self) -> None: ...
+    @property
+    def direct_bytes(self) -> int:
+        """Runs from this length on are put and got, where bytes are the same on both sides."""
+    @direct_bytes.setter
+    def direct_bytes(self, value: int) -> None: ...
+    def open_link(self, bit: int) -> UcxLink: ...
+
+class UcxLink:
+    """One session with a peer over UCX."""
+
+    def begin(
+        self,
+        kind: SlotKind,
+        key: SlotKey,
+        parts: Sequence[Sequence[int]],
+        heads: Sequence[int],
+        own: PoolView,
+        own_pages: Any,
+        peer_layout: bytes,
+        peer_layers: int,
+        peer_pages: int,
+        num_tokens: int,
+        generations: Any | None,
+        deadline_ns: int,
+    ) -> Any:
+        """A PostedTransfer, or the TransferStatus that tells why there is none."""
+    def close(self, status: TransferStatus) -> None: ...
+    def connect(self, description: bytes) -> None: ...
+    def describe(self) -> bytes: ...
+    def failed(self) -> str: ...
+    def inject(self, fault: UcxFault, count: int) -> None:
+        """The next `count` messages that this side sends; FLIP_BIT waits for those with KV."""
+    @property
+    def num_dropped(self) -> int: ...
+    def transports(self) -> list[str]: ...
+
 def append_kv(k: Any, v: Any, pool: PoolView, layer: int, slots: Any) -> None: ...
 
 def convert(src: Any, src_dtype: str | bytes, dst: Any, dst_dtype: str | bytes) -> None:
@@ -323,6 +381,12 @@ def tensor_info(
     name: str | bytes,
 ) -> tuple[int, list[int], list[int], str, tuple[int, int], bool]:
     """(address, shape, strides in elements, dtype name, (device type, device id), read_only)."""
+
+def ucx_load(candidates: Sequence[str]) -> tuple[str, str]:
+    """Loads the first UCX library that can be; its path and version. Raises Unsupported."""
+
+def ucx_transports() -> list[str]:
+    """What a context of the loaded library sees here, for example "tcp/eth0"."""
 
 def wait_ready(ready: Sequence[Readiness], timeout: float) -> None:
     """Until all are ready. Raises NotReady, NeverReady."""

@@ -153,7 +153,7 @@ def _paths() -> dict[str, Any]:
     return {
         "host_shm": _guarded(_host_shm),
         "cuda_ipc": {"available": False, "why": "this version of kvlink has no such path"},
-        "ucx": {"available": False, "why": "this version of kvlink has no such path"},
+        "ucx": _guarded(_ucx),
         "nccl": {"available": False, "why": "this version of kvlink has no such path"},
     }
 
@@ -171,6 +171,10 @@ def _host_shm() -> dict[str, Any]:
     if importlib.util.find_spec("kvlink.transfer") is None:
         return {"available": False, "why": "kvlink.transfer is missing from this installation"}
     return {"available": True, "why": "memfd and abstract UNIX sockets work"}
+
+
+def _ucx() -> dict[str, Any]:
+    return dict(importlib.import_module("kvlink.transfer.paths.ucx").report())
 
 
 def _try_segment() -> None:

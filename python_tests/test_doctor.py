@@ -75,7 +75,7 @@ def test_text_has_every_section() -> None:
     assert [line for line in lines if not line.startswith(" ")] == SECTIONS
     text = "\n".join(lines)
     assert "host_shm  available: " in text
-    assert "ucx       not available: " in text
+    assert "nccl      not available: " in text
 
 
 def test_a_probe_that_fails_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

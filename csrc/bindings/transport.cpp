@@ -255,6 +255,7 @@ void register_transport(py::module_& module) {
   register_control(module);
   register_transfer(module);
   register_transport_host_shm(module);
+  register_transport_ucx(module);
 }
 
 }  // namespace kvlink::bindings

@@ -1,0 +1,456 @@
+#include "kvlink/transport/ucx/link.hpp"
+
+#include <sys/random.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <system_error>
+#include <utility>
+
+#include "kvlink/base/check.hpp"
+#include "kvlink/layout/rows.hpp"
+#include "kvlink/transport/ucx/terms.hpp"
+#include "kvlink/transport/ucx/transfer.hpp"
+
+namespace kvlink::transport::ucx {
+
+namespace {
+
+constexpr char kMagic[4] = {'K', 'V', 'U', 'X'};
+constexpr int64_t kCloseGraceNs = 20'000'000;
+constexpr int64_t kDelayNs = 50'000'000;  // of a message that a fault test delays
+
+std::array<uint64_t, 2> random_session() {
+  std::array<uint64_t, 2> session;
+  if (getrandom(session.data(), sizeof session, 0) != ssize_t{sizeof session}) {
+    throw std::system_error(errno, std::generic_category(), "getrandom");
+  }
+  return session;
+}
+
+}  // namespace
+
+// A begin that waits for its answer.
+struct Link::Beginning {
+  bool answered = false;
+  Status status = Status::kPending;
+  Status outcome = Status::kPending;  // when the slot ended meanwhile
+  Header reply;
+  Terms terms;
+};
+
+// --- hub -----------------------------------------------------------------------------------------
+
+std::shared_ptr<Hub> Hub::create(std::shared_ptr<Control> control, const Executor& executor) {
+  auto hub = std::make_shared<Hub>(std::move(control), executor, Engine::create());
+  hub->control->set_on_closed([weak = hub->weak_from_this()](SlotKey key, Status status) {
+    if (const auto alive = weak.lock()) alive->on_closed(key, status);
+  });
+  return hub;
+}
+
+Hub::~Hub() { close(); }
+
+void Hub::close() {
+  control->set_on_closed({});
+  std::vector<std::shared_ptr<Link>> links;
+  {
+    std::lock_guard lock(mutex_);
+    for (const auto& held : links_) {
+      if (auto link = held.lock()) links.push_back(std::move(link));
+    }
+  }
+  for (const auto& link : links) link->close(Status::kCancelled);
+  mover.stop();
+  {
+    std::lock_guard lock(mutex_);
+    mapped_.clear();
+  }
+  engine->stop();
+}
+
+void Hub::add(const std::shared_ptr<Link>& link) {
+  std::lock_guard lock(mutex_);
+  std::erase_if(links_, [](const auto& held) { return held.expired(); });
+  links_.push_back(link);
+}
+
+void Hub::on_closed(SlotKey key, Status status) {
+  std::vector<std::shared_ptr<Link>> links;
+  {
+    std::lock_guard lock(mutex_);
+    for (const auto& held : links_) {
+      if (auto link = held.lock()) links.push_back(std::move(link));
+    }
+  }
+  for (const auto& link : links) link->on_closed(key, status);
+}
+
+std::vector<std::shared_ptr<Mapping>> Hub::map_layers(const OwnPages& own) {
+  // Extents of all planes, those that touch each other as one.
+  std::vector<std::pair<uint64_t, uint64_t>> extents;
+  std::vector<const void*> name;
+  for (const LayerView& layer : own.layers) {
+    for (int plane = 0; plane < num_planes(layer.layout); ++plane) {
+      const Plane& at = plane == 0 ? layer.layout.k : layer.layout.v;
+      const int64_t last =
+          at.element(layer.num_pages - 1, layer.layout.page_size - 1, layer.layout.num_kv_heads - 1,
+                     row_dims(layer.layout, plane) - 1);
+      const void* base = plane == 0 ? layer.k : layer.v;
+      const auto first = reinterpret_cast<uint64_t>(base);
+      extents.emplace_back(
+          first, first + static_cast<uint64_t>(last + 1) * dtype_bytes(layer.layout.dtype));
+      name.push_back(base);
+    }
+  }
+  std::lock_guard lock(mutex_);
+  if (const auto found = mapped_.find(name); found != mapped_.end()) return found->second.blocks;
+  std::sort(extents.begin(), extents.end());
+  std::vector<std::shared_ptr<Mapping>> blocks;
+  for (size_t i = 0; i < extents.size();) {
+    auto [first, last] = extents[i++];
+    while (i < extents.size() && extents[i].first <= last + 4096) {
+      last = std::max(last, extents[i++].second);
+    }
+    blocks.push_back(engine->map(reinterpret_cast<void*>(first), last - first));
+  }
+  mapped_[name] = {blocks, own.keep_alive};
+  return blocks;
+}
+
+// --- link ----------------------------------------------------------------------------------------
+
+std::shared_ptr<Link> Link::open(std::shared_ptr<Hub> hub, uint32_t bit) {
+  KVLINK_CHECK(bit < kMaxLinks, "bit: expected below ", kMaxLinks, "; got ", bit);
+  auto port = Port::open(hub->engine);
+  auto link = std::make_shared<Link>(hub, bit, port);
+  const std::weak_ptr<Link> weak = link;
+  // Ends every call into a link that is gone.
+  const auto with = [weak](auto call, auto otherwise) {
+    return [weak, call, otherwise](auto&&... arguments) {
+      const auto alive = weak.lock();
+      return alive ? call(*alive, std::forward<decltype(arguments)>(arguments)...) : otherwise;
+    };
+  };
+  port->set_handlers(
+      with([](Link& self, std::string_view header,
+              size_t size) { return self.accept(header, size); },
+           false),
+      [weak](std::string_view header, Payload payload) {
+        if (const auto alive = weak.lock()) alive->on_message(header, std::move(payload));
+      },
+      [weak](const std::string& why) {
+        if (const auto alive = weak.lock()) alive->fail(why);
+      },
+      with([](Link& self, size_t size) { return self.take_room(size); },
+           std::shared_ptr<Mapping>()));
+  link->incoming_->set_on_freed([port = std::weak_ptr<Port>(port)] {
+    if (const auto alive = port.lock()) alive->room_freed();
+  });
+  hub->add(link);
+  return link;
+}
+
+Link::Link(std::shared_ptr<Hub> hub, uint32_t bit, std::shared_ptr<Port> port)
+    : hub_(std::move(hub)),
+      port_(std::move(port)),
+      session_(random_session()),
+      outgoing_(std::make_shared<Buffers>(hub_->engine, kChunkBytes, kWindow)),
+      replies_(std::make_shared<Buffers>(hub_->engine, kChunkBytes, 4 * kWindow)),
+      incoming_(std::make_shared<Buffers>(hub_->engine, kChunkBytes, kWindow)),
+      owner_(std::make_unique<Owner>(*this, bit)) {}
+
+Link::~Link() { close(Status::kCancelled); }
+
+std::string Link::describe() const {
+  std::string bytes(kMagic, sizeof kMagic);
+  bytes.append(reinterpret_cast<const char*>(&kProtocol), 4);
+  bytes.append(reinterpret_cast<const char*>(session_.data()), sizeof session_);
+  return bytes + port_->address();
+}
+
+void Link::connect(std::string_view description) {
+  constexpr size_t kFixed = 8 + sizeof session_;
+  uint32_t protocol = 0;
+  KVLINK_CHECK(
+      description.size() > kFixed && description.substr(0, 4) == std::string_view(kMagic, 4),
+      "description: not one of a ucx link");
+  std::memcpy(&protocol, description.data() + 4, 4);
+  KVLINK_CHECK(protocol == kProtocol, "description: expected protocol ", kProtocol, "; got ",
+               protocol);
+  {
+    std::lock_guard lock(mutex_);
+    std::memcpy(peer_session_.data(), description.data() + 8, sizeof peer_session_);
+  }
+  port_->connect(std::string(description.substr(kFixed)));
+}
+
+bool Link::direct_allowed() {
+  // A process that was stopped can go on writing through these, whatever its peer has done since.
+  constexpr std::string_view kOutliving[] = {"cma", "xpmem", "knem", "cuda_ipc"};
+  for (const std::string& name : port_->transports()) {
+    for (const std::string_view kind : kOutliving) {
+      if (name.starts_with(kind)) return false;
+    }
+  }
+  return true;
+}
+
+std::shared_ptr<Mapping> Link::take_reply(size_t size) {
+  return size > kChunkBytes ? hub_->engine->map(nullptr, size) : replies_->try_take();
+}
+
+std::shared_ptr<Mapping> Link::take_room(size_t size) {
+  return size > kChunkBytes ? hub_->engine->map(nullptr, size) : incoming_->try_take();
+}
+
+// --- messages ------------------------------------------------------------------------------------
+
+bool Link::apply_fault(Header& header, Outgoing& payload) {
+  const auto take = [&](Fault fault) {
+    std::atomic<int>& left = faults_[static_cast<size_t>(fault)];
+    int seen = left.load();
+    while (seen > 0 && !left.compare_exchange_weak(seen, seen - 1)) {
+    }
+    return seen > 0;
+  };
+  if (take(Fault::kDrop)) return false;
+  if (take(Fault::kDuplicate)) {
+    Outgoing copy = payload;
+    copy.header = header.bytes();
+    port_->send(std::move(copy));
+  }
+  const bool chunk = header.type == Type::kChunk || header.type == Type::kPulled;
+  if (chunk && payload.size > 0 && take(Fault::kFlipBit)) {
+    auto bytes =
+        std::make_shared<std::string>(static_cast<const char*>(payload.data), payload.size);
+    (*bytes)[payload.size / 2] ^= 0x10;
+    payload = {.header = {},
+               .data = bytes->data(),
+               .size = bytes->size(),
+               .mapping = nullptr,
+               .keep = bytes};
+  }
+  if (take(Fault::kDelay)) {
+    std::thread([header = header.bytes(), payload, port = port_]() mutable {
+      std::this_thread::sleep_for(std::chrono::nanoseconds(kDelayNs));
+      payload.header = std::move(header);
+      port->send(std::move(payload));
+    }).detach();
+    return false;
+  }
+  return true;
+}
+
+void Link::send(Header header, Outgoing payload, Done done) {
+  {
+    std::lock_guard lock(mutex_);
+    header.session = peer_session_;
+  }
+  if (!apply_fault(header, payload)) return;
+  payload.header = header.bytes();
+  port_->send(std::move(payload), std::move(done));
+}
+
+bool Link::accept(std::string_view bytes, size_t payload_bytes) {
+  Header header;
+  if (!Header::parse(bytes, &header) || header.session != session_) {
+    ++num_dropped_;
+    return false;
+  }
+  int64_t most = owner_->max_payload(header);
+  if (header.type == Type::kBegun) most = static_cast<int64_t>(kMaxTermsBytes);
+  if (header.type == Type::kPulled) most = int64_t{1} << 30;
+  if (header.type == Type::kDone || header.type == Type::kEntered ||
+      header.type == Type::kOutcome) {
+    most = 0;
+  }
+  if (static_cast<int64_t>(payload_bytes) > most) {
+    breach(
+        concat("message ", static_cast<uint32_t>(header.type), " with ", payload_bytes, " bytes"));
+    return false;
+  }
+  return true;
+}
+
+void Link::on_message(std::string_view bytes, Payload payload) {
+  Header header;
+  if (!Header::parse(bytes, &header)) return;
+  if (owner_->max_payload(header) >= 0) return owner_->on_message(header, std::move(payload));
+  if (header.type == Type::kBegun) {
+    Terms terms;
+    const auto content = payload.bytes();
+    if (!Terms::parse({reinterpret_cast<const char*>(content.data()), content.size()}, &terms) &&
+        header.status == Status::kOk) {
+      return breach("the terms of a slot are malformed");
+    }
+    {
+      std::lock_guard lock(mutex_);
+      const auto found = beginnings_.find(header.transfer);
+      if (found == beginnings_.end() || found->second->answered) {
+        ++num_dropped_;
+        return;
+      }
+      Beginning& beginning = *found->second;
+      beginning.answered = true;
+      beginning.status = header.status;
+      beginning.reply = header;
+      beginning.terms = std::move(terms);
+    }
+    changed_.notify_all();
+    return;
+  }
+  std::shared_ptr<UcxTransfer> transfer;
+  {
+    std::lock_guard lock(mutex_);
+    const auto found = transfers_.find(header.transfer);
+    if (found != transfers_.end()) transfer = found->second.lock();
+    // It may have ended while its begin was still being answered.
+    const auto begins = beginnings_.find(header.transfer);
+    if (!transfer && begins != beginnings_.end() && header.type == Type::kOutcome) {
+      begins->second->outcome = header.status;
+    }
+  }
+  if (!transfer) {
+    ++num_dropped_;
+    return;
+  }
+  if (header.type != Type::kPulled) return transfer->on_answer(header);
+  hub_->mover.submit(this, [transfer = std::move(transfer), header, payload = std::move(payload)] {
+    transfer->land(header, payload);
+  });
+}
+
+void Link::breach(const std::string& what) { fail("the peer broke the protocol: " + what); }
+
+void Link::fail(const std::string& why) {
+  {
+    std::lock_guard lock(mutex_);
+    if (failed_.empty()) failed_ = why;
+  }
+  changed_.notify_all();
+}
+
+std::string Link::failed() const {
+  std::lock_guard lock(mutex_);
+  return failed_;
+}
+
+void Link::forget(uint64_t number) {
+  std::lock_guard lock(mutex_);
+  transfers_.erase(number);
+}
+
+uint32_t Link::number_of(const RemoteBlock& block) {
+  const std::string name = concat(block.address, " ", block.size, " ") + block.key;
+  uint32_t number;
+  {
+    std::lock_guard lock(mutex_);
+    const auto [found, fresh] =
+        block_numbers_.emplace(name, static_cast<uint32_t>(block_numbers_.size()));
+    if (!fresh) return found->second;
+    number = found->second;
+  }
+  port_->add_key(number, block.key);
+  return number;
+}
+
+void Link::inject(Fault fault, int count) { faults_[static_cast<size_t>(fault)].store(count); }
+
+// --- beginning and ending ------------------------------------------------------------------------
+
+std::shared_ptr<PostedTransfer> Link::begin(TransferSpec spec, const RemotePool& peer,
+                                            int64_t deadline_ns, Status* status) {
+  const bool push = spec.kind == SlotKind::kGrant;
+  PoolLayers& theirs = push ? spec.dst : spec.src;
+  std::vector<int32_t>& their_pages = push ? spec.dst_pages : spec.src_pages;
+  theirs.layers = scale_layers(peer.layout, peer.num_layers, peer.num_pages, nullptr);
+  const int64_t size = peer.layout.page_size;
+  their_pages.assign(static_cast<size_t>((spec.num_tokens + size - 1) / size), 0);
+  check_spec(spec);
+
+  Header header;
+  header.type = Type::kBegin;
+  header.slot = spec.key.slot;
+  header.generation = spec.key.generation;
+  header.kind = spec.kind;
+  header.direct = direct_pays(spec, hub_->direct_bytes);
+  auto payload = std::make_shared<std::string>();
+  if (!push) {
+    const KVLayout& layout = spec.dst.layers.front().layout;
+    *payload = Target{.layout = layout,
+                      .num_layers = static_cast<uint32_t>(spec.dst.layers.size()),
+                      .scales = shared_scales(spec.dst.layers)}
+                   .bytes();
+  }
+  const auto beginning = std::make_shared<Beginning>();
+  {
+    std::lock_guard lock(mutex_);
+    if (closing_ || !failed_.empty()) {
+      *status = Status::kPeerLost;
+      return nullptr;
+    }
+    header.transfer = next_number_++;
+    beginnings_[header.transfer] = beginning;
+  }
+  send(header, {.header = {},
+                .data = payload->data(),
+                .size = payload->size(),
+                .mapping = nullptr,
+                .keep = payload});
+  std::shared_ptr<UcxTransfer> transfer;
+  {
+    std::unique_lock lock(mutex_);
+    while (!beginning->answered && !closing_ && failed_.empty() && now_ns() < deadline_ns) {
+      changed_.wait_for(lock, std::chrono::nanoseconds(deadline_ns - now_ns()));
+    }
+    *status = beginning->answered            ? beginning->status
+              : closing_ || !failed_.empty() ? Status::kPeerLost
+                                             : Status::kTimeout;
+    if (*status == Status::kOk) {
+      lock.unlock();
+      transfer = UcxTransfer::create(shared_from_this(), header.transfer, std::move(spec),
+                                     beginning->reply, std::move(beginning->terms), status);
+      lock.lock();
+    }
+    if (transfer) transfers_[header.transfer] = transfer;
+    beginnings_.erase(header.transfer);
+  }
+  if (!transfer) {
+    // An answer that is still under way, or one that nobody can use.
+    if (*status == Status::kTimeout || beginning->answered) {
+      header.type = Type::kFinish;
+      send(header);
+    }
+    return nullptr;
+  }
+  worker_->add(transfer);
+  if (beginning->outcome != Status::kPending) transfer->on_outcome(beginning->outcome);
+  if (closed()) transfer->fail(Status::kPeerLost);
+  return transfer;
+}
+
+void Link::close(Status status) {
+  {
+    std::lock_guard lock(mutex_);
+    if (std::exchange(closing_, true)) return;
+  }
+  changed_.notify_all();
+  worker_->close(status);
+  hub_->mover.drain(this);
+  std::vector<std::shared_ptr<UcxTransfer>> open;
+  {
+    std::lock_guard lock(mutex_);
+    for (const auto& [number, held] : transfers_) {
+      if (auto transfer = held.lock()) open.push_back(std::move(transfer));
+    }
+  }
+  // What was cancelled here is told as that, before the link's end tells something else.
+  const int64_t until = now_ns() + (failed().empty() ? 5 * kCloseGraceNs : 0);
+  for (const auto& transfer : open) transfer->wait_cancelled(until);
+  port_->close(failed().empty() ? kCloseGraceNs : 0);
+  hub_->mover.drain(this);
+  for (const auto& transfer : open) transfer->on_link_closed();
+}
+
+}  // namespace kvlink::transport::ucx

@@ -1,0 +1,138 @@
+// A link of this path: its port, who listens to which message, and what it takes to begin.
+#pragma once
+
+#include <map>
+#include <unordered_map>
+
+#include "kvlink/transport/posting.hpp"
+#include "kvlink/transport/ucx/messages.hpp"
+#include "kvlink/transport/ucx/owner.hpp"
+#include "kvlink/transport/ucx/port.hpp"
+#include "kvlink/transport/ucx/staging.hpp"
+#include "kvlink/transport/ucx/terms.hpp"
+
+namespace kvlink::transport::ucx {
+
+class Link;
+class UcxTransfer;
+
+// Chunks of one transfer that may be under way, and the bytes of a staged one.
+inline constexpr int kWindow = 4;
+inline constexpr size_t kChunkBytes = size_t{512} << 10;
+inline constexpr int64_t kDirectBytes = int64_t{32} << 10;
+
+// What the links of an endpoint share.
+class Hub : public std::enable_shared_from_this<Hub> {
+ public:
+  // Throws std::runtime_error when UCX cannot start.
+  static std::shared_ptr<Hub> create(std::shared_ptr<Control> control, const Executor& executor);
+  Hub(std::shared_ptr<Control> control, const Executor& executor, std::shared_ptr<Engine> engine)
+      : control(std::move(control)), executor(executor), engine(std::move(engine)) {}
+  ~Hub();
+
+  void add(const std::shared_ptr<Link>& link);
+  // Registered memory that covers the planes of these layers; mapped when it is first asked for.
+  std::vector<std::shared_ptr<Mapping>> map_layers(const OwnPages& own);
+  void close();
+
+  const std::shared_ptr<Control> control;
+  const Executor executor;
+  const std::shared_ptr<Engine> engine;
+  Mover mover;
+  // Runs from this length on are put and got directly, where both sides' bytes are the same.
+  std::atomic<int64_t> direct_bytes{kDirectBytes};
+
+ private:
+  void on_closed(SlotKey key, Status status);
+
+  std::mutex mutex_;
+  std::vector<std::weak_ptr<Link>> links_;
+  struct Mapped {
+    std::vector<std::shared_ptr<Mapping>> blocks;
+    std::shared_ptr<void> keep_alive;
+  };
+  std::map<std::vector<const void*>, Mapped> mapped_;
+};
+
+// What a fault test asks for; of the messages that this side sends from then on.
+enum class Fault : uint8_t { kDrop = 0, kDuplicate = 1, kFlipBit = 2, kDelay = 3 };
+inline constexpr int kNumFaults = 4;
+
+// A peer's pool, as far as a transfer needs to know it before it begins.
+struct RemotePool {
+  KVLayout layout;
+  size_t num_layers = 0;  // stored
+  int64_t num_pages = 0;
+};
+
+class Link : public std::enable_shared_from_this<Link> {
+ public:
+  // `bit`: the peer's, in our slots. Throws std::runtime_error.
+  static std::shared_ptr<Link> open(std::shared_ptr<Hub> hub, uint32_t bit);
+  Link(std::shared_ptr<Hub> hub, uint32_t bit, std::shared_ptr<Port> port);
+  ~Link();
+
+  // What the peer needs to reach this link.
+  std::string describe() const;
+  // Throws InvalidArgument when it is not the peer's describe().
+  void connect(std::string_view description);
+  // Takes the peer's slot and waits for its terms until deadline_ns. A slot that cannot be taken is
+  // told by *status and gives null. spec: the peer's pool and pages are filled in here.
+  std::shared_ptr<PostedTransfer> begin(TransferSpec spec, const RemotePool& peer,
+                                        int64_t deadline_ns, Status* status);
+  // Why this link is of no use any more; empty while it is.
+  std::string failed() const;
+  std::vector<std::string> transports() { return port_->transports(); }
+  // Ends every transfer; when it returns nothing of the peer is touched, and it touches nothing.
+  void close(Status status);
+  bool closed() const { return worker_->closed(); }
+  void inject(Fault fault, int count);
+  // Messages of another session, or with another answer than was asked for, that were dropped.
+  uint64_t num_dropped() const { return num_dropped_.load(); }
+
+  // --- for the owner's side and the transfers ---
+  void send(Header header, Outgoing payload = {}, Done done = {});
+  // The peer said what it may not say: the link is of no use any more.
+  void breach(const std::string& what);
+  void forget(uint64_t number);
+  // The port's number of a peer's block. Throws std::runtime_error.
+  uint32_t number_of(const RemoteBlock& block);
+  Hub& hub() { return *hub_; }
+  Port& port() { return *port_; }
+  Buffers& outgoing() { return *outgoing_; }
+  // Room for the answer to a pull; null when more than a window of them is under way.
+  std::shared_ptr<Mapping> take_reply(size_t size);
+  // Whether destroying our port ends everything that the peer could do to memory it has keys of.
+  bool direct_allowed();
+  const std::shared_ptr<Worker>& worker() const { return worker_; }
+  void on_closed(SlotKey key, Status status) { owner_->on_closed(key, status); }
+
+ private:
+  struct Beginning;
+  bool accept(std::string_view header, size_t payload_bytes);
+  void on_message(std::string_view bytes, Payload payload);
+  std::shared_ptr<Mapping> take_room(size_t size);
+  void fail(const std::string& why);
+  bool apply_fault(Header& header, Outgoing& payload);
+
+  const std::shared_ptr<Hub> hub_;
+  const std::shared_ptr<Port> port_;
+  const std::array<uint64_t, 2> session_;  // ours, random: what is meant for this link
+  std::array<uint64_t, 2> peer_session_{};
+  const std::shared_ptr<Worker> worker_ = std::make_shared<Worker>();
+  const std::shared_ptr<Buffers> outgoing_, replies_, incoming_;
+  const std::unique_ptr<Owner> owner_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::unordered_map<uint64_t, std::weak_ptr<UcxTransfer>> transfers_;  // by number
+  std::unordered_map<uint64_t, std::shared_ptr<Beginning>> beginnings_;
+  uint64_t next_number_ = 1;
+  std::map<std::string, uint32_t> block_numbers_;
+  std::string failed_;
+  bool closing_ = false;
+  std::atomic<uint64_t> num_dropped_{0};
+  std::array<std::atomic<int>, kNumFaults> faults_{};
+};
+
+}  // namespace kvlink::transport::ucx

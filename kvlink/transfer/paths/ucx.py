@@ -1,0 +1,201 @@
+"""The ucx path: active messages, puts and gets over whatever UCX finds between two peers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from kvlink import _C
+from kvlink.errors import InvalidArgument, Unsupported
+from kvlink.pool import KVPool
+from kvlink.transfer.errors import PathUnavailable, ProtocolError, UnknownRegion
+from kvlink.transfer.paths import Blob, Path, Peer
+
+if TYPE_CHECKING:
+    from kvlink.transfer.descriptor import Descriptor
+    from kvlink.transfer.paths import Missing
+    from kvlink.transfer.plan import TransferPlan
+    from kvlink.transfer.region import Region, RegionDescriptor
+
+_BEGIN_TIMEOUT_NS = 5_000_000_000
+_VERBS = ("rc_verbs", "rc_mlx5", "dc_mlx5", "ud_verbs", "ud_mlx5", "gga_mlx5", "srd")
+
+
+def library_candidates() -> list[str]:
+    """Where libucp is looked for, in order: KVLINK_UCX_LIBRARY alone if it is set, else the
+    libucx-cu12/-cu13 package, then what the dynamic linker finds."""
+    wanted = os.environ.get("KVLINK_UCX_LIBRARY")
+    if wanted:
+        return [wanted]
+    found = []
+    package = importlib.util.find_spec("libucx")
+    for folder in (package.submodule_search_locations or []) if package else []:
+        path = os.path.join(folder, "lib", "libucp.so.0")
+        if os.path.exists(path):
+            found.append(path)
+    return [*found, "libucp.so.0"]
+
+
+def load() -> tuple[str, str]:
+    """(path, version) of the UCX library, loaded once; raises Unsupported with the reason."""
+    if not _C.UCX_BUILT:
+        raise Unsupported("kvlink was built without UCX's headers (KVLINK_UCX_HOME in setup.py)")
+    library: tuple[str, str] = _C.ucx_load(library_candidates())
+    return library
+
+
+def report() -> dict[str, Any]:
+    """For `kvlink doctor`: which UCX, and what it can reach."""
+    try:
+        path, version = load()
+        transports = _C.ucx_transports()
+    except (Unsupported, RuntimeError) as error:
+        return {"available": False, "why": str(error)}
+    verbs = sorted({name for name in transports if name.split("/")[0] in _VERBS})
+    return {
+        "available": True,
+        "why": f"UCX {version}",
+        "library": path,
+        "transports": transports,
+        "verbs": verbs or "none: this UCX has no RDMA transports, or the machine no RDMA device",
+    }
+
+
+class Ucx:
+    """One UCX context for an endpoint, made with its first session."""
+
+    name = "ucx"
+
+    def __init__(self, control: Any) -> None:
+        self._control = control
+        self._lock = threading.Lock()
+        self._hub: Any = None
+        self._described: dict[int, Any] = {}  # sessions that wait for their peer, by its bit
+        self._missing = self._why_missing()
+
+    def missing(self) -> str | None:
+        """No UCX library, or one that cannot start."""
+        return self._missing
+
+    def describe(self, bit: int) -> Blob:
+        """The address of a worker made for this peer, and a random number that names the session.
+        Regions need no more: a peer learns addresses and keys of pages it was granted."""
+        with self._lock:
+            if self._hub is None:
+                self._hub = _C.UcxHub(self._control)
+            link = self._hub.open_link(bit)
+            stale, self._described[bit] = self._described.get(bit), link
+        if stale is not None:
+            stale.close(_C.TransferStatus.CANCELLED)
+        return link.describe(), ()
+
+    def describe_region(self, region: Region) -> Blob:
+        """Nothing beyond what every path tells."""
+        return b"", ()
+
+    def connect(self, peer: Peer, bit: int, peer_bit: int, blob: bytes, fds: list[int]) -> UcxLink:
+        """Connects the worker that was described to the peer's."""
+        with self._lock:
+            link = self._described.pop(peer_bit, None)
+        if link is None:
+            raise ProtocolError("describe: this side has not described itself")
+        try:
+            if fds:
+                raise ProtocolError(f"describe: {len(fds)} descriptors")
+            link.connect(blob)
+        except (InvalidArgument, RuntimeError) as error:
+            link.close(_C.TransferStatus.CANCELLED)
+            raise ProtocolError(f"ucx: {error}") from error
+        return UcxLink(peer, link)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        with self._lock:
+            self._described.clear()
+            hub, self._hub = self._hub, None
+        if hub is not None:
+            hub.close()
+
+    @staticmethod
+    def _why_missing() -> str | None:
+        try:
+            load()
+        except Unsupported as error:
+            return str(error)
+        return None
+
+
+class UcxLink:
+    """A worker of our own that talks to one of the peer's."""
+
+    def __init__(self, peer: Peer, link: Any) -> None:
+        self._peer = peer
+        self._link = link
+        self._regions: dict[int, RegionDescriptor] = {}
+
+    @property
+    def detail(self) -> str:
+        """The transports and devices in use."""
+        return ", ".join(self._link.transports()) or "not connected"
+
+    def add_region(self, descriptor: RegionDescriptor, blob: bytes, fds: list[int]) -> None:
+        """Remembers its layout."""
+        if fds or blob:
+            raise ProtocolError(
+                f"region {descriptor.region_id}: {len(fds)} descriptors, {len(blob)} bytes"
+            )
+        self._regions[descriptor.region_id] = descriptor
+
+    def remove_region(self, region_id: int) -> None:
+        """Transfers under way know what they need."""
+        self._regions.pop(region_id, None)
+
+    def begin(
+        self,
+        kind: Any,
+        descriptor: Descriptor,
+        own: Region,
+        own_ids: Any,
+        plan: TransferPlan,
+        generations: Any,
+    ) -> Any:
+        """Asks the owner of the pages and waits for its answer, for 5 s at most."""
+        region = self._regions.get(descriptor.region_id)
+        if region is None:
+            raise UnknownRegion(
+                f"{self._peer.name!r} has no region {descriptor.region_id} on this link"
+            )
+        key = _C.SlotKey(descriptor.slot, descriptor.generation)
+        return self._link.begin(
+            kind, key, plan.parts, plan.heads, own.pool.view, own_ids, region.layout.to_bytes(),
+            region.num_stored_layers, region.num_pages, descriptor.num_tokens, generations,
+            time.monotonic_ns() + _BEGIN_TIMEOUT_NS,
+        )  # fmt: skip
+
+    def adopt(self, descriptor: Descriptor) -> tuple[KVPool, Any, Any, Any]:
+        """Never: the peer's memory is not mapped here."""
+        raise PathUnavailable("ucx: pages can only be used in place over host_shm; pull them")
+
+    def failed(self) -> str | None:
+        """UCX lost the peer, or the peer broke the protocol."""
+        return self._link.failed() or None
+
+    def close(self, status: Any) -> None:
+        """Ends every transfer, and destroys the worker: nothing comes in through it any more."""
+        self._link.close(status)
+
+    def quiet(self) -> bool:
+        """No transport that this path uses lets a peer write without our worker."""
+        return True
+
+    def inject(self, fault: str, count: int = 1) -> None:
+        """For fault tests: "drop", "duplicate", "flip_bit" or "delay" the next messages."""
+        self._link.inject(getattr(_C.UcxFault, fault.upper()), count)
+
+
+def make(control: Any) -> Path | Missing:
+    """For `make_path`."""
+    return Ucx(control)
