@@ -1,11 +1,11 @@
 # Every target makes .venv and the extension itself, so each works on a clean clone:
 #   make build     the environment and the extension
 #   make demo      generates text with the model in examples/, on two processes
-#   make test      build, lint, all tests, and the operator tests under ASan and UBSan
+#   make test      build, lint, all tests, and some of them under ASan, UBSan and TSan
 #   make lint      ruff, mypy, clang-format
 #   make bench     every benchmark
 #   make gpu       on a machine with an NVIDIA GPU: builds for it, runs the GPU tests and benchmarks
-#   make sanitize  the operator tests under ASan and UBSan
+#   make sanitize  operator and transfer tests under ASan and UBSan, transfer tests under TSan
 #   make faults    the fault campaign on every path: KVLINK_FAULTS faults from KVLINK_FAULT_SEED on
 #   make stubs     kvlink/_C.pyi from the built extension, after its bindings changed
 #   make clean     removes all of this
@@ -51,8 +51,17 @@ pytest: build
 SANITIZED_TESTS ?= $(wildcard $(patsubst %,python_tests/test_%.py,layout pool pool_wrap pages append_kv \
 	relayout_pages paged_attention paged_attention_bits paged_attention_api merge_states))
 
+# Of the transport, a quick part: all but the fault campaign and the fuzzing, whose waits would tell
+# of a slow build only.
+SANITIZED_TRANSPORT_TESTS ?= $(filter-out $(patsubst %,%.py,$(addprefix \
+	python_tests/transfer/test_transfer_,campaign fuzz two_hosts)),$(wildcard \
+	python_tests/transfer/test_*.py))
+
 sanitize: build
-	@$(BIN)/python python_tests/run_sanitized.py build/sanitized $(SANITIZED_TESTS)
+	@$(BIN)/python python_tests/run_sanitized.py address,undefined build/sanitized \
+		$(SANITIZED_TESTS) $(SANITIZED_TRANSPORT_TESTS)
+	@$(BIN)/python python_tests/run_sanitized.py thread build/sanitized-thread \
+		$(SANITIZED_TRANSPORT_TESTS)
 
 KVLINK_FAULTS ?= 1000
 KVLINK_FAULT_SEED ?= 0

@@ -37,10 +37,13 @@ class Dance:
         self.problems: list[str] = []
         self.token = b""
         self.address = {"survivor": survivor.address(), "peer": peer.address}
+        self.late = False  # a slow machine: the deadline passed before the outcome was there
+        self._lent_at = time.monotonic()
         self._fired = False
         self._unread = 0  # results that a stopped peer has not given yet
         self._dead = False
         timeout = scenario.ttl + 0.5
+        pending = scenario.kind in ("flip", "reuse", "cancel")  # an offer stays for the next reader
         self._args: dict[str, Callable[[], tuple[Any, ...]]] = {
             "connect": lambda: (self.address[self._other(scenario.dialer)], CONNECT_TIMEOUT),
             "accept": lambda: (CONNECT_TIMEOUT,),
@@ -49,7 +52,7 @@ class Dance:
             "wait": lambda: (timeout,),
             "arrived": lambda: (timeout,),
             "reusable": lambda: (timeout,),
-            "released": lambda: (timeout,),
+            "released": lambda: (0.02 if pending else timeout,),
         }
 
     # --- steps --------------------------------------------------------------------------------
@@ -104,7 +107,9 @@ class Dance:
         args = self._arguments(name)
         result = self._note(side, name, lambda: self._call(side, call, args))
         if name == "lend" and result is not None:
-            self.token = result
+            self.token, self._lent_at = result, time.monotonic()
+        if name in ("wait", "arrived", "read"):
+            self.late |= time.monotonic() - self._lent_at > self.scenario.ttl
         return result
 
     def _arguments(self, name: str) -> tuple[Any, ...]:

@@ -67,7 +67,7 @@ class Lane:
         problems = dance.problems
         problems += self._token_of_a_dead_session(scenario, dance)
         problems += self._settle(dead=scenario.deadly)
-        problems += check_outcomes(scenario, dance.outcomes)
+        problems += check_outcomes(scenario, dance.outcomes, late=dance.late)
         problems += self._serve("push", scenario.owner, "same", seed)
         problems += self._hold_nothing()
         self._age += 1
@@ -192,13 +192,17 @@ def outcome_of(scenario: Scenario, outcomes: dict[tuple[str, str], str]) -> str:
     return GONE
 
 
-def check_outcomes(scenario: Scenario, outcomes: dict[tuple[str, str], str]) -> list[str]:
+def check_outcomes(
+    scenario: Scenario, outcomes: dict[tuple[str, str], str], *, late: bool
+) -> list[str]:
     """What the contract says about the outcomes of this kind of fault."""
     owner = outcomes.get((scenario.owner, _OWNER_STEPS[scenario.move]))
     mover = outcomes.get((scenario.mover, _MOVER_STEPS[scenario.move]))
     problems = []
     if scenario.move == "push" and mover == "OK" and owner not in ("OK", GONE, "(stopped)"):
         problems.append(f"the mover was told of an arrival that the owner calls {owner}")
+    if late and owner == "GrantExpired":
+        return problems
     struck = scenario.kind in ("expire", "late")
     if struck and scenario.move == "push":
         want = {"expire": "GrantExpired", "late": "GrantRevoked"}[scenario.kind]

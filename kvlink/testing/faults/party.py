@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvlink import _C
-from kvlink.testing.faults.watched import SPECS, TOKENS, WatchedPool, adopted_is
+from kvlink.testing.faults.watched import SPECS, TOKENS, WatchedPool, holds
 from kvlink.testing.transfer_peer import SECRET
 from kvlink.transfer import (
     Endpoint,
@@ -141,6 +141,8 @@ class Party:
     def reuse(self) -> None:
         """The pages are freed and taken again although they are lent."""
         job = self._job
+        if job.returned:
+            raise TransferTimeout("the pages are back already")
         allocator = self.pools[job.shape].allocator
         allocator.free(job.pages)
         again = allocator.allocate(len(job.pages))
@@ -193,8 +195,9 @@ class Party:
         """Reads the adopted KV, and tells whether it may be used."""
         job = self._job
         assert job.lease is not None
-        same = adopted_is(job.lease, SPECS[job.shape], TOKENS[job.shape], job.request)
-        job.lease.check()
+        lease, spec = job.lease, SPECS[job.shape]
+        same = holds(lease.pool, lease.pages, spec, TOKENS[job.shape], job.request)
+        lease.check()
         if not same:
             self.problems.append("wrong KV: adopted pages hold other bytes")
 

@@ -40,6 +40,7 @@ KINDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "cancel": (3, ("push", "pull")),
     "close": (3, MOVES),
 }
+_TTL = {"none": 20, "full": 20, "flip": 5, "reuse": 5, "late": 5}  # nothing waits for these
 _HOST_SHM_ONLY = {"kill inside", "stop inside"}  # both name what a mapping allows
 
 
@@ -101,7 +102,7 @@ def draw(seed: int, path: str) -> Scenario:
         dialer=choose.choice(("survivor", "peer")), shapes=shapes,
         at=choose.choice(_steps_for(kind, move)), during=choose.random() < 0.6,
         delay=choose.choice((0.0, 0.0002, 0.0005, 0.001, 0.002, 0.004)),
-        ttl=choose.choice((0.2, 0.3, 0.5)) if kind != "none" else 5.0,
+        ttl=choose.choice((0.2, 0.3, 0.5)) * _TTL.get(kind, 1),
         layers=tuple(layers), brief=choose.random() < 0.5,
         spoiler=choose.choice(("survivor", "peer")), nth=choose.choice((0, 0, 1, 1, 2, 3, 4, 5)),
     )  # fmt: skip

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from kvlink.cache_ops import append_kv
 from kvlink.pages import PageAllocator
+from kvlink.pool import KVPool
 from kvlink.testing.transfer_pool import PoolSpec, pool_bytes
-from kvlink.transfer import Endpoint, Lease
+from kvlink.transfer import Endpoint
 
 SAME = PoolSpec(num_pages=48)
 SPECS = {
@@ -111,15 +112,15 @@ class WatchedPool:
         self._want[:] = self._bytes
 
 
-def adopted_is(lease: Lease, spec: PoolSpec, num_tokens: int, request: int) -> bool:
-    """The lease's pages hold that request."""
+def holds(pool: KVPool, pages: Any, spec: PoolSpec, num_tokens: int, request: int) -> bool:
+    """The pages hold that request."""
     at = np.arange(num_tokens)
-    pages, slots = np.asarray(lease.pages)[at // spec.page_size], at % spec.page_size
+    at_page, at_slot = np.asarray(pages)[at // spec.page_size], at % spec.page_size
     for layer, model_layer in enumerate(spec.layers):
         planes = kv_of(request, spec, model_layer, num_tokens)
         for plane, want in zip(("k", "v"), planes, strict=True):
-            view = np.from_dlpack(getattr(lease.pool, plane)(layer))
-            if not np.array_equal(view[pages, slots], want):
+            view = np.from_dlpack(getattr(pool, plane)(layer))
+            if not np.array_equal(view[at_page, at_slot], want):
                 return False
     return True
 
