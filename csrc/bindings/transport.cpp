@@ -202,6 +202,12 @@ void register_transfer(py::module_& module) {
                                                               "The moving side of one transfer.")
       .def("post", &PostedTransfer::post, py::arg("part"), py::arg("num_tokens"))
       .def("tokens_left", &PostedTransfer::tokens_left, py::arg("part"))
+      .def(
+          "readiness",
+          [](const std::shared_ptr<PostedTransfer>& self, int32_t part, std::string name) {
+            return std::make_shared<ReadinessObject>(self->readiness(part), std::move(name), self);
+          },
+          py::arg("part"), py::arg("name"))
       .def("finish", &PostedTransfer::finish)
       .def("cancel", &PostedTransfer::cancel)
       .def("progress", &progress)

@@ -122,6 +122,21 @@ class Transfer:
         if status != _OK:
             raise status_error(status, self._name(), self._moving.progress()["message"])
 
+    def readiness(self, layer: int) -> _C.Readiness:
+        """Of a pull: what `paged_attention(..., ready=)` waits for before it reads `layer` of the
+        destination pool. What has landed is not verified before `wait_arrived`. Raises
+        InvalidArgument for pushes (`Grant.readiness` tells their receiver) and for layers that
+        this transfer does not move."""
+        layer_map = self.plan.dst.layers
+        if not 0 <= layer < len(layer_map):
+            raise InvalidArgument(f"layer: expected 0 to {len(layer_map) - 1}; got {layer}")
+        for idx, (_, stored, _) in enumerate(self.plan.parts):
+            if stored == layer_map[layer]:
+                name = f"transfer {self.transfer_id.hex()}, layer {layer}"
+                readiness: _C.Readiness = self._moving.readiness(idx, name)
+                return readiness
+        raise InvalidArgument(f"layer: {layer} is not moved by this transfer")
+
     def progress(self) -> Progress:
         """A snapshot: bytes, rows, seconds, times of each layer."""
         raw = self._moving.progress()

@@ -16,7 +16,7 @@ from receiving import PAGES, SPEC, TOKENS, Receiver, new_sender
 import kvlink
 from kvlink.errors import InvalidArgument, NeverReady, NotReady
 from kvlink.testing.transfer_peer import SECRET, Peer
-from kvlink.transfer import Endpoint, Grant, GrantRevoked
+from kvlink.transfer import Endpoint, Grant, GrantRevoked, Transfer
 
 SECONDS = 20.0  # bound of waits that are to end well before
 
@@ -208,6 +208,52 @@ def test_the_next_token_may_be_appended_while_pages_land(kind: str) -> None:
         page, at = divmod(slot, spec.page_size)
         for plane in (pool.k(0), pool.v(0)):
             assert (np.from_dlpack(plane)[page, at] == 3).all()
+
+
+def test_attention_over_a_pull_that_lands(receiver: Receiver, sender: Peer) -> None:
+    link = receiver.endpoint.connect(sender.address)
+    transfer = link.pull(sender.call("offer", PAGES, TOKENS), PAGES)
+    for layer in range(4):
+        readiness = transfer.readiness(layer)
+        out = attend(receiver.pool, layer, ready=readiness, ready_timeout=SECONDS)
+        assert out.tobytes() == expected(layer).tobytes()
+    transfer.wait_arrived(10)
+    assert all(transfer.readiness(layer).ready for layer in range(4))
+
+
+def test_a_pull_that_fails_ends_the_wait(
+    receiver: Receiver, sender: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = receiver.endpoint.connect(sender.address)
+    for name in ("post_part", "finish"):  # nothing moves by itself
+        monkeypatch.setattr(Transfer, name, lambda *args: None)
+    transfer = link.pull(sender.call("offer", PAGES, TOKENS), PAGES)
+    with pytest.raises(NotReady, match="layer 3: 0 of 320 rows"):
+        transfer.readiness(3).wait(0.01)
+    waiting = Waiting(
+        lambda: attend(receiver.pool, 3, ready=transfer.readiness(3), ready_timeout=SECONDS)
+    )
+    transfer.cancel()
+    waiting.end()
+    assert isinstance(waiting.error, NeverReady)
+    assert "layer 3: will not arrive: it was cancelled" in str(waiting.error)
+
+
+def test_readiness_of_a_part_of_the_layers(receiver: Receiver) -> None:
+    upper = replace(SPEC, layers=(2, 3))
+    with Peer(upper) as peer:
+        peer.call("fill", PAGES, TOKENS)
+        link = receiver.endpoint.connect(peer.address)
+        transfer = link.pull(peer.call("offer", PAGES, TOKENS), PAGES)
+        with pytest.raises(InvalidArgument, match="layer: 1 is not moved by this transfer"):
+            transfer.readiness(1)
+        with pytest.raises(InvalidArgument, match="layer: expected 0 to 3; got 4"):
+            transfer.readiness(4)
+        out = attend(receiver.pool, 2, ready=transfer.readiness(2), ready_timeout=SECONDS)
+        assert out.tobytes() == expected(2).tobytes()
+        push = link.begin(PAGES, peer.call("grant", PAGES, TOKENS))
+        with pytest.raises(InvalidArgument, match="a push lands elsewhere"):
+            push.readiness(0)
 
 
 def test_signals_are_seen_while_it_waits(receiver: Receiver) -> None:

@@ -131,7 +131,8 @@ PostedTransfer::PostedTransfer(TransferSpec spec, std::shared_ptr<Worker> worker
     : spec_(std::move(spec)),
       worker_(std::move(worker)),
       executor_(executor),
-      posted_(spec_.plan.parts.size(), 0) {
+      posted_(spec_.plan.parts.size(), 0),
+      landing_(spec_.plan.parts.size()) {
   progress_.parts.resize(spec_.plan.parts.size());
   const KVLayout& layout = spec_.dst.layers.front().layout;
   chunk_tokens_ = round_up(std::max<int64_t>(1, kChunkBytes / dst_bytes(1)), layout.page_size);
@@ -140,6 +141,14 @@ PostedTransfer::PostedTransfer(TransferSpec spec, std::shared_ptr<Worker> worker
 int64_t PostedTransfer::tokens_left(int32_t part) const {
   std::lock_guard lock(mutex_);
   return spec_.num_tokens - posted_.at(part);
+}
+
+Readiness PostedTransfer::readiness(int32_t part) const {
+  KVLINK_CHECK(spec_.kind == SlotKind::kOffer,
+               "readiness: a push lands elsewhere; its receiver asks the grant");
+  const KVLayout& layout = spec_.dst.layers.at(spec_.plan.parts.at(part).dst_layer).layout;
+  const int64_t planes = layout.has_v_plane() ? 2 : 1;
+  return landing_.readiness(part, spec_.plan.num_heads * spec_.num_tokens * planes);
 }
 
 void PostedTransfer::post(int32_t part, int64_t num_tokens) {
@@ -181,6 +190,7 @@ void PostedTransfer::fail(Status status, const std::string& message) {
     progress_.status = status;
     progress_.message = message;
   }
+  landing_.end(status);
   on_ended(status);
   changed_.notify_all();
 }
@@ -259,6 +269,7 @@ int64_t PostedTransfer::dst_bytes(int64_t count) const {
 
 void PostedTransfer::count_moved(int32_t part, int64_t count, const RelayoutResult& moved,
                                  int64_t started_ns, int64_t done_ns) {
+  landing_.add(part, moved.rows);
   std::lock_guard lock(mutex_);
   digest_ += moved.digest;
   progress_.num_rows += moved.rows;

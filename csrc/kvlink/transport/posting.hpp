@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "kvlink/transport/control.hpp"
+#include "kvlink/transport/readiness.hpp"
 
 namespace kvlink::transport {
 
@@ -71,6 +72,8 @@ class PostedTransfer : public Transfer, public std::enable_shared_from_this<Post
 
   // Tokens of a part that were not posted yet.
   int64_t tokens_left(int32_t part) const;
+  // Pulls: all rows of a part are here, not yet verified. Valid as long as this object.
+  Readiness readiness(int32_t part) const;
 
   // For the worker.
   void move(int32_t part, int64_t first, int64_t count);
@@ -119,6 +122,7 @@ class PostedTransfer : public Transfer, public std::enable_shared_from_this<Post
   bool ended_ = false;      // no further chunk will be moved
   int64_t readers_ = 0;     // chunks that still read the source
   uint64_t digest_ = 0;     // pulls
+  Landing landing_;
 };
 
 }  // namespace kvlink::transport
