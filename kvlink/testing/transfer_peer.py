@@ -48,6 +48,8 @@ class Body:
         return self.endpoint.address
 
     def connect(self, address: bytes) -> str:
+        if self.link is not None:
+            self.link.close()
         self.link = self.endpoint.connect(address)
         return self.link.path
 
@@ -142,16 +144,16 @@ class Body:
         """Pins the pages and stays inside: what a writer is between two instructions."""
         link = self.open_link
         kind = _C.SlotKind.GRANT if token[6] == 1 else _C.SlotKind.OFFER
-        parsed = Descriptor.from_bytes(token, self.endpoint.descriptor_key, kind)
-        self.key = _C.SlotKey(parsed.slot, parsed.generation)
-        return str(link._control.enter(self.key, link._bit).name)
+        self.inside = Descriptor.from_bytes(token, self.endpoint.descriptor_key, kind)
+        return str(link.path_link.enter(self.inside))
 
     def leave(self) -> None:
-        link = self.open_link
-        link._control.leave(self.key, link._bit)
+        self.open_link.path_link.leave(self.inside)
 
     def num_fds(self) -> int:
         """Descriptors open once nothing of earlier links is used any more."""
+        for link in self.endpoint.links:
+            link.close()
         self.link = None
         self.transfers.clear()
         self.held.clear()

@@ -1,159 +1,195 @@
-"""The server's half of making links: on the service thread, a step per frame."""
+"""The server's half of making sessions: on the service thread, a step per look, never waiting."""
 
 from __future__ import annotations
 
 import contextlib
-import secrets
+import functools
 import socket
 import time
 from collections.abc import Callable
 
+from kvlink import _C
+from kvlink.transfer import address as addresses
 from kvlink.transfer import handshake, wire
-from kvlink.transfer.channel import Channel, PeerGone, close_fds
-from kvlink.transfer.connecting import SCHEME, OwnSide, PeerSide, add_region, begin_side
+from kvlink.transfer.address import Address
+from kvlink.transfer.channel import Channel, PeerGone, close_fds, require_no_fds
+from kvlink.transfer.connecting import Joined, OwnSide, join
 from kvlink.transfer.errors import LinkRefused, PeerUnreachable, TransferError
+from kvlink.transfer.paths import Peer
 from kvlink.transfer.service import Service, logger
 
 _HANDSHAKE_TIMEOUT = 5.0  # s
 _MAX_INCOMING = 64
 
-Done = Callable[[Channel, PeerSide, int], None]
+Done = Callable[[Joined], None]
 
 
 class Acceptor:
     """Listens, and takes peers through the handshake; `done` gets those that proved themselves."""
 
-    def __init__(self, own: OwnSide, done: Done) -> None:
+    def __init__(self, own: OwnSide, listen: str | None, done: Done) -> None:
         self._own = own
         self._done = done
-        self._incoming: set[Incoming] = set()
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        name = b"kvlink-" + secrets.token_hex(8).encode()
-        self._listener.bind(b"\0" + name)  # in the abstract namespace: it vanishes with the socket
-        self._listener.listen(_MAX_INCOMING)
-        self._listener.setblocking(False)
-        self.address = SCHEME + name
+        self._incoming: dict[Incoming, None] = {}  # the oldest first
+        sock, unix = addresses.listen_unix()
+        self._listeners = [sock]
+        tcp = None
+        if listen is not None:
+            try:
+                sock, tcp = addresses.listen_tcp(listen)
+            except BaseException:
+                self.close()
+                raise
+            self._listeners.append(sock)
+        self.address = Address(unix, tcp).to_bytes()
 
     def start(self, service: Service) -> None:
         """Connections are taken from now on."""
         self._service = service
-        service.watch(self._listener.fileno(), self._on_connection)
+        service.call(self._listen)
 
     def tick(self) -> bool:
         """Ends handshakes that take too long; True while there are any."""
         now = time.monotonic()
-        for incoming in [one for one in self._incoming if now > one.deadline]:
-            self._service.unwatch(incoming.channel.sock.fileno())
-            self._incoming.discard(incoming)
-            incoming.refuse(LinkRefused(f"no handshake within {_HANDSHAKE_TIMEOUT} s"))
+        for incoming in list(self._incoming):
+            if now > incoming.deadline:
+                self._forget(incoming, f"no handshake within {_HANDSHAKE_TIMEOUT} s")
+            else:
+                incoming.flush()
         return bool(self._incoming)
 
     def close(self) -> None:
         """Ends everything; the service has stopped."""
-        self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         for incoming in self._incoming:
-            incoming.channel.close()
+            incoming.drop()
         self._incoming.clear()
 
-    def _on_connection(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError:
-            return
+    def _listen(self) -> None:
+        for listener in self._listeners:
+            on_readable = functools.partial(self._on_connections, listener)
+            self._service.watch(listener.fileno(), on_readable)
+
+    def _on_connections(self, listener: socket.socket) -> None:
+        for _ in range(_MAX_INCOMING):
+            try:
+                sock, _where = listener.accept()
+            except OSError:
+                return
+            self._on_connection(sock)
+
+    def _on_connection(self, sock: socket.socket) -> None:
         if len(self._incoming) >= _MAX_INCOMING:
-            sock.close()
-            return
-        incoming = Incoming(sock, self._own, self._done, _HANDSHAKE_TIMEOUT)
+            oldest = next(iter(self._incoming))
+            self._forget(oldest, f"{_MAX_INCOMING} others knock, and it is the slowest")
+        addresses.tune(sock, self._own.peer_timeout)
+        incoming = Incoming(sock, self._own, _HANDSHAKE_TIMEOUT)
         fd = sock.fileno()
 
         def on_readable() -> None:
-            # A link that is made watches the same descriptor, so ours goes first.
+            # A session that is made watches the same descriptor, so ours goes first.
             self._service.unwatch(fd)
             if incoming.on_readable():
                 self._service.watch(fd, on_readable)
-            else:
-                self._incoming.discard(incoming)
+                return
+            self._incoming.pop(incoming, None)
+            if incoming.made is not None:
+                self._done(incoming.made)
 
-        self._incoming.add(incoming)
+        self._incoming[incoming] = None
         self._service.watch(fd, on_readable)
+
+    def _forget(self, incoming: Incoming, why: str) -> None:
+        self._service.unwatch(incoming.channel.sock.fileno())
+        self._incoming.pop(incoming, None)
+        incoming.refuse(LinkRefused(why))
 
 
 class Incoming:
-    """A connection whose peer has not proved itself yet."""
+    """A connection that is not a session yet."""
 
-    def __init__(
-        self, sock: socket.socket, own: OwnSide, done: Done,
-        timeout: float,
-    ) -> None:  # fmt: skip
-        self.channel = Channel(sock)
+    def __init__(self, sock: socket.socket, own: OwnSide, timeout: float) -> None:
+        self.channel = Channel(sock, own.credentials.begin(server_side=True))
         self.deadline = time.monotonic() + timeout
+        self.made: Joined | None = None
         self._own = own
-        self._done = done
-        self._hello: wire.Hello | None = None
-        self._challenge: wire.Challenge | None = None
-        self._side: PeerSide | None = None
+        self._secure = False
+        self._name = ""
+        self._peer: Peer | None = None
+        self._welcome: wire.Welcome | None = None
         self._bit: int | None = None
-        self._proved = False
+        self._joined: Joined | None = None
+        self._num_regions = 0
 
     def on_readable(self) -> bool:
         """Takes what is there; False when this object has nothing more to do."""
         try:
-            while True:
-                try:
-                    frame, fds = self.channel.receive()
-                except BlockingIOError:
+            if not self._secure:
+                self._secure = self.channel.shake()
+                if not self._secure:
                     return True
-                if self._take(frame, fds):
-                    return False
+            return not any(self._take(frame, fds) for frame, fds in self.channel.take())
         except PeerGone as error:
             self.refuse(PeerUnreachable(f"it went away during the handshake ({error})"))
         except TransferError as error:
             self.refuse(error)
         return False
 
+    def flush(self) -> None:
+        """Sends what the socket did not take."""
+        with contextlib.suppress(PeerGone):  # which reading tells as well
+            self.channel.flush()
+
     def refuse(self, error: Exception) -> None:
         """Tells the peer and the log why there will be no link, and forgets it."""
-        who = repr(self._hello.name) if self._hello else "an unknown peer"
+        who = repr(self._name) if self._name else "an unknown peer"
         logger.warning(
             "%r refused %s: %s: %s", self._own.identity.name, who, type(error).__name__, error
         )
-        with contextlib.suppress(PeerGone):
-            self.channel.send(handshake.refusal(error))
+        if self._secure:
+            with contextlib.suppress(PeerGone):
+                self.channel.send(handshake.refusal(error))
+        self.drop()
+
+    def drop(self) -> None:
+        """Forgets it. It was not told that it may begin, so its bit was never used."""
+        if self._joined is not None:
+            self._joined.path_link.close(_C.TransferStatus.CANCELLED)
         if self._bit is not None:
             self._own.free_bit(self._bit)
         self.channel.close()
 
     def _take(self, frame: wire.Frame, fds: list[int]) -> bool:
-        """One step; True when the link is made."""
-        own = self._own
+        """One step; True when the session is made."""
         if isinstance(frame, wire.Refuse):
             close_fds(fds)
             raise handshake.refused(frame)
-        if self._side is not None:
-            add_region(self._side.regions, frame, fds)
-        elif self._proved:
-            assert self._hello is not None
-            assert self._challenge is not None
-            peer = handshake.Peer(self._hello.name, self._hello.epoch, self._challenge.version)
-            self._side = begin_side(peer, frame, fds)
+        if self._joined is not None:
+            self._joined.remote.add(frame, fds)
+        elif self._peer is not None and self._welcome is not None and self._bit is not None:
+            path = self._welcome.path
+            self._joined, self._num_regions = join(
+                self._own, self.channel, self._peer, path, self._bit, frame, fds
+            )
+            self._joined.why_not = self._welcome.why_not
         else:
-            close_fds(fds)
-            if self._hello is None:
-                self._hello = wire.expect(frame, wire.Hello)
-                self._challenge = handshake.challenge_of(own.identity, self._hello)
-                self.channel.send(self._challenge)
-            else:
-                assert self._challenge is not None
-                auth = wire.expect(frame, wire.Auth)
-                handshake.check_auth(own.identity, self._hello, self._challenge, auth)
-                secret = own.identity.secret
-                handshake.set_keys(self.channel, secret, self._hello, self._challenge, client=False)
-                self._proved = True
-                self._bit = own.take_bit()
-                for reply, reply_fds in own.describe(self._bit):
-                    self.channel.send(reply, reply_fds)
-        if self._side is None or len(self._side.regions) < self._side.num_regions:
+            require_no_fds(fds)
+            self._greet(wire.expect(frame, wire.Hello))
+        if self._joined is None or len(self._joined.remote.regions) < self._num_regions:
             return False
-        assert self._bit is not None
-        self._done(self.channel, self._side, self._bit)
+        self.channel.send(wire.Ready())
+        self.made = self._joined
         return True
+
+    def _greet(self, hello: wire.Hello) -> None:
+        own = self._own
+        self._name = hello.name
+        reasons = own.reasons(self.channel.same_host, None)
+        welcome = handshake.welcome_of(own.identity, hello, reasons)
+        self._bit = own.take_bit()
+        self._peer = Peer(hello.name, hello.epoch, welcome.version, self.channel.same_host)
+        self._welcome = welcome
+        self.channel.send(welcome)
+        for reply, reply_fds in own.describe(self._bit, welcome.path):
+            self.channel.send(reply, reply_fds)

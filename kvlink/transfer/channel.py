@@ -1,22 +1,27 @@
-"""A SOCK_SEQPACKET connection that carries frames, descriptors beside them, and their codes."""
+"""A connection that carries frames inside TLS, and descriptors beside them (AF_UNIX)."""
 
 from __future__ import annotations
 
 import array
 import contextlib
-import hmac
 import os
+import select
 import socket
 import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 
-from kvlink.transfer.errors import ProtocolError
-from kvlink.transfer.wire import MAC_BYTES, MAX_FRAME, Frame, pack_frame, unpack_frame
+from kvlink.transfer.address import same_host
+from kvlink.transfer.errors import ProtocolError, TransferError
+from kvlink.transfer.tls import Tls
+from kvlink.transfer.wire import MAX_FDS, Frame, FrameHead, pack_frame, unpack_body
 
-_MAX_FDS = 4
-_MAX_BACKLOG = 256  # frames that wait for a peer that does not read
+_READ = 1 << 16
+_MAX_WAITING_FDS = 4 * MAX_FDS  # that came before their frames were complete
+_MAX_BACKLOG = 32 << 20  # bytes that wait for a peer that does not read
+_SLICE = 0.05  # s, between two looks whether the caller gave up
 
 
 class PeerGone(Exception):
@@ -24,100 +29,100 @@ class PeerGone(Exception):
 
 
 class Channel:
-    """Sends and receives whole frames. `set_keys` turns authentication codes on.
+    """Sends and receives whole frames once `shake` said True.
 
-    Sending is thread-safe and never blocks; frames that the socket does not take yet wait for
-    `flush`. Receiving is for one thread at a time.
+    Sending is thread-safe and never blocks; what the socket does not take yet waits for `flush`.
+    Receiving is for one thread at a time.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, tls: Tls) -> None:
+        sock.setblocking(False)
         self.sock = sock
+        self.same_host = same_host(sock)
+        self._tls = tls
         self._lock = threading.Lock()
-        self._send_key = self._receive_key = b""
+        self._secure = False
         self._sent = self._received = 0
-        self._backlog: deque[tuple[bytes, list[int]]] = deque()
+        self._backlog: deque[tuple[memoryview, list[int]]] = deque()
+        self._backlog_bytes = 0
+        self._plain = bytearray()
+        self._fds: deque[int] = deque()
+        self._ended = ""
+        self._deaf = False
 
-    def set_keys(self, send_key: bytes, receive_key: bytes) -> None:
-        """From now on each frame carries a code under its direction's key."""
-        self._send_key, self._receive_key = send_key, receive_key
+    # --- both ways ----------------------------------------------------------------------------
+
+    def shake(self) -> bool:
+        """A step of the TLS handshake; True when it is complete. Raises SecretMismatch,
+        ProtocolError, PeerGone."""
+        with self._lock:
+            self._fill()
+            try:
+                self._secure = self._tls.shake()
+            finally:
+                self._enqueue([])  # an alert, when it failed
+                with contextlib.suppress(PeerGone):
+                    self._flush()  # why the peer went away is told by what it sent before
+            if self._ended and not self._secure:
+                raise PeerGone(self._ended)
+            return self._secure
 
     def send(self, frame: Frame, fds: tuple[int, ...] = ()) -> None:
         """Sends a frame; raises PeerGone."""
         with self._lock:
-            message = pack_frame(frame, self._sent)
+            message = pack_frame(frame, self._sent, len(fds))
             self._sent += 1
-            if self._send_key:
-                message += hmac.digest(self._send_key, message, "sha256")
-            if len(self._backlog) >= _MAX_BACKLOG:
-                raise PeerGone(f"{_MAX_BACKLOG} frames wait for a peer that does not read")
-            # Duplicates, so that a descriptor outlives its pool until it is really sent.
-            self._backlog.append((message, [os.dup(fd) for fd in fds]))
-            self._flush()
+            self._send(message, fds)
+
+    def send_bytes(self, message: bytes, fds: tuple[int, ...] = ()) -> None:
+        """Sends what may be no frame at all; for fault injection."""
+        with self._lock:
+            self._send(message, fds)
 
     def flush(self) -> bool:
         """Sends what waits; False when something still does. Raises PeerGone."""
         with self._lock:
             return self._flush()
 
-    def _flush(self) -> bool:
-        while self._backlog:
-            message, fds = self._backlog[0]
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-            try:
-                self.sock.sendmsg([message], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return False
-            except OSError as error:
-                raise PeerGone(str(error)) from error
-            self._backlog.popleft()
-            _close_all(fds)
-        return True
+    def take(self) -> Iterator[tuple[Frame, list[int]]]:
+        """The frames that are there, after one look at the socket, each with its descriptors, which
+        the caller must close. Does not wait. Raises PeerGone, ProtocolError, SecretMismatch."""
+        yield from self._whole_frames()
+        with self._lock:
+            self._fill()
+            if not self._deaf:
+                self._decrypt()
+        yield from self._whole_frames()
+        if self._ended:
+            raise PeerGone(self._ended + (" within a frame" if self._plain else ""))
 
-    def receive(self, timeout: float | None = None) -> tuple[Frame, list[int]]:
-        """The next frame and the descriptors with it, which the caller must close.
+    # --- waiting, for who has no selector -------------------------------------------------------
 
-        Without `timeout` it does not wait (BlockingIOError when nothing is there). Raises
-        TimeoutError, PeerGone, ProtocolError.
-        """
-        self.sock.settimeout(timeout if timeout is not None else 0.0)
-        try:
-            message, ancillary, flags, _ = self.sock.recvmsg(
-                MAX_FRAME + MAC_BYTES, socket.CMSG_SPACE(_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
-            )
-        except (BlockingIOError, TimeoutError):
-            raise
-        except OSError as error:
-            raise PeerGone(str(error)) from error
-        fds = array.array("i")
-        for level, kind, data in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-        try:
-            if not message:
-                raise PeerGone("the peer closed the connection")
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                raise ProtocolError(f"frame: more than {MAX_FRAME} bytes or {_MAX_FDS} descriptors")
-            return self._open(message), list(fds)
-        except BaseException:
-            _close_all(fds)
-            raise
+    def shake_until(self, deadline: float, given_up: Callable[[], bool]) -> None:
+        """As `shake`, until it is complete. Raises TimeoutError past `deadline`."""
+        while not self.shake():
+            self._wait(deadline, given_up)
 
-    def _open(self, message: bytes) -> Frame:
-        if self._receive_key:
-            message, code = message[:-MAC_BYTES], message[-MAC_BYTES:]
-            if not hmac.compare_digest(hmac.digest(self._receive_key, message, "sha256"), code):
-                raise ProtocolError("frame: its authentication code is wrong")
-        frame = unpack_frame(message, self._received)
-        self._received += 1
-        return frame
+    def receive_until(
+        self, deadline: float, given_up: Callable[[], bool]
+    ) -> tuple[Frame, list[int]]:
+        """The next frame and its descriptors. Raises TimeoutError past `deadline`."""
+        while True:
+            for found in self.take():
+                return found
+            self._wait(deadline, given_up)
 
-    def receive_until(self, deadline: float) -> tuple[Frame, list[int]]:
-        """As `receive`, waiting until `deadline` (time.monotonic)."""
-        return self.receive(max(deadline - time.monotonic(), 1e-3))
+    def _wait(self, deadline: float, given_up: Callable[[], bool]) -> None:
+        events = select.POLLIN if self.flush() else select.POLLIN | select.POLLOUT
+        wait_for(self.sock, events, deadline, given_up)
+
+    # --- the end ------------------------------------------------------------------------------
 
     def peer_pidfd(self) -> int:
         """Becomes readable when the peer's process ends, even if a child of it still holds the
         socket; -1 where that cannot be had."""
+        if not self.same_host:
+            return -1
         format_ = "3i"  # pid, uid, gid
         credentials = self.sock.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(format_)
@@ -130,25 +135,148 @@ class Channel:
         except (OSError, AttributeError):
             return -1
 
+    def deafen(self) -> None:
+        """Understands nothing from now on: `take` only looks for the peer's end."""
+        self._deaf = True
+        self._plain.clear()
+
     def shut(self) -> None:
         """Tells the peer that nothing more will come; its end is still to be awaited."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, PeerGone):
+            self.flush()
             self.sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Closes the socket and what waited to be sent."""
+        """Closes the socket, what waited to be sent and what was not taken."""
         with self._lock:
             for _, fds in self._backlog:
-                _close_all(fds)
+                close_fds(fds)
+            close_fds(self._fds)
             self._backlog.clear()
+            self._fds.clear()
             self.sock.close()
 
+    # --- inside; with the lock held -------------------------------------------------------------
 
-def _close_all(fds: list[int] | array.array[int]) -> None:
+    def _send(self, message: bytes, fds: tuple[int, ...]) -> None:
+        if self._backlog_bytes > _MAX_BACKLOG:
+            raise PeerGone(f"{self._backlog_bytes} bytes wait for a peer that does not read")
+        if self.sock.fileno() < 0:
+            raise PeerGone("this side closed the connection")
+        try:
+            self._tls.write(message)
+        except TransferError as error:
+            raise PeerGone(str(error)) from error
+        # Duplicates, so that a descriptor outlives its pool until it is really sent.
+        self._enqueue([os.dup(fd) for fd in fds])
+        self._flush()
+
+    def _enqueue(self, fds: list[int]) -> None:
+        data = self._tls.pending()
+        if data:
+            self._backlog.append((memoryview(data), fds))
+            self._backlog_bytes += len(data)
+
+    def _flush(self) -> bool:
+        while self._backlog:
+            data, fds = self._backlog[0]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            try:
+                count = self.sock.sendmsg([data], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                raise PeerGone(str(error)) from error
+            close_fds(fds)
+            self._backlog_bytes -= count
+            if count < len(data):
+                self._backlog[0] = (data[count:], [])
+            else:
+                self._backlog.popleft()
+        return True
+
+    def _fill(self) -> None:
+        """One look at the socket."""
+        if self._ended:
+            return
+        space = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize) if self.same_host else 0
+        try:
+            data, ancillary, flags, _ = self.sock.recvmsg(
+                _READ, space, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+            )
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._ended = str(error)
+            return
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds = array.array("i")
+                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+                self._fds.extend(fds)
+        if self._deaf:
+            close_fds(self._fds)
+            self._fds.clear()
+        elif flags & socket.MSG_CTRUNC or len(self._fds) > (
+            _MAX_WAITING_FDS if self._secure else 0
+        ):
+            raise ProtocolError("connection: more descriptors than any frame has")
+        if not data:
+            self._ended = "the peer closed the connection"
+        elif not self._deaf:
+            self._tls.take(data)
+
+    def _decrypt(self) -> None:
+        while data := self._tls.read():
+            self._plain += data
+        if data is None:
+            self._ended = self._ended or "the peer closed the connection"
+        self._enqueue([])  # what TLS itself had to answer
+
+    # --- inside; the receiving thread -----------------------------------------------------------
+
+    def _whole_frames(self) -> Iterator[tuple[Frame, list[int]]]:
+        while len(self._plain) >= FrameHead.SIZE:
+            head = FrameHead.unpack(self._plain, self._received)
+            end = FrameHead.SIZE + head.body_bytes
+            if len(self._plain) < end:
+                return
+            body = bytes(self._plain[FrameHead.SIZE : end])
+            del self._plain[:end]
+            self._received += 1
+            if head.num_fds > len(self._fds):
+                raise ProtocolError(
+                    f"frame: expected {head.num_fds} descriptors; got {len(self._fds)}"
+                )
+            frame = unpack_body(head.kind, body)
+            yield frame, [self._fds.popleft() for _ in range(head.num_fds)]
+
+
+def wait_for(
+    sock: socket.socket, events: int, deadline: float, given_up: Callable[[], bool]
+) -> None:
+    """Until the socket is ready. Raises TimeoutError past `deadline` (time.monotonic), and PeerGone
+    when the caller gave up."""
+    poll = select.poll()
+    poll.register(sock, events)
+    while True:
+        if given_up():
+            raise PeerGone("given up")
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        if poll.poll(max(1, int(min(left, _SLICE) * 1000))):
+            return
+
+
+def close_fds(fds: list[int] | deque[int]) -> None:
+    """Closes descriptors that came with a frame."""
     for fd in fds:
         os.close(fd)
 
 
-def close_fds(fds: list[int]) -> None:
-    """Closes descriptors that came with a frame."""
-    _close_all(fds)
+def require_no_fds(fds: list[int]) -> None:
+    """Raises ProtocolError when there are any, and closes them."""
+    close_fds(fds)
+    if fds:
+        raise ProtocolError("frame: descriptors where there should be none")

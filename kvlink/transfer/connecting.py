@@ -1,158 +1,173 @@
-"""Making a link: what both halves exchange, and `dial`, the client's half in the caller's thread.
+"""Making a session: what both halves exchange, and `dial`, the client's half, in the caller's
+thread. The server's half is `accepting`.
 
-The server's half is `accepting`.
+    client                                   server
+      |  <------------- TLS 1.3 ------------>  |
+      |  HELLO (versions, paths)           ->  |
+      |  <-  WELCOME (version, path)           |
+      |  <-  DESCRIBE, REGION ...              |
+      |  DESCRIBE, REGION ...              ->  |
+      |  <-  READY                             |
 """
 
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from kvlink import _C
-from kvlink.errors import InvalidArgument
-from kvlink.pool import KVPool
+from kvlink.transfer import address as addresses
 from kvlink.transfer import handshake, wire
-from kvlink.transfer.channel import Channel, PeerGone, close_fds
-from kvlink.transfer.errors import (
-    ConnectError,
-    LinkRefused,
-    PeerUnreachable,
-    ProtocolError,
-    TransferError,
-)
-from kvlink.transfer.region import RegionDescriptor
+from kvlink.transfer.channel import Channel, PeerGone, close_fds, require_no_fds, wait_for
+from kvlink.transfer.errors import ConnectError, PeerUnreachable, ProtocolError
+from kvlink.transfer.fields import Pairs
+from kvlink.transfer.paths import Path, PathLink, Peer
+from kvlink.transfer.remote import MAX_REGIONS, Remote
+from kvlink.transfer.tls import Credentials
 
-SCHEME = b"host_shm:"
-_MAX_REGIONS = 256
-
-
-@dataclass(frozen=True)
-class PeerRegion:
-    """A peer's registered pool; `pool` is its mapping here, None when it is not shared."""
-
-    descriptor: RegionDescriptor
-    pool: KVPool | None
+_CROWD_PAUSE = 0.002  # s, while too many others knock at the same time
 
 
 @dataclass
-class PeerSide:
-    """Everything a peer told in the handshake. `bit` is ours in its slots."""
+class Joined:
+    """A session that both ends have agreed on. `bit` is ours in the peer's slots, `peer_bit` the
+    peer's in ours."""
 
-    peer: handshake.Peer
-    control: Any
+    channel: Channel
+    peer: Peer
+    path: str
+    why_not: Pairs
+    path_link: PathLink
+    remote: Remote
     bit: int
-    num_regions: int
-    regions: dict[int, PeerRegion] = field(default_factory=dict)
+    peer_bit: int
 
 
 @dataclass(frozen=True)
 class OwnSide:
-    """What an endpoint brings to a handshake. `describe` gives our frames and descriptors."""
+    """What an endpoint brings to a handshake.
+
+    `describe(bit, path)` gives our frames and descriptors; `reasons(same_host, require)` why each
+    path cannot be used; `abandon` takes a session that the peer may believe in, until its end.
+    """
 
     identity: handshake.Identity
+    credentials: Credentials
+    descriptor_key: bytes
+    paths: dict[str, Path]
+    peer_timeout: float
     take_bit: Callable[[], int]
     free_bit: Callable[[int], None]
-    describe: Callable[[int], list[tuple[wire.Frame, tuple[int, ...]]]]
+    describe: Callable[[int, str], list[tuple[wire.Frame, tuple[int, ...]]]]
+    reasons: Callable[[bool, str | None], Pairs]
+    abandon: Callable[[Joined], None]
 
 
-def dial(address: bytes, own: OwnSide, timeout: float) -> tuple[Channel, PeerSide, int]:
-    """Connects and proves; (channel, the peer, the peer's bit in our slots).
+def dial(
+    own: OwnSide,
+    address: bytes,
+    require: str | None,
+    timeout: float,
+    given_up: Callable[[], bool] = lambda: False,
+) -> Joined:
+    """Connects to the parts of the address in order (unix, then tcp) until one answers.
 
     Raises ConnectError's subclasses, ProtocolError, InvalidArgument.
     """
-    if not isinstance(address, bytes) or not address.startswith(SCHEME):
-        raise InvalidArgument(f"address: expected an Endpoint's address; got {address!r}")
     deadline = time.monotonic() + timeout
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    channel = Channel(sock)
-    bit = None
+    reasons = []
+    for family, where in addresses.targets(addresses.Address.from_bytes(address)):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            while not addresses.begin_connect(sock, where):
+                if time.monotonic() > deadline or given_up():
+                    raise TimeoutError
+                time.sleep(_CROWD_PAUSE)
+            wait_for(sock, select.POLLOUT, deadline, given_up)
+            addresses.end_connect(sock)
+        except (OSError, PeerGone) as error:
+            sock.close()
+            reasons.append("no answer in time" if isinstance(error, TimeoutError) else str(error))
+            continue
+        addresses.tune(sock, own.peer_timeout)
+        channel = Channel(sock, own.credentials.begin(server_side=False))
+        try:
+            return _join(own, channel, require, deadline, given_up)
+        except (PeerGone, TimeoutError) as error:
+            what = "no answer in time" if isinstance(error, TimeoutError) else str(error)
+            raise PeerUnreachable(f"address {address!r}: {what}") from error
+    raise PeerUnreachable(f"address {address!r}: {'; '.join(reasons)}")
+
+
+def _join(
+    own: OwnSide, channel: Channel, require: str | None, deadline: float,
+    given_up: Callable[[], bool],
+) -> Joined:  # fmt: skip
+    bit: int | None = None
+    joined: Joined | None = None
+    told = False
+
+    def receive() -> tuple[wire.Frame, list[int]]:
+        frame, fds = channel.receive_until(deadline, given_up)
+        if isinstance(frame, wire.Refuse):
+            close_fds(fds)
+            raise handshake.refused(frame)
+        return frame, fds
+
     try:
-        sock.settimeout(timeout)
-        sock.connect(b"\0" + address[len(SCHEME) :])
-        hello = handshake.hello_of(own.identity)
-        channel.send(hello)
-        challenge = wire.expect(_next(channel, deadline), wire.Challenge)
-        auth = handshake.answer(own.identity, hello, challenge)
-        channel.send(auth)
-        handshake.set_keys(channel, own.identity.secret, hello, challenge, client=True)
-        peer = handshake.Peer(challenge.name, challenge.epoch, challenge.version)
-        side = begin_side(peer, *_first(channel, deadline))
-        while len(side.regions) < side.num_regions:
-            add_region(side.regions, *channel.receive_until(deadline))
+        channel.shake_until(deadline, given_up)
+        hello = handshake.hello_of(own.identity, own.reasons(channel.same_host, require))
+        with contextlib.suppress(PeerGone):  # why it went away is told by what it sent before
+            channel.send(hello)
+        frame, fds = receive()
+        require_no_fds(fds)
+        welcome = wire.expect(frame, wire.Welcome)
+        handshake.check_welcome(own.identity, hello, welcome)
+        peer = Peer(welcome.name, welcome.epoch, welcome.version, channel.same_host)
         bit = own.take_bit()
-        for frame, fds in own.describe(bit):
-            channel.send(frame, fds)
-        return channel, side, bit
+        ours = own.describe(bit, welcome.path)
+        joined, num_regions = join(own, channel, peer, welcome.path, bit, *receive())
+        joined.why_not = welcome.why_not
+        while len(joined.remote.regions) < num_regions:
+            joined.remote.add(*receive())
+        for frame, own_fds in ours:
+            channel.send(frame, own_fds)
+        told = True
+        frame, fds = receive()
+        require_no_fds(fds)
+        wire.expect(frame, wire.Ready)
+        return joined
     except BaseException as error:
         if isinstance(error, (ProtocolError, ConnectError)):
             with contextlib.suppress(PeerGone):
                 channel.send(handshake.refusal(error))
-        if bit is not None:
-            own.free_bit(bit)
-        channel.close()
-        if isinstance(error, (PeerGone, OSError)) and not isinstance(error, TransferError):
-            what = "did not answer in time" if isinstance(error, TimeoutError) else str(error)
-            raise PeerUnreachable(f"address {address!r}: {what}") from error
+        if joined is not None:
+            joined.path_link.close(_C.TransferStatus.CANCELLED)
+        if joined is not None and told:
+            own.abandon(joined)
+        else:
+            channel.close()
+            if bit is not None:
+                own.free_bit(bit)
         raise
 
 
-def begin_side(peer: handshake.Peer, frame: wire.Frame, fds: list[int]) -> PeerSide:
-    """The peer's control segment, from its Describe frame."""
+def join(
+    own: OwnSide, channel: Channel, peer: Peer, path: str, peer_bit: int,
+    frame: wire.Frame, fds: list[int],
+) -> tuple[Joined, int]:  # fmt: skip
+    """The session that the peer's Describe frame begins, and how many Regions follow."""
     try:
         describe = wire.expect(frame, wire.Describe)
-        if len(fds) != 1 or describe.bit >= _C.MAX_LINKS or describe.num_regions > _MAX_REGIONS:
+        if describe.bit >= _C.MAX_LINKS or describe.num_regions > MAX_REGIONS:
             raise ProtocolError("describe: a field is out of range")
-        control = _C.Control.attach(fds[0], describe.control_bytes)
-    except (InvalidArgument, OSError) as error:
-        raise ProtocolError(f"control segment: {error}") from error
+        path_link = own.paths[path].connect(peer, describe.bit, peer_bit, describe.blob, fds)
     finally:
         close_fds(fds)
-    return PeerSide(peer, control, describe.bit, describe.num_regions)
-
-
-def add_region(regions: dict[int, PeerRegion], frame: wire.Frame, fds: list[int]) -> None:
-    """Maps a peer's region, from its Region frame."""
-    try:
-        descriptor = RegionDescriptor.from_frame(wire.expect(frame, wire.RegionFrame))
-        if descriptor.region_id in regions or len(regions) >= _MAX_REGIONS:
-            raise ProtocolError(f"region {descriptor.region_id}: told before, or one too many")
-        if len(fds) != int(descriptor.shared):
-            raise ProtocolError(f"region {descriptor.region_id}: {len(fds)} descriptors")
-        pool = None
-        if descriptor.shared:
-            pool = KVPool.attach(
-                descriptor.layout, num_pages=descriptor.num_pages,
-                layer_map=descriptor.layer_map, fd=fds[0],
-            )  # fmt: skip
-    except (InvalidArgument, OSError) as error:
-        raise ProtocolError(f"region: {error}") from error
-    finally:
-        close_fds(fds)
-    regions[descriptor.region_id] = PeerRegion(descriptor, pool)
-
-
-def _next(channel: Channel, deadline: float) -> wire.Frame:
-    """The next frame, which carries no descriptors; a refusal becomes its error."""
-    frame, fds = channel.receive_until(deadline)
-    close_fds(fds)
-    if isinstance(frame, wire.Refuse):
-        raise handshake.refused(frame)
-    if fds:
-        raise ProtocolError("frame: descriptors where there should be none")
-    return frame
-
-
-def _first(channel: Channel, deadline: float) -> tuple[wire.Frame, list[int]]:
-    """The first frame under the new keys."""
-    try:
-        frame, fds = channel.receive_until(deadline)
-    except PeerGone as error:
-        raise LinkRefused(f"the peer ended the handshake: {error}") from error
-    if isinstance(frame, wire.Refuse):
-        close_fds(fds)
-        raise handshake.refused(frame)
-    return frame, fds
+    remote = Remote(peer, own.descriptor_key, path_link)
+    joined = Joined(channel, peer, path, (), path_link, remote, describe.bit, peer_bit)
+    return joined, describe.num_regions

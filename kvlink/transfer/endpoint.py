@@ -4,9 +4,6 @@ connects and accepts."""
 from __future__ import annotations
 
 import atexit
-import queue
-import secrets
-import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -16,22 +13,17 @@ from kvlink import _C
 from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.layout import Shard
 from kvlink.pool import KVPool
-from kvlink.transfer import wire
-from kvlink.transfer.accepting import Acceptor
-from kvlink.transfer.channel import Channel
-from kvlink.transfer.connecting import OwnSide, PeerSide, dial
 from kvlink.transfer.descriptor import descriptor_key
-from kvlink.transfer.errors import LinkClosed, PathUnavailable, TransferTimeout
 from kvlink.transfer.grant import Grant
-from kvlink.transfer.handshake import Identity
 from kvlink.transfer.link import Link
 from kvlink.transfer.offer import Offer
-from kvlink.transfer.region import Region, RegionDescriptor
+from kvlink.transfer.paths import BUILT_PATHS
+from kvlink.transfer.peers import Peers
+from kvlink.transfer.region import Region
+from kvlink.transfer.regions import Regions
 from kvlink.transfer.reservation import SlotTable
 from kvlink.transfer.service import Service, logger
 
-PATHS = ("host_shm", "cuda_ipc", "ucx", "nccl")
-_BUILT_PATHS = ("host_shm",)
 _MIN_SECRET_BYTES = 16
 _live: weakref.WeakSet[Endpoint] = weakref.WeakSet()
 
@@ -39,9 +31,12 @@ _live: weakref.WeakSet[Endpoint] = weakref.WeakSet()
 class Endpoint:
     """Listens at `address` (bytes; give them to peers by any channel) from construction to `close`.
 
-    `secret`: at least 16 bytes, the same at every peer. `num_slots`: grants and offers that can be
-    open at once; `num_page_entries`: pages that they can name together. Owns one service thread,
-    which is on no data path. Thread-safe; not usable in a forked child (use `spawn`).
+    `secret`: at least 16 bytes, random, the same at every peer; who can connect could try guesses.
+    `listen`: "HOST:PORT" to be reached from other hosts, too (port 0: any); without it, only from
+    this host. `paths`: those that links may use. `peer_timeout`: seconds after which a peer on
+    another host that answers nothing is lost. `num_slots`: grants and offers that can be open at
+    once; `num_page_entries`: pages that they can name together. Owns one service thread, which is
+    on no data path. Thread-safe; not usable in a forked child (use `spawn`).
     """
 
     def __init__(
@@ -49,6 +44,9 @@ class Endpoint:
         name: str,
         *,
         secret: bytes,
+        listen: str | None = None,
+        paths: tuple[str, ...] = BUILT_PATHS,
+        peer_timeout: float = 10.0,
         num_slots: int = 1024,
         num_page_entries: int = 1 << 22,
     ) -> None:
@@ -56,22 +54,23 @@ class Endpoint:
             raise InvalidArgument(f"name: expected 1 to 255 bytes of text; got {name!r}")
         if not isinstance(secret, bytes) or len(secret) < _MIN_SECRET_BYTES:
             raise InvalidArgument(f"secret: expected at least {_MIN_SECRET_BYTES} bytes")
+        if isinstance(paths, str) or not paths or not set(paths) <= set(BUILT_PATHS):
+            raise InvalidArgument(f"paths: expected some of {BUILT_PATHS}; got {paths!r}")
+        if not 1.0 <= peer_timeout <= 3600.0:
+            raise InvalidArgument(f"peer_timeout: expected 1 to 3600 s; got {peer_timeout!r}")
         self.name = name
-        self.epoch = secrets.token_bytes(wire.EPOCH_BYTES)
         self.descriptor_key = descriptor_key(secret)
         self._table = SlotTable(num_slots, num_page_entries)
-        table, identity = self._table, Identity(name, self.epoch, secret)
-        self._own = OwnSide(identity, table.take_bit, table.free_bit, self._describe)
-        self._described: dict[int, int] = {}  # regions told in a handshake, by the peer's bit
-        self._lock = threading.RLock()
-        self._regions: list[Region] = []
-        self._links: set[Link] = set()
-        self._accepted: queue.SimpleQueue[Link] = queue.SimpleQueue()
+        self._regions = Regions()
+        self._peers = Peers(
+            name, secret, self.descriptor_key, self._table, self._regions,
+            listen=listen, paths=tuple(paths), peer_timeout=peer_timeout,
+        )  # fmt: skip
+        self.epoch = self._peers.epoch
+        self.address = self._peers.address
         self._closed = False
-        self._acceptor = Acceptor(self._own, self._on_incoming)
-        self.address = self._acceptor.address
         self.service = Service(name, self._tick)
-        self._acceptor.start(self.service)
+        self._peers.start(self.service)
         _live.add(self)
 
     # --- pools --------------------------------------------------------------------------------
@@ -86,32 +85,33 @@ class Endpoint:
         push or a pull. `generations`: a live uint32 array [num_pages] that changes where a page is
         freed (`PageAllocator.generations`); without it, `Region.bump_generations` tells of reuse.
         """
-        if pool.device[0] != 1:
-            raise Unsupported(f"pool: the host_shm path moves CPU memory; got device {pool.device}")
-        if shard is None:
-            shard = Shard(range(pool.num_layers), range(pool.layout.num_kv_heads))
-        with self._lock:
-            descriptor = RegionDescriptor(
-                len(self._regions), pool.layout, shard, pool.layer_map, pool.num_pages, pool.shared
-            )
-            descriptor.check()
-            region = Region(pool, descriptor, generations)
-            self._regions.append(region)
-            for link in self._links:
-                link.announce(*region.announcement())
+        region = self._regions.add(pool, shard, generations)
+        self._peers.tell_regions()
         return region
+
+    def unregister(self, region: Region | KVPool, timeout: float = 5.0) -> None:
+        """Takes a pool out of every transfer: revokes its grants and offers, cancels what moves
+        from or to it, and tells the peers. When it returns, nobody touches its memory any more.
+
+        Raises TransferTimeout when a peer is still inside its pages after `timeout` seconds (it is
+        stopped there): the region is unregistered then, but its memory must stay.
+        """
+        end = time.monotonic() + timeout
+        found = self._regions.remove(region)
+        self._peers.tell_regions()
+        lent = self._table.revoke(found)
+        moving = self._peers.transfers_of(found)
+        for transfer in moving:
+            transfer.cancel()
+        for transfer in moving:
+            transfer.wait_source_reusable(max(end - time.monotonic(), 0.0))
+        for reservation in lent:
+            reservation.wait_released(max(end - time.monotonic(), 0.0))
+        self._peers.forget_region(found)
 
     def region_of(self, region: Region | KVPool | None) -> Region:
         """A region given as itself, as its pool, or left out when there is only one."""
-        regions = self._regions
-        if region is None:
-            if len(regions) == 1:
-                return regions[0]
-            raise InvalidArgument(f"region: {len(regions)} are registered; name one")
-        for candidate in regions:
-            if region is candidate or region is candidate.pool:
-                return candidate
-        raise InvalidArgument("region: it is not registered with this endpoint")
+        return self._regions.of(region)
 
     # --- lending pages ------------------------------------------------------------------------
 
@@ -168,38 +168,35 @@ class Endpoint:
 
     # --- peers --------------------------------------------------------------------------------
 
-    def connect(self, address: bytes, *, require: str | None = None, timeout: float = 5.0) -> Link:
-        """A link to the endpoint at `address`. A peer that restarts needs a new one.
+    def connect(
+        self,
+        address: bytes | Callable[[], bytes],
+        *,
+        require: str | None = None,
+        timeout: float = 5.0,
+    ) -> Link:
+        """A link to the endpoint at `address`, which connects again by itself when it is lost.
 
+        `address`: the peer's, or a callable that finds it (`FileDiscovery.resolver`, ...), asked
+        again each time; a peer that it does not lead to yet is waited for until `timeout`.
         `require` refuses any other path than the one it names. Raises PeerUnreachable,
-        SecretMismatch, VersionMismatch, PathUnavailable, LinkRefused, ProtocolError,
+        SecretMismatch, VersionMismatch, PathUnavailable, LinkRefused, ProtocolError, LinkClosed,
         InvalidArgument.
         """
-        if require is not None and require not in PATHS:
-            raise InvalidArgument(f"require: expected one of {', '.join(PATHS)}; got {require!r}")
-        if require is not None and require not in _BUILT_PATHS:
-            raise PathUnavailable(
-                f"require: {require!r} is not in this build; there is {', '.join(_BUILT_PATHS)}"
-            )
-        if self._closed:
-            raise LinkClosed("the endpoint is closed")
-        return self._add_link(*dial(address, self._own, timeout))
+        return self._peers.connect(address, require, timeout)
 
     def accept(self, timeout: float) -> Link:
         """The next link that a peer made to this endpoint. Raises TransferTimeout.
 
-        Only needed to use the link from this side: the peer's pushes need no call here.
+        Only needed to use the link from this side: the peer's pushes need no call here. A peer that
+        connects again comes as a new link.
         """
-        try:
-            return self._accepted.get(timeout=max(timeout, 0.0))
-        except queue.Empty:
-            raise TransferTimeout(f"nobody connected within {timeout} s") from None
+        return self._peers.accept(timeout)
 
     @property
     def links(self) -> tuple[Link, ...]:
         """The open links, of either direction."""
-        with self._lock:
-            return tuple(link for link in self._links if not link.closed)
+        return self._peers.links
 
     # --- the end ------------------------------------------------------------------------------
 
@@ -214,16 +211,13 @@ class Endpoint:
         Waits up to `timeout` seconds for peers that are inside pages at this moment. One that is
         stopped there is logged: until it ends, its late write could still land in those pages.
         """
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            links = list(self._links)
+        if self._closed:
+            return
+        self._closed = True
         self._table.shut()
-        for link in links:
-            link.close()
+        self._peers.close_links()
         end = time.monotonic() + timeout
-        while (self._links or self._table.open) and time.monotonic() < end:
+        while not (self._peers.quiet and not self._table.open) and time.monotonic() < end:
             self.service.wake()
             time.sleep(0.002)
             if self.service.on_thread:
@@ -232,9 +226,7 @@ class Endpoint:
             inside = len(self._table.open)
             logger.warning("%r closed with peers inside %d transfers", self.name, inside)
         self.service.stop(5.0)
-        self._acceptor.close()
-        for link in list(self._links):
-            link.on_gone("the endpoint was closed", quiet=False)
+        self._peers.close()
         _live.discard(self)
 
     def __enter__(self) -> Endpoint:
@@ -243,51 +235,20 @@ class Endpoint:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    # --- for links and the service thread -----------------------------------------------------
-
-    def on_link_gone(self, link: Link, peer_bit: int) -> None:
-        """The peer touches nothing any more: its pins, leases and unfinished writes end."""
-        self._table.control.drop_link(peer_bit)
-        with self._lock:
-            self._links.discard(link)
-        self._table.free_bit(peer_bit)
-        self._table.reap()
+    # --- inside -------------------------------------------------------------------------------
 
     def _lendable(self, region: Region | KVPool | None) -> Region:
-        found = self.region_of(region)
-        if not found.descriptor.shared:
+        found = self._regions.of(region)
+        if not found.descriptor.shared and self._peers.missing("ucx"):
             raise Unsupported(
                 "region: peers cannot map this pool; make it with KVPool.create(..., shared=True)"
             )
         self.service.wake()
         return found
 
-    def _add_link(self, channel: Channel, side: PeerSide, bit: int) -> Link:
-        link = Link(self, channel, side, bit)
-        with self._lock:
-            self._links.add(link)
-            missed = self._regions[self._described.pop(bit) :]
-        link.start()
-        for region in missed:
-            link.announce(*region.announcement())
-        return link
-
-    def _describe(self, bit: int) -> list[tuple[wire.Frame, tuple[int, ...]]]:
-        control = self._table.control
-        with self._lock:
-            regions = list(self._regions)
-            self._described[bit] = len(regions)
-        describe = wire.Describe(bit, control.num_bytes, len(regions))
-        return [(describe, (control.fd,)), *(region.announcement() for region in regions)]
-
-    def _on_incoming(self, channel: Channel, side: PeerSide, bit: int) -> None:
-        self._accepted.put(self._add_link(channel, side, bit))
-
     def _tick(self) -> bool:
-        accepting = self._acceptor.tick()
         self._table.reap()
-        busy = [link.tick(time.monotonic_ns()) for link in list(self._links)]
-        return any(busy) or bool(self._table.open) or accepting
+        return self._peers.tick() or bool(self._table.open)
 
 
 @atexit.register

@@ -1,10 +1,7 @@
-"""`Link`: a connected peer whose memory is mapped here, and ours there."""
+"""`Link`: a peer that this endpoint can push to, pull from, and adopt pages of."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import os
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -12,54 +9,94 @@ from typing import TYPE_CHECKING, Any
 from kvlink import _C
 from kvlink.errors import InvalidArgument
 from kvlink.transfer import wire
-from kvlink.transfer.channel import Channel, PeerGone, close_fds
-from kvlink.transfer.connecting import PeerSide
 from kvlink.transfer.errors import (
     LinkClosed,
     PeerLost,
-    ProtocolError,
     TransferTimeout,
     status_error,
 )
 from kvlink.transfer.offer import Lease
 from kvlink.transfer.region import Region, page_ids
-from kvlink.transfer.remote import Remote
-from kvlink.transfer.service import logger
 from kvlink.transfer.transfer import Transfer
 
 if TYPE_CHECKING:
-    from kvlink.transfer.endpoint import Endpoint
+    from kvlink.transfer.peers import Peers
+    from kvlink.transfer.reconnecting import Reconnector
+    from kvlink.transfer.session import Session
+
+_WAIT_SLICE = 0.1  # s, so that signals are handled
 
 
 class Link:
     """Made by `Endpoint.connect` on one side and by `Endpoint.accept` on the other; both may push,
     pull and adopt. Thread-safe. Not usable in a forked child.
 
-    Attributes: `path` ("host_shm"), `peer_name`, `peer_epoch` (16 bytes, new whenever the peer
-    restarts), `version` of the control protocol.
+    A link made by `connect` stays: when the peer or the connection is lost, what was under way
+    fails with PeerLost and the link connects again by itself, in a new session, until `close`. A
+    link from `accept` ends with its session; the peer's next one comes out of `accept` anew.
     """
 
-    path = "host_shm"
-
-    def __init__(self, endpoint: Endpoint, channel: Channel, side: PeerSide, bit: int) -> None:
-        """For `Endpoint`; `bit` is the peer's in our slots."""
-        self.peer_name = side.peer.name
-        self.peer_epoch = side.peer.epoch
-        self.version = side.peer.version
-        self._endpoint = endpoint
-        self._channel = channel
-        self._control = side.control
-        self._bit = side.bit  # ours in the peer's slots
-        self._peer_bit = bit
-        self._remote = Remote(side, endpoint.descriptor_key)
-        self._shm = _C.ShmLink(side.control, side.bit)
-        self._leases: set[Lease] = set()
-        self._lock = threading.Lock()
-        self._requests = itertools.count(1)
-        self._answers: dict[int, tuple[threading.Event, list[int]]] = {}
+    def __init__(self, peers: Peers, reconnector: Reconnector | None = None) -> None:
+        """For `Endpoint`."""
+        self._peers = peers
+        self._reconnector = reconnector
+        self._changed = threading.Condition()
+        self._session: Session | None = None
+        self._num_sessions = 0
         self._closed = False
-        self.gone: PeerLost | None = None  # why, once the peer is
-        self._pidfd = channel.peer_pidfd()
+        self._lost: PeerLost | None = None
+
+    # --- who and how --------------------------------------------------------------------------
+
+    @property
+    def path(self) -> str:
+        """How bytes move: "host_shm" or "ucx"; that of the last session while there is none."""
+        return self._last.path
+
+    @property
+    def path_detail(self) -> str:
+        """More about it: "mapped memory", or which of UCX's transports and devices."""
+        return self._last.path_link.detail
+
+    @property
+    def why_not(self) -> dict[str, str]:
+        """Why the paths that are faster than `path` were not chosen."""
+        return dict(self._last.why_not)
+
+    @property
+    def peer_name(self) -> str:
+        """What the peer calls itself."""
+        return self._last.peer.name
+
+    @property
+    def peer_epoch(self) -> bytes:
+        """16 bytes, new whenever the peer restarts; its grants and offers of before are gone."""
+        return self._last.peer.epoch
+
+    @property
+    def version(self) -> int:
+        """Of the control protocol."""
+        return self._last.peer.version
+
+    @property
+    def num_sessions(self) -> int:
+        """1, and one more for each time that it connected again."""
+        return self._num_sessions
+
+    @property
+    def state(self) -> str:
+        """ "connected", "reconnecting" (with the last reason why that failed), or "closed"."""
+        if self._closed:
+            return "closed"
+        if self._session is not None and not self._session.closed:
+            return "connected"
+        why = self._reconnector.last_error if self._reconnector is not None else None
+        return "reconnecting" + (f" ({type(why).__name__}: {why})" if why is not None else "")
+
+    @property
+    def gone(self) -> PeerLost | None:
+        """Why there is no session now, when that was not this side's doing."""
+        return self._lost
 
     # --- moving KV ----------------------------------------------------------------------------
 
@@ -78,8 +115,8 @@ class Link:
         `region` (by default the endpoint's only one). `grant`: the peer's `Grant.to_bytes()`. What
         both pools hold is moved, converted on the way; several links may fill one grant with
         different layers or heads. O(layers + pages). Raises InvalidDescriptor, UnknownRegion,
-        Unconvertible, AlreadyWriting, GrantExpired, GrantRevoked, StaleTransfer, LinkClosed,
-        InvalidArgument.
+        Unconvertible, AlreadyWriting, GrantExpired, GrantRevoked, StaleTransfer, PeerLost (at once,
+        while it reconnects), LinkClosed, InvalidArgument.
         """
         return self._start(_C.SlotKind.GRANT, grant, src_pages, region)
 
@@ -97,204 +134,124 @@ class Link:
 
     def adopt(self, offer: Any) -> Lease:
         """Uses the offered pages where they lie: no byte moves, and the time it takes does not
-        depend on the request's length. Raises as `begin`."""
-        self._check_open()
-        descriptor = self._remote.parse(_C.SlotKind.OFFER, offer)
-        pool = self._remote.pool(descriptor)
-        key = _C.SlotKey(descriptor.slot, descriptor.generation)
-        pages = self._remote.pages(descriptor)
-        status = self._control.adopt(key, self._bit)
-        if status != _C.TransferStatus.OK:
-            raise status_error(status, f"offer {descriptor.transfer_id.hex()}")
-        lease = Lease(self, self._control, key, descriptor, pool, pages)
-        with self._lock:
-            self._leases.add(lease)
-        self._endpoint.service.wake()
+        depend on the request's length. Raises as `begin`, and PathUnavailable on paths that map
+        nothing."""
+        session = self._current()
+        descriptor = session.remote.parse(_C.SlotKind.OFFER, offer)
+        pool, pages, control, key = session.path_link.adopt(descriptor)
+        lease = Lease(session, control, key, descriptor, pool, pages)
+        session.add_lease(lease)
         return lease
 
     def query(self, transfer_id: bytes, timeout: float = 5.0) -> Any:
         """How a transfer of the peer's grants and offers stands or ended, by its id: a
         `TransferStatus` (PENDING, OK, or why it failed), or None when the peer does not know it.
-        Idempotent. Raises TransferTimeout, LinkClosed, InvalidArgument."""
+        Idempotent. Raises TransferTimeout, PeerLost, LinkClosed, InvalidArgument."""
         if not isinstance(transfer_id, bytes) or len(transfer_id) != wire.TRANSFER_ID_BYTES:
             raise InvalidArgument(f"transfer_id: expected 16 bytes; got {transfer_id!r}")
-        self._check_open()
-        request = next(self._requests)
-        event: threading.Event = threading.Event()
-        answer: list[int] = []
-        self._answers[request] = (event, answer)
-        try:
-            self._send(wire.Query(request, transfer_id))
-            end = time.monotonic() + timeout
-            while not event.wait(min(0.1, max(0.0, end - time.monotonic()))):
-                self._check_open()
-                if time.monotonic() >= end:
-                    raise TransferTimeout(f"{self.peer_name!r}: no answer within {timeout} s")
-        finally:
-            self._answers.pop(request, None)
-        if not answer:
-            raise LinkClosed(f"the link to {self.peer_name!r} closed")
-        return None if answer[0] == wire.Reply.UNKNOWN else _C.TransferStatus(answer[0])
+        return self._current().query(transfer_id, timeout)
 
-    # --- the end ------------------------------------------------------------------------------
+    # --- sessions -----------------------------------------------------------------------------
+
+    def wait_connected(self, timeout: float) -> None:
+        """Until there is a session. Raises TransferTimeout (with the last reason), LinkClosed."""
+        end = time.monotonic() + timeout
+        with self._changed:
+            while self.state != "connected":
+                if self._closed:
+                    raise LinkClosed("the link is closed")
+                left = end - time.monotonic()
+                if left <= 0:
+                    raise TransferTimeout(f"not connected after {timeout} s: {self.state}")
+                self._changed.wait(min(left, _WAIT_SLICE))
+
+    def wait_closed(self, timeout: float) -> None:
+        """For `Reconnector`: a pause, which `close` ends."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed, timeout)
+
+    def attach(self, session: Session) -> bool:
+        """For `Endpoint`: a session of this link; False when the link was closed meanwhile."""
+        with self._changed:
+            if self._closed:
+                return False
+            self._session = session
+            self._num_sessions += 1
+            self._lost = None
+            self._changed.notify_all()
+        return True
+
+    def on_session_gone(self, session: Session, why: str) -> None:
+        """For `Session`, on the service thread."""
+        with self._changed:
+            if self._session is not session or self._closed:
+                return
+            self._lost = session.gone
+            if self._reconnector is None:
+                self._closed = True
+            self._changed.notify_all()
+        if self._reconnector is None:
+            self._peers.on_link_closed(self)
+        else:
+            self._reconnector.begin(self)
 
     @property
     def closed(self) -> bool:
-        """No more transfers: this side closed it, or the peer is gone."""
+        """No more transfers, ever: this side closed it, or its session is gone and the peer's next
+        one is another link."""
         return self._closed
 
     def close(self) -> None:
-        """Cancels what is under way, gives leases back, and tells the peer. Idempotent.
-
-        When it returns, this side touches no page of the peer any more.
-        """
-        with self._lock:
+        """Cancels what is under way, gives leases back, tells the peer, and connects no more.
+        Idempotent. When it returns, this side touches no page of the peer any more."""
+        with self._changed:
             if self._closed:
                 return
             self._closed = True
-        self._shm.close(_C.TransferStatus.CANCELLED)
-        self._end_leases()
-        # The peer's bits in our slots stay until it has stopped, which its own end tells.
-        self._channel.shut()
-        self._endpoint.service.wake()
+            self._lost = None
+            self._changed.notify_all()
+        if self._session is not None:
+            self._session.close()
+        self._peers.on_link_closed(self)
 
-    def end_lease(self, lease: Lease, key: Any) -> None:
-        """For Lease.release."""
-        self._control.release(key, self._bit)
-        with self._lock:
-            self._leases.discard(lease)
-
-    def start(self) -> None:
-        """For `Endpoint`: frames are read from now on."""
-        service = self._endpoint.service
-        service.watch(self._channel.sock.fileno(), self.on_readable)
-        if self._pidfd >= 0:
-            service.watch(self._pidfd, lambda: self.on_gone("its process ended"))
-
-    def on_readable(self) -> None:
-        """Service thread: takes the frames that are there."""
-        try:
-            while not self.gone:
-                frame, fds = self._channel.receive()
-                self._take(frame, fds)
-        except BlockingIOError:
-            return
-        except PeerGone as error:
-            self.on_gone(str(error))
-        except ProtocolError as error:
-            # No page is given back before the peer has ended: it may be writing.
-            if not self._closed:
-                logger.warning("link to %r dropped: %s", self.peer_name, error)
-                self.close()
-
-    def on_gone(self, why: str, *, quiet: bool = True) -> None:
-        """Service thread: the peer closed its end or died.
-
-        `quiet`: it touches nothing of ours any more. Otherwise its pins stay, and what it is inside
-        of stays quarantined.
-        """
-        with self._lock:
-            if self.gone:
-                return
-            self.gone = PeerLost(f"{self.peer_name!r}, the owner of the pages, is gone: {why}")
-            lost, self._closed = not self._closed, True
-        if lost:
-            logger.info("link to %r lost: %s", self.peer_name, why)
-        self._shm.close(_C.TransferStatus.PEER_LOST)
-        self._end_leases(self.gone)
-        for event, _ in list(self._answers.values()):
-            event.set()
-        service = self._endpoint.service
-        service.unwatch(self._channel.sock.fileno())
-        if self._pidfd >= 0:
-            service.unwatch(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = -1
-        self._channel.close()
-        if quiet:
-            self._endpoint.on_link_gone(self, self._peer_bit)
-
-    def tick(self, now_ns: int) -> bool:
-        """Service thread: True while something needs watching."""
-        with self._lock:
-            leases = list(self._leases)
-        for lease in leases:
-            lease.reap(now_ns)
-        if self.gone:
-            return False
-        try:
-            flushed = self._channel.flush()
-        except PeerGone as error:
-            self.on_gone(str(error))
-            return False
-        return bool(leases) or not flushed or self._closed
-
-    def announce(self, frame: wire.Frame, fds: tuple[int, ...]) -> None:
-        """For `Endpoint.register`: tells the peer of a region."""
-        if not self._closed:
-            with contextlib.suppress(LinkClosed):
-                self._send(frame, fds)
+    @property
+    def path_link(self) -> Any:
+        """The session's `PathLink`; for tests, which make it do what no transfer would."""
+        return self._last.path_link
 
     # --- inside -------------------------------------------------------------------------------
 
+    @property
+    def _last(self) -> Session:
+        assert self._session is not None
+        return self._session
+
+    def _current(self) -> Session:
+        session = self._last
+        if self._lost is not None:
+            raise self._lost
+        if self._closed:
+            raise LinkClosed(f"the link to {self.peer_name!r} is closed")
+        if session.closed:
+            raise PeerLost(f"the link to {self.peer_name!r} has just been lost")
+        return session
+
     def _start(self, kind: Any, token: Any, pages: Any, region: Region | None) -> Transfer:
-        self._check_open()
-        descriptor = self._remote.parse(kind, token)
-        pool = self._remote.pool(descriptor)
-        own = self._endpoint.region_of(region)
+        session = self._current()
+        descriptor = session.remote.parse(kind, token)
+        own = self._peers.regions.of(region)
         own_ids = page_ids(pages, own.pool.num_pages)
-        peer_ids = self._remote.pages(descriptor)
-        plan = self._remote.plan(kind, own, descriptor)
-        key = _C.SlotKey(descriptor.slot, descriptor.generation)
-        if kind == _C.SlotKind.GRANT:
-            views = (own.pool.view, pool.view, own_ids, peer_ids)
-            generations = None
-        else:
-            views = (pool.view, own.pool.view, peer_ids, own_ids)
-            generations = own.generations
-        moving = self._shm.begin(
-            kind, key, plan.parts, plan.heads, *views, descriptor.num_tokens, generations
-        )
+        plan = session.remote.plan(kind, own, descriptor)
+        generations = own.generations if kind == _C.SlotKind.OFFER else None
+        moving = session.path_link.begin(kind, descriptor, own, own_ids, plan, generations)
         if isinstance(moving, _C.TransferStatus):
-            self._check_open()
+            self._current()
             name = f"{kind.name.lower()} {descriptor.transfer_id.hex()}"
             if moving == _C.TransferStatus.STALE:
                 moving = self.query(descriptor.transfer_id) or moving
             if moving == _C.TransferStatus.OK:
                 moving = _C.TransferStatus.STALE
             raise status_error(moving, name)
-        return Transfer(self, moving, plan, descriptor.transfer_id, (own, pool))
-
-    def _take(self, frame: wire.Frame, fds: list[int]) -> None:
-        if isinstance(frame, wire.RegionFrame):
-            self._remote.add(frame, fds)
-            return
-        close_fds(fds)
-        if isinstance(frame, wire.Query):
-            status = self._endpoint.status(frame.transfer_id)
-            known = wire.Reply.UNKNOWN if status is None else status.value
-            self._channel.send(wire.Reply(frame.request, known))
-        elif isinstance(frame, wire.Reply):
-            waiting = self._answers.get(frame.request)
-            if waiting is not None:
-                waiting[1].append(frame.status)
-                waiting[0].set()
-        else:
-            raise ProtocolError(f"frame: {type(frame).__name__} has no place after the handshake")
-
-    def _send(self, frame: wire.Frame, fds: tuple[int, ...] = ()) -> None:
-        try:
-            self._channel.send(frame, fds)
-        except PeerGone as error:
-            raise LinkClosed(f"the link to {self.peer_name!r} closed: {error}") from error
-        self._endpoint.service.wake()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise LinkClosed(f"the link to {self.peer_name!r} is closed")
-
-    def _end_leases(self, why: Exception | None = None) -> None:
-        with self._lock:
-            leases = list(self._leases)
-        for lease in leases:
-            lease.end(why)
+        transfer = Transfer(self, moving, plan, descriptor.transfer_id, own)
+        session.transfers.add(transfer)
+        return transfer

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from kvlink.transfer.link import Link
+    from kvlink.transfer.session import Session
 
 
 class Offer(Reservation):
@@ -40,7 +40,7 @@ class Lease:
 
     def __init__(
         self,
-        link: Link,
+        session: Session,
         control: Any,
         key: Any,
         descriptor: Descriptor,
@@ -51,7 +51,7 @@ class Lease:
         self.pages = pages
         self.num_tokens = descriptor.num_tokens
         self.transfer_id = descriptor.transfer_id
-        self._link = link
+        self._session = session
         self._control = control
         self._key = key
         self._over = False
@@ -60,7 +60,7 @@ class Lease:
     @property
     def valid(self) -> bool:
         """The pages still hold what was offered."""
-        if self._over or self._lost is not None or self._link.closed:
+        if self._over or self._lost is not None or self._session.closed:
             return False
         if time.monotonic_ns() > self._control.deadline_ns(self._key):
             return False
@@ -73,8 +73,8 @@ class Lease:
             raise self._lost
         if self._over:
             raise LinkClosed("the lease was released")
-        if self._link.closed:
-            raise self._link.gone or LinkClosed("the link to the owner of the pages is closed")
+        if self._session.closed:
+            raise self._session.gone or LinkClosed("the link to the owner of the pages is closed")
         if not self.valid:
             status = self._control.status(self._key)
             if status == _C.TransferStatus.PENDING:
@@ -85,7 +85,8 @@ class Lease:
         """Gives the pages back. Idempotent."""
         if not self._over:
             self._over = True
-            self._link.end_lease(self, self._key)
+            self._session.path_link.release(self._key)
+            self._session.drop_lease(self)
 
     def end(self, why: Exception | None) -> None:
         """For `Link`: the link closed, or the owner is gone."""

@@ -47,12 +47,12 @@ class RegionDescriptor:
         """Rows of one token in one stored layer: one per KV head and plane."""
         return self.layout.num_kv_heads * (2 if self.layout.has_v_plane else 1)
 
-    def to_frame(self) -> RegionFrame:
-        """As it goes over the wire."""
+    def to_frame(self, blob: bytes = b"") -> RegionFrame:
+        """As it goes over the wire; `blob` is what a path has to tell of it."""
         return RegionFrame(
             self.region_id, self.shared, self.num_pages, self.shard.kv_heads.start,
             len(self.shard.kv_heads), *self.shard.replica, self.shard.layers, self.layer_map,
-            self.layout.to_bytes(),
+            self.layout.to_bytes(), blob,
         )  # fmt: skip
 
     @classmethod
@@ -107,12 +107,6 @@ class Region:
     def region_id(self) -> int:
         """Number of the region within its endpoint."""
         return self.descriptor.region_id
-
-    def announcement(self) -> tuple[RegionFrame, tuple[int, ...]]:
-        """What tells a peer of it: the frame, and its memory's descriptor when it is shared."""
-        segment = self.pool.segment
-        fds = () if segment is None or not self.descriptor.shared else (segment.fd,)
-        return self.descriptor.to_frame(), fds
 
     def bump_generations(self, pages: Sequence[int]) -> None:
         """Tells that these pages now hold something else: grants of them cannot commit any more.

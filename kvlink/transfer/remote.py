@@ -1,4 +1,4 @@
-"""What a link knows of its peer's pools, and how descriptors of grants and offers name them."""
+"""What a session knows of its peer's pools, and how descriptors of grants and offers name them."""
 
 from __future__ import annotations
 
@@ -7,41 +7,60 @@ from typing import TYPE_CHECKING, Any
 
 from kvlink import _C
 from kvlink.errors import InvalidArgument
-from kvlink.pool import KVPool
 from kvlink.transfer import wire
-from kvlink.transfer.connecting import PeerSide, add_region
+from kvlink.transfer.channel import close_fds
 from kvlink.transfer.descriptor import Descriptor
-from kvlink.transfer.errors import Unconvertible, UnknownRegion
+from kvlink.transfer.errors import ProtocolError, Unconvertible, UnknownRegion
 from kvlink.transfer.plan import TransferPlan
-from kvlink.transfer.region import Region
+from kvlink.transfer.region import Region, RegionDescriptor
 from kvlink.transfer.reservation import Reservation
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from kvlink.transfer.paths import PathLink, Peer
 
+MAX_REGIONS = 256
 _REGION_WAIT = 5.0  # s, for a region that was registered a moment ago
 
 
 class Remote:
-    """A peer's regions, mapped here, and the plans between them and ours."""
+    """A peer's regions, and the plans between them and ours."""
 
-    def __init__(self, side: PeerSide, descriptor_key: bytes) -> None:
-        self._name, self._epoch = side.peer.name, side.peer.epoch
-        self._control = side.control
+    def __init__(self, peer: Peer, descriptor_key: bytes, path_link: PathLink) -> None:
+        self._name, self._epoch = peer.name, peer.epoch
         self._key = descriptor_key
-        self._regions = side.regions
+        self._path_link = path_link
+        self.regions: dict[int, RegionDescriptor] = {}
+        self._gone: set[int] = set()
         self._changed = threading.Condition()
         self._plans: dict[tuple[str, int, int], TransferPlan] = {}
 
     def add(self, frame: wire.Frame, fds: list[int]) -> None:
-        """Service thread: the peer registered another pool."""
+        """The peer registered another pool. Raises ProtocolError."""
+        try:
+            frame = wire.expect(frame, wire.RegionFrame)
+            descriptor = RegionDescriptor.from_frame(frame)
+            number = descriptor.region_id
+            if number in self.regions or number in self._gone or len(self.regions) >= MAX_REGIONS:
+                raise ProtocolError(f"region {number}: told before, or one too many")
+            self._path_link.add_region(descriptor, frame.blob, fds)
+        finally:
+            close_fds(fds)
         with self._changed:
-            add_region(self._regions, frame, fds)
+            self.regions[number] = descriptor
             self._changed.notify_all()
 
+    def remove(self, number: int) -> None:
+        """The peer registers it no more. Raises ProtocolError."""
+        with self._changed:
+            if self.regions.pop(number, None) is None:
+                raise ProtocolError(f"region {number}: not one of the peer's")
+            self._gone.add(number)
+            self._changed.notify_all()
+        self._path_link.remove_region(number)
+
     def parse(self, kind: Any, token: Any) -> Descriptor:
-        """A descriptor of this peer's current session; raises InvalidDescriptor, UnknownRegion."""
+        """A descriptor of this peer's current epoch and regions; raises InvalidDescriptor,
+        UnknownRegion."""
         if isinstance(token, Reservation):
             token = token.to_bytes()
         if not isinstance(token, (bytes, bytearray, memoryview)):
@@ -52,34 +71,27 @@ class Remote:
                 f"the {kind.name.lower()} was made by another endpoint, or before "
                 f"{self._name!r} restarted"
             )
+        self._region(descriptor.region_id)
         return descriptor
-
-    def pool(self, descriptor: Descriptor) -> KVPool:
-        """The mapped pool that it names; raises UnknownRegion."""
-        number = descriptor.region_id
-        if number not in self._regions:
-            with self._changed:
-                self._changed.wait_for(lambda: number in self._regions, _REGION_WAIT)
-        region = self._regions.get(number)
-        if region is None or region.pool is None:
-            raise UnknownRegion(f"{self._name!r} has no shared region {number} on this link")
-        return region.pool
-
-    def pages(self, descriptor: Descriptor) -> npt.NDArray[np.int32]:
-        """The page ids that it names, where they lie: read-only, and not checked yet."""
-        pages: npt.NDArray[np.int32] = self._control.page_list(
-            descriptor.first_page, descriptor.num_pages
-        )
-        return pages
 
     def plan(self, kind: Any, own: Region, descriptor: Descriptor) -> TransferPlan:
         """The cut of our region and the one it names, made once; raises Unconvertible."""
         name = (kind.name, own.region_id, descriptor.region_id)
         plan = self._plans.get(name)
         if plan is None:
-            pair = (own.descriptor, self._regions[descriptor.region_id].descriptor)
+            pair = (own.descriptor, self._region(descriptor.region_id))
             src, dst = pair if kind == _C.SlotKind.GRANT else pair[::-1]
             if dst.num_stored_layers > _C.MAX_STORED_LAYERS:
                 raise Unconvertible(f"shards: more than {_C.MAX_STORED_LAYERS} stored layers")
             plan = self._plans[name] = TransferPlan.build(src, dst)
         return plan
+
+    def _region(self, number: int) -> RegionDescriptor:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: number in self.regions or number in self._gone, _REGION_WAIT
+            )
+            region = self.regions.get(number)
+        if region is None:
+            raise UnknownRegion(f"{self._name!r} has no region {number} registered")
+        return region

@@ -105,6 +105,14 @@ class SlotTable:
             self.control.expire(reservation.key, now)
             reservation.advance()
 
+    def revoke(self, region: Region) -> list[Reservation]:
+        """Takes back what is lent of a region; gives what was open."""
+        with self.lock:
+            lent = [each for each in self.open.values() if each.region is region]
+        for reservation in lent:
+            reservation.revoke()
+        return lent
+
     def shut(self) -> None:
         """Revokes everything and opens nothing more."""
         with self.lock:

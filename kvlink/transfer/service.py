@@ -42,8 +42,10 @@ class Service:
             os.eventfd_write(self._wake_fd, 1)
 
     def watch(self, fd: int, on_readable: Callable[[], None]) -> None:
-        """Calls `on_readable` on the service thread while `fd` is readable."""
-        self.call(lambda: self._watch(fd, on_readable))
+        """Calls `on_readable` while `fd` is readable; only on the service thread, so that nobody
+        can close `fd` before."""
+        with contextlib.suppress(KeyError, ValueError, OSError):
+            self._selector.register(fd, selectors.EVENT_READ, on_readable)
 
     def unwatch(self, fd: int) -> None:
         """Forgets `fd`; only on the service thread, before it is closed."""
@@ -65,10 +67,6 @@ class Service:
             self._selector.close()
             os.close(self._wake_fd)
             self._wake_fd = -1
-
-    def _watch(self, fd: int, on_readable: Callable[[], None]) -> None:
-        with contextlib.suppress(KeyError, ValueError, OSError):
-            self._selector.register(fd, selectors.EVENT_READ, on_readable)
 
     def _drain(self) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -13,6 +13,7 @@ from kvlink.transfer.plan import TransferPlan
 
 if TYPE_CHECKING:
     from kvlink.transfer.link import Link
+    from kvlink.transfer.region import Region
 
 _OK = _C.TransferStatus.OK
 _PENDING = _C.TransferStatus.PENDING
@@ -54,13 +55,13 @@ class Transfer:
     """
 
     def __init__(
-        self, link: Link, moving: Any, plan: TransferPlan, transfer_id: bytes, keep_alive: Any
+        self, link: Link, moving: Any, plan: TransferPlan, transfer_id: bytes, region: Region
     ) -> None:
         self.link = link
         self.plan = plan
         self.transfer_id = transfer_id
         self._moving = moving
-        self._keep_alive = keep_alive
+        self.region = region  # ours
 
     def push_layer(self, layer: int, num_tokens: int | None = None) -> None:
         """Queues a layer of the source pool whose KV is complete, and returns at once.

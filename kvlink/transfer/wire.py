@@ -1,8 +1,7 @@
 """The control protocol's frames: a fixed binary schema (docs/transfer_contract.md, "Wire format").
 
-Every frame is one message of a SOCK_SEQPACKET socket: header, body, and after the handshake a
-32-byte authentication code. All integers are little-endian. Whatever does not fit the schema
-exactly is a ProtocolError.
+A frame is a header and a body inside TLS. All integers are little-endian. Whatever does not fit the
+schema exactly is a ProtocolError. Hello and Refuse are the same in every version.
 """
 
 from __future__ import annotations
@@ -15,33 +14,36 @@ from typing import ClassVar, TypeVar
 
 from kvlink.layout import LAYOUT_BYTES
 from kvlink.transfer.errors import ProtocolError
-from kvlink.transfer.fields import Reader, pack_text
+from kvlink.transfer.fields import Pairs, Reader, pack_blob, pack_pairs, pack_text
 
-MIN_VERSION = 1
-MAX_VERSION = 1
-MAX_FRAME = 64 * 1024
-MAC_BYTES = 32
-NONCE_BYTES = 32
+MIN_VERSION = 2
+MAX_VERSION = 2
+MAX_FRAME = 256 * 1024
+MAX_BLOB = 192 * 1024  # what a path tells of itself or of a region
+MAX_FDS = 4  # with one frame
 EPOCH_BYTES = 16
 TRANSFER_ID_BYTES = 16
+MAC_BYTES = 32  # of the descriptors of grants and offers
 MAX_LAYERS = 4096
+MAX_PATHS = 16
 NUM_STATUSES = 13
 
 _MAGIC = b"KV"
-HEADER = struct.Struct("<2sBBIQ")  # magic, type, reserved, body bytes, sequence number
+_HEADER = struct.Struct("<2sBBIQ")  # magic, type, descriptors, body bytes, sequence number
 
 
 class FrameType(enum.IntEnum):
     """Kinds of frames."""
 
     HELLO = 1
-    CHALLENGE = 2
-    AUTH = 3
-    REFUSE = 4
-    DESCRIBE = 5
-    REGION = 6
-    QUERY = 7
-    REPLY = 8
+    WELCOME = 2
+    REFUSE = 3
+    DESCRIBE = 4
+    REGION = 5
+    READY = 6
+    UNREGION = 7
+    QUERY = 8
+    REPLY = 9
 
 
 class RefuseCode(enum.IntEnum):
@@ -49,85 +51,55 @@ class RefuseCode(enum.IntEnum):
 
     MALFORMED = 1
     VERSION = 2
-    SECRET = 3
+    PATH = 3
     BUSY = 4
 
 
 @dataclass(frozen=True)
 class Hello:
-    """Client to server: the versions it speaks, and its nonce."""
+    """Client to server: the versions it speaks, and for each path why it cannot use it (empty where
+    it can)."""
 
     type: ClassVar = FrameType.HELLO
     min_version: int
     max_version: int
-    nonce: bytes
     epoch: bytes
     name: str
+    paths: Pairs
 
     def pack(self) -> bytes:
         versions = struct.pack("<HH", self.min_version, self.max_version)
-        return versions + self.nonce + self.epoch + pack_text("B", self.name, 255)
+        return versions + self.epoch + pack_text("B", self.name, 255) + pack_pairs(self.paths)
 
     @classmethod
-    def unpack(cls, body: bytes) -> Hello:
-        reader = Reader(body)
+    def unpack(cls, reader: Reader) -> Hello:
         low, high = reader.unpack("HH")
-        hello = cls(low, high, reader.take(NONCE_BYTES), reader.take(EPOCH_BYTES), reader.text("B"))
-        reader.end()
+        hello = cls(low, high, reader.take(EPOCH_BYTES), reader.text("B"), reader.pairs(MAX_PATHS))
         if low > high:
             raise ProtocolError(f"hello: versions {low} to {high} are no range")
         return hello
 
 
 @dataclass(frozen=True)
-class Challenge:
-    """Server to client: the version chosen, its nonce, and the proof that it knows the secret."""
+class Welcome:
+    """Server to client: the version and the path chosen, and why the faster ones were not."""
 
-    type: ClassVar = FrameType.CHALLENGE
+    type: ClassVar = FrameType.WELCOME
     version: int
-    min_version: int
-    max_version: int
-    nonce: bytes
     epoch: bytes
     name: str
-    proof: bytes
-
-    def claims(self) -> bytes:
-        """Everything but the proof, as it enters the transcript."""
-        versions = struct.pack("<HHH", self.version, self.min_version, self.max_version)
-        return versions + self.nonce + self.epoch + pack_text("B", self.name, 255)
+    path: str
+    why_not: Pairs
 
     def pack(self) -> bytes:
-        return self.claims() + self.proof
+        head = struct.pack("<H", self.version) + self.epoch + pack_text("B", self.name, 255)
+        return head + pack_text("B", self.path, 255) + pack_pairs(self.why_not)
 
     @classmethod
-    def unpack(cls, body: bytes) -> Challenge:
-        reader = Reader(body)
-        version, low, high = reader.unpack("HHH")
-        challenge = cls(
-            version, low, high, reader.take(NONCE_BYTES), reader.take(EPOCH_BYTES),
-            reader.text("B"), reader.take(MAC_BYTES),
-        )  # fmt: skip
-        reader.end()
-        return challenge
-
-
-@dataclass(frozen=True)
-class Auth:
-    """Client to server: the proof that it knows the secret, too."""
-
-    type: ClassVar = FrameType.AUTH
-    proof: bytes
-
-    def pack(self) -> bytes:
-        return self.proof
-
-    @classmethod
-    def unpack(cls, body: bytes) -> Auth:
-        reader = Reader(body)
-        auth = cls(reader.take(MAC_BYTES))
-        reader.end()
-        return auth
+    def unpack(cls, reader: Reader) -> Welcome:
+        (version,) = reader.unpack("H")
+        epoch, name, path = reader.take(EPOCH_BYTES), reader.text("B"), reader.text("B")
+        return cls(version, epoch, name, path, reader.pairs(MAX_PATHS))
 
 
 @dataclass(frozen=True)
@@ -142,37 +114,33 @@ class Refuse:
         return struct.pack("<H", self.code) + pack_text("H", self.message, 1024)
 
     @classmethod
-    def unpack(cls, body: bytes) -> Refuse:
-        reader = Reader(body)
+    def unpack(cls, reader: Reader) -> Refuse:
         (code,) = reader.unpack("H")
-        refuse = cls(code, reader.text("H"))
-        reader.end()
-        return refuse
+        return cls(code, reader.text("H"))
 
 
 @dataclass(frozen=True)
 class Describe:
-    """Either way, with the control segment: the link's bit, and how many Regions follow."""
+    """Either way: the receiver's bit in the sender's slots, how many Regions follow, and what the
+    path has to tell, with its descriptors."""
 
     type: ClassVar = FrameType.DESCRIBE
     bit: int
-    control_bytes: int
     num_regions: int
+    blob: bytes
 
     def pack(self) -> bytes:
-        return struct.pack("<BQH", self.bit, self.control_bytes, self.num_regions)
+        return struct.pack("<BH", self.bit, self.num_regions) + pack_blob(self.blob, MAX_BLOB)
 
     @classmethod
-    def unpack(cls, body: bytes) -> Describe:
-        reader = Reader(body)
-        describe = cls(*reader.unpack("BQH"))
-        reader.end()
-        return describe
+    def unpack(cls, reader: Reader) -> Describe:
+        bit, num_regions = reader.unpack("BH")
+        return cls(bit, num_regions, reader.blob(MAX_BLOB))
 
 
 @dataclass(frozen=True)
 class RegionFrame:
-    """Either way: a registered pool; with its segment's descriptor when it is shared."""
+    """Either way: a registered pool, and what the path has to tell of it, with descriptors."""
 
     type: ClassVar = FrameType.REGION
     region_id: int
@@ -185,6 +153,7 @@ class RegionFrame:
     layers: tuple[int, ...]
     layer_map: tuple[int, ...]
     layout: bytes
+    blob: bytes = b""
 
     def pack(self) -> bytes:
         head = struct.pack(
@@ -192,23 +161,49 @@ class RegionFrame:
             self.num_heads, self.replica_idx, self.num_replicas, len(self.layers),
         )  # fmt: skip
         count = len(self.layers)
-        return head + struct.pack(f"<{2 * count}I", *self.layers, *self.layer_map) + self.layout
+        layers = struct.pack(f"<{2 * count}I", *self.layers, *self.layer_map)
+        return head + layers + self.layout + pack_blob(self.blob, MAX_BLOB)
 
     @classmethod
-    def unpack(cls, body: bytes) -> RegionFrame:
-        reader = Reader(body)
+    def unpack(cls, reader: Reader) -> RegionFrame:
         fields = reader.unpack("IBIIIHHH")
         region_id, shared, num_pages, first_head, num_heads, replica, replicas, count = fields
         if shared > 1 or not 1 <= count <= MAX_LAYERS:
             raise ProtocolError(f"region: shared {shared} and {count} layers are out of range")
-        layers = reader.unpack(f"{count}I")
-        layer_map = reader.unpack(f"{count}I")
-        layout = reader.take(LAYOUT_BYTES)
-        reader.end()
         return cls(
-            region_id, bool(shared), num_pages, first_head, num_heads, replica, replicas, layers,
-            layer_map, layout,
+            region_id, bool(shared), num_pages, first_head, num_heads, replica, replicas,
+            reader.unpack(f"{count}I"), reader.unpack(f"{count}I"), reader.take(LAYOUT_BYTES),
+            reader.blob(MAX_BLOB),
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Server to client: everything was understood; transfers may begin."""
+
+    type: ClassVar = FrameType.READY
+
+    def pack(self) -> bytes:
+        return b""
+
+    @classmethod
+    def unpack(cls, reader: Reader) -> Ready:
+        return cls()
+
+
+@dataclass(frozen=True)
+class Unregion:
+    """Either way: a pool is not registered any more."""
+
+    type: ClassVar = FrameType.UNREGION
+    region_id: int
+
+    def pack(self) -> bytes:
+        return struct.pack("<I", self.region_id)
+
+    @classmethod
+    def unpack(cls, reader: Reader) -> Unregion:
+        return cls(*reader.unpack("I"))
 
 
 @dataclass(frozen=True)
@@ -223,12 +218,9 @@ class Query:
         return struct.pack("<Q", self.request) + self.transfer_id
 
     @classmethod
-    def unpack(cls, body: bytes) -> Query:
-        reader = Reader(body)
+    def unpack(cls, reader: Reader) -> Query:
         (request,) = reader.unpack("Q")
-        query = cls(request, reader.take(TRANSFER_ID_BYTES))
-        reader.end()
-        return query
+        return cls(request, reader.take(TRANSFER_ID_BYTES))
 
 
 @dataclass(frozen=True)
@@ -244,50 +236,60 @@ class Reply:
         return struct.pack("<QB", self.request, self.status)
 
     @classmethod
-    def unpack(cls, body: bytes) -> Reply:
-        reader = Reader(body)
+    def unpack(cls, reader: Reader) -> Reply:
         reply = cls(*reader.unpack("QB"))
-        reader.end()
         if reply.status not in (*range(NUM_STATUSES), cls.UNKNOWN):
             raise ProtocolError(f"reply: unknown status {reply.status}")
         return reply
 
 
-Frame = Hello | Challenge | Auth | Refuse | Describe | RegionFrame | Query | Reply
-
-_UNPACK: dict[int, Callable[[bytes], Frame]] = {
-    int(kind.type): kind.unpack
-    for kind in (Hello, Challenge, Auth, Refuse, Describe, RegionFrame, Query, Reply)
-}
+Frame = Hello | Welcome | Refuse | Describe | RegionFrame | Ready | Unregion | Query | Reply
+_KINDS = (Hello, Welcome, Refuse, Describe, RegionFrame, Ready, Unregion, Query, Reply)
+_UNPACK: dict[int, Callable[[Reader], Frame]] = {int(kind.type): kind.unpack for kind in _KINDS}
 
 FrameT = TypeVar("FrameT")
 
 
-def pack_frame(frame: Frame, sequence: int) -> bytes:
-    """Header and body of a frame, without the authentication code."""
+@dataclass(frozen=True)
+class FrameHead:
+    """What comes before a body."""
+
+    SIZE: ClassVar[int] = _HEADER.size
+    kind: int
+    num_fds: int
+    body_bytes: int
+
+    @classmethod
+    def unpack(cls, message: bytes | bytearray, sequence: int) -> FrameHead:
+        """From the front of `message`; the sequence number must be the expected one."""
+        magic, kind, num_fds, body_bytes, got = _HEADER.unpack_from(message)
+        if magic != _MAGIC:
+            raise ProtocolError("frame: not one of this protocol")
+        if kind not in _UNPACK:
+            raise ProtocolError(f"frame: unknown type {kind}")
+        if body_bytes > MAX_FRAME - cls.SIZE or num_fds > MAX_FDS:
+            raise ProtocolError(
+                f"frame: expected at most {MAX_FRAME} bytes and {MAX_FDS} descriptors; got "
+                f"{body_bytes + cls.SIZE} and {num_fds}"
+            )
+        if got != sequence:
+            raise ProtocolError(f"frame: expected sequence number {sequence}; got {got}")
+        return cls(kind, num_fds, body_bytes)
+
+
+def pack_frame(frame: Frame, sequence: int, num_fds: int = 0) -> bytes:
+    """Header and body of a frame that goes with `num_fds` descriptors."""
     body = frame.pack()
-    return HEADER.pack(_MAGIC, frame.type, 0, len(body), sequence) + body
+    assert len(body) <= MAX_FRAME - _HEADER.size
+    return _HEADER.pack(_MAGIC, frame.type, num_fds, len(body), sequence) + body
 
 
-def unpack_frame(message: bytes, sequence: int) -> Frame:
-    """Inverse of `pack_frame`; the sequence number must be the expected one."""
-    if not HEADER.size <= len(message) <= MAX_FRAME:
-        raise ProtocolError(
-            f"frame: expected {HEADER.size} to {MAX_FRAME} bytes; got {len(message)}"
-        )
-    magic, kind, reserved, length, got_sequence = HEADER.unpack_from(message)
-    if magic != _MAGIC or reserved != 0:
-        raise ProtocolError("frame: not one of this protocol")
-    if length != len(message) - HEADER.size:
-        raise ProtocolError(
-            f"frame: body of {len(message) - HEADER.size} bytes says it has {length}"
-        )
-    if got_sequence != sequence:
-        raise ProtocolError(f"frame: expected sequence number {sequence}; got {got_sequence}")
-    unpack = _UNPACK.get(kind)
-    if unpack is None:
-        raise ProtocolError(f"frame: unknown type {kind}")
-    return unpack(message[HEADER.size :])
+def unpack_body(kind: int, body: bytes) -> Frame:
+    """The frame of that type; raises ProtocolError unless every byte has its place."""
+    reader = Reader(body)
+    frame = _UNPACK[kind](reader)
+    reader.end()
+    return frame
 
 
 def expect(frame: Frame, kind: type[FrameT]) -> FrameT:

@@ -66,7 +66,10 @@ def test_receiver_dies(step: str) -> None:
         with pytest.raises(PeerLost):
             transfer.wait_arrived(10)
         transfer.wait_source_reusable(1)
-        assert link.closed
+        assert link.state.startswith("reconnecting")
+        with pytest.raises(PeerLost):
+            link.begin(PAGES, b"")
+        link.close()
         with pytest.raises(LinkClosed):
             link.begin(PAGES, b"")
         with Peer(SPEC) as peer:
@@ -97,7 +100,7 @@ def test_owner_of_adopted_pages_dies(receiver: Receiver) -> None:
         lease = link.adopt(peer.call("offer", PAGES, TOKENS))
         assert lease.valid
         peer.kill()
-        eventually(lambda: link.closed)
+        eventually(lambda: link.gone)
         assert not lease.valid
         with pytest.raises(PeerLost):
             lease.check()

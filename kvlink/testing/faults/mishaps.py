@@ -40,22 +40,19 @@ class FaultyParty(Party):
         link: Any = self.open_link
         kind = _C.SlotKind.GRANT if token[6] == 1 else _C.SlotKind.OFFER
         descriptor = Descriptor.from_bytes(token, self.endpoint.descriptor_key, kind)
-        key = _C.SlotKey(descriptor.slot, descriptor.generation)
-        status = link._control.enter(key, link._bit)
-        if status == _C.TransferStatus.OK:
-            self._inside = (key, descriptor)
-        return str(status.name)
+        status = str(link.path_link.enter(descriptor))
+        if status == "OK":
+            self._inside = (link.path_link, descriptor)
+        return status
 
     def leave(self, shape: str, request: int) -> None:
         """Writes foreign KV into the pages it is inside of (a grant's), and leaves."""
-        link: Any = self.open_link
         assert self._inside is not None
-        key, descriptor = self._inside
+        path_link, descriptor = self._inside
         if descriptor.kind == _C.SlotKind.GRANT:
-            pages = link._remote.pages(descriptor)
-            pool = link._remote.pool(descriptor)
+            pool, pages = path_link.mapped(descriptor)
             write_kv(pool, SPECS[shape], pages, descriptor.num_tokens, request)
-        link._control.leave(key, link._bit)
+        path_link.leave(descriptor)
         self._inside = None
 
     def fill_up(self) -> list[str]:

@@ -47,6 +47,9 @@ class Path(Protocol):
     def describe_region(self, region: Region) -> Blob:
         """What a peer needs to reach a pool of ours."""
 
+    def forget_region(self, region: Region) -> None:
+        """It was unregistered, and nothing moves from or to it any more."""
+
     def connect(self, peer: Peer, bit: int, peer_bit: int, blob: bytes, fds: list[int]) -> PathLink:
         """A session with the peer that described itself so; `bit` is ours in its slots, `peer_bit`
         its in ours. The caller closes `fds`. Raises ProtocolError."""
@@ -83,6 +86,9 @@ class PathLink(Protocol):
         """(mapped pool, its page ids, control, slot key) of an offer that this link now holds.
         Raises PathUnavailable where nothing is mapped, UnknownRegion, a status's error."""
 
+    def release(self, key: Any) -> None:
+        """Ends what `adopt` began. Idempotent; allowed after `close`."""
+
     def failed(self) -> str | None:
         """Why the path itself has lost the peer; polled by the service thread."""
 
@@ -113,6 +119,9 @@ class Missing:
     def describe_region(self, region: Region) -> Blob:
         """Never chosen."""
         raise PathUnavailable(f"{self.name}: {self._reason}")
+
+    def forget_region(self, region: Region) -> None:
+        """Nothing was kept."""
 
     def connect(self, peer: Peer, bit: int, peer_bit: int, blob: bytes, fds: list[int]) -> PathLink:
         """Never chosen."""

@@ -39,6 +39,9 @@ class HostShm:
         segment = region.pool.segment
         return b"", () if segment is None or not region.descriptor.shared else (segment.fd,)
 
+    def forget_region(self, region: Region) -> None:
+        """Nothing was kept of it."""
+
     def connect(self, peer: Peer, bit: int, peer_bit: int, blob: bytes, fds: list[int]) -> ShmLink:
         """Maps the peer's control segment."""
         if len(fds) != 1 or len(blob) != _CONTROL.size:
@@ -94,7 +97,7 @@ class ShmLink:
         generations: Any,
     ) -> Any:
         """From pool to pool, both mapped."""
-        pool, peer_ids = self._pool(descriptor), self._page_list(descriptor)
+        pool, peer_ids = self.mapped(descriptor)
         if kind == _C.SlotKind.GRANT:
             views = (own.pool.view, pool.view, own_ids, peer_ids)
         else:
@@ -106,11 +109,20 @@ class ShmLink:
 
     def adopt(self, descriptor: Descriptor) -> tuple[KVPool, Any, Any, Any]:
         """The pages where they lie."""
-        pool, pages, key = self._pool(descriptor), self._page_list(descriptor), slot_key(descriptor)
+        (pool, pages), key = self.mapped(descriptor), slot_key(descriptor)
         status = self._control.adopt(key, self._bit)
         if status != _C.TransferStatus.OK:
             raise status_error(status, f"offer {descriptor.transfer_id.hex()}")
         return pool, pages, self._control, key
+
+    def mapped(self, descriptor: Descriptor) -> tuple[KVPool, Any]:
+        """The pool, and the page ids where they lie: read-only, and not checked yet."""
+        pool = self._pools.get(descriptor.region_id)
+        if pool is None:
+            raise UnknownRegion(
+                f"{self._peer.name!r} has no shared region {descriptor.region_id} on this link"
+            )
+        return pool, self._control.page_list(descriptor.first_page, descriptor.num_pages)
 
     def release(self, key: Any) -> None:
         """Ends what `adopt` began."""
@@ -136,18 +148,6 @@ class ShmLink:
         """The kernel closes a process's sockets after its last thread has left user code, and a
         side that closes a link has stopped its own thread before."""
         return True
-
-    def _pool(self, descriptor: Descriptor) -> KVPool:
-        pool = self._pools.get(descriptor.region_id)
-        if pool is None:
-            raise UnknownRegion(
-                f"{self._peer.name!r} has no shared region {descriptor.region_id} on this link"
-            )
-        return pool
-
-    def _page_list(self, descriptor: Descriptor) -> Any:
-        """The page ids, where they lie: read-only, and not checked yet."""
-        return self._control.page_list(descriptor.first_page, descriptor.num_pages)
 
 
 def slot_key(descriptor: Descriptor) -> Any:

@@ -96,6 +96,9 @@ class Ucx:
         """Nothing beyond what every path tells."""
         return b"", ()
 
+    def forget_region(self, region: Region) -> None:
+        """Nothing was kept of it."""
+
     def connect(self, peer: Peer, bit: int, peer_bit: int, blob: bytes, fds: list[int]) -> UcxLink:
         """Connects the worker that was described to the peer's."""
         with self._lock:
@@ -178,6 +181,9 @@ class UcxLink:
     def adopt(self, descriptor: Descriptor) -> tuple[KVPool, Any, Any, Any]:
         """Never: the peer's memory is not mapped here."""
         raise PathUnavailable("ucx: pages can only be used in place over host_shm; pull them")
+
+    def release(self, key: Any) -> None:
+        """Nothing is ever adopted."""
 
     def failed(self) -> str | None:
         """UCX lost the peer, or the peer broke the protocol."""

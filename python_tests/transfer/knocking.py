@@ -1,0 +1,72 @@
+"""Clients that are no endpoints: raw sockets, and channels that proved the secret."""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+
+from kvlink.testing.transfer_peer import SECRET
+from kvlink.transfer import Endpoint, wire
+from kvlink.transfer.address import Address
+from kvlink.transfer.channel import Channel, PeerGone, close_fds
+from kvlink.transfer.tls import Credentials
+
+HELLO = wire.Hello(2, 2, bytes(16), "knocker", (("host_shm", ""),))
+
+
+def knock(endpoint: Endpoint, tcp: bool = False) -> socket.socket:
+    """A connection on which nothing was said."""
+    address = Address.from_bytes(endpoint.address)
+    if tcp:
+        assert address.tcp is not None
+        return socket.create_connection(address.tcp, 5)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(5)
+    assert address.unix is not None
+    while True:
+        try:
+            sock.connect(b"\0" + address.unix.encode())
+            return sock
+        except BlockingIOError:  # the backlog is full for a moment
+            time.sleep(0.001)
+
+
+def never() -> bool:
+    return False
+
+
+def proven(endpoint: Endpoint, secret: bytes = SECRET, tcp: bool = False) -> Channel:
+    """A channel behind the TLS handshake."""
+    channel = Channel(knock(endpoint, tcp), Credentials(secret).begin(server_side=False))
+    channel.shake_until(time.monotonic() + 5, never)
+    return channel
+
+
+def receive(channel: Channel) -> wire.Frame:
+    """The next frame, without its descriptors."""
+    frame, fds = channel.receive_until(time.monotonic() + 5, never)
+    close_fds(fds)
+    return frame
+
+
+def ended(channel: Channel) -> bool:
+    """The other side closed it, within 5 s."""
+    try:
+        while True:
+            receive(channel)
+    except (PeerGone, TimeoutError) as error:
+        return isinstance(error, PeerGone)
+
+
+def closed(sock: socket.socket) -> bool:
+    """The other side closed it, within 5 s; what it said before is dropped."""
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        if select.select([sock], [], [], 0.1)[0]:
+            try:
+                if not sock.recv(1 << 16):
+                    return True
+            except ConnectionError:
+                return True
+    return False

@@ -1,0 +1,88 @@
+"""Pools that do not convert and arguments that are wrong: each is told by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from kvlink.errors import InvalidArgument, Unsupported
+from kvlink.layout import Shard
+from kvlink.testing.transfer_peer import SECRET
+from kvlink.testing.transfer_pool import PoolSpec
+from kvlink.transfer import Endpoint, TransferError
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def server() -> Iterator[Endpoint]:
+    with Endpoint("server", secret=SECRET) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def client() -> Iterator[Endpoint]:
+    with Endpoint("client", secret=SECRET) as endpoint:
+        endpoint.register(PoolSpec().build())
+        yield endpoint
+
+
+UNCONVERTIBLE = {
+    "head_dim": (PoolSpec(), PoolSpec(head_dim=8), "head_dim/head_dim_v differ: 16/16 and 8/8"),
+    "form": (PoolSpec(), PoolSpec(kind="latent", kv_heads=(0, 1)), "separate pages do not convert"),
+    "layers": (PoolSpec(), PoolSpec(layers=(8, 9)), "no layer of the destination"),
+    "heads": (PoolSpec(), PoolSpec(kv_heads=(4, 8)), "have no KV head in common"),
+    "sharing": (PoolSpec(), PoolSpec(layer_map=(0, 0, 1, 2)), "share memory at the destination"),
+}
+
+
+@pytest.mark.parametrize("name", UNCONVERTIBLE)
+def test_pools_that_do_not_convert(client: Endpoint, server: Endpoint, name: str) -> None:
+    src, dst, reason = UNCONVERTIBLE[name]
+    region = client.register(src.build(), src.shard)
+    server.register(dst.build(), dst.shard)
+    link = client.connect(server.address)
+    grant = server.grant([1, 2, 3], 10)
+    with pytest.raises(TransferError, match=reason) as raised:
+        link.begin([1, 2, 3], grant.to_bytes(), region=region)
+    assert type(raised.value).__name__ == "Unconvertible"
+    assert link.query(bytes(16)) is None
+
+
+def test_wrong_arguments_are_named(client: Endpoint, server: Endpoint) -> None:
+    pool = PoolSpec().build()
+    with pytest.raises(InvalidArgument, match="expected 4 layers, as the pool has; got 3"):
+        client.register(pool, Shard(range(3), range(4)))
+    with pytest.raises(InvalidArgument, match="expected 4 KV heads, as the layout has; got 2"):
+        client.register(pool, Shard(range(4), range(2)))
+    with pytest.raises(InvalidArgument, match="0 are registered; name one"):
+        server.grant([1], 1)
+    server.register(PoolSpec().build())
+    for pages, tokens, message in (
+        ([1, 1], 20, "each page once"),
+        ([1], 17, "at least 2 for 17 tokens of page size 16; got 1"),
+        ([32], 1, r"pages\[0\]: expected a page in \[0, 32\); got 32"),
+        ([0, -1], 1, r"pages\[1\]: expected a page in \[0, 32\); got -1"),
+        ([1], 0, "num_tokens: expected a positive integer; got 0"),
+    ):
+        with pytest.raises(InvalidArgument, match=message):
+            server.grant(pages, tokens)
+    with pytest.raises(InvalidArgument, match="ttl"):
+        server.grant([1], 1, ttl=0)
+    with Endpoint("alone", secret=SECRET, paths=("host_shm",)) as alone:
+        alone.register(PoolSpec(shared=False).build())
+        with pytest.raises(Unsupported, match="shared=True"):
+            alone.grant([1], 1)
+    for wrong in (
+        {"secret": b"short"}, {"listen": "nowhere"}, {"listen": "0.0.0.0:0"}, {"paths": ("tcp",)},
+        {"paths": "ucx"}, {"paths": ()}, {"peer_timeout": 0.1},
+    ):  # fmt: skip
+        with pytest.raises(InvalidArgument, match=next(iter(wrong))):
+            Endpoint("x", **{"secret": SECRET, **wrong})  # type: ignore[arg-type]
+    for address in (b"tcp://localhost", b"kvlink:2", b"kvlink:2;unix=", "kvlink:2;unix=x"):
+        with pytest.raises(InvalidArgument, match="address"):
+            client.connect(address)  # type: ignore[arg-type]
+    for address in (b"kvlink:2;tcp=here", b"kvlink:2;tcp=example.org:80"):
+        with pytest.raises(InvalidArgument, match="address"):
+            client.connect(address)

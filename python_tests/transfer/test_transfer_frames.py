@@ -1,0 +1,211 @@
+"""Bytes that are no frames, before and behind TLS: each refused once, and nobody else notices."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from knocking import HELLO, closed, ended, knock, proven, receive
+from receiving import eventually
+
+from kvlink.testing.transfer_peer import SECRET
+from kvlink.testing.transfer_pool import PoolSpec
+from kvlink.transfer import Endpoint, ProtocolError, wire
+from kvlink.transfer.wire import FrameHead, pack_frame, unpack_body
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def server(caplog: pytest.LogCaptureFixture) -> Iterator[Endpoint]:
+    caplog.set_level(logging.WARNING, "kvlink.transfer")
+    with Endpoint("server", secret=SECRET, listen="127.0.0.1:0") as endpoint:
+        yield endpoint
+
+
+def works(server: Endpoint) -> None:
+    with Endpoint("client", secret=SECRET) as client:
+        assert client.connect(server.address).query(bytes(16)) is None
+
+
+def told_once(caplog: pytest.LogCaptureFixture, what: str) -> None:
+    eventually(lambda: caplog.records, 5)
+    time.sleep(0.05)
+    lines = [each.getMessage() for each in caplog.records]
+    assert len(lines) == 1, lines
+    assert what in lines[0]
+
+
+BEFORE_TLS = {
+    "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "zeros": bytes(300),
+    "random": random.Random(1).randbytes(300),
+    "a lot": random.Random(2).randbytes(1 << 20),
+    "a frame": pack_frame(HELLO, 0),
+    "a record too long": b"\x16\x03\x01\xff\xff" + bytes(1 << 16),
+}
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+@pytest.mark.parametrize("name", BEFORE_TLS)
+def test_no_tls(server: Endpoint, caplog: pytest.LogCaptureFixture, name: str, tcp: bool) -> None:
+    sock = knock(server, tcp)
+    try:
+        sock.sendall(BEFORE_TLS[name])
+    except ConnectionError:
+        assert name == "a lot"  # it did not wait for the end
+    assert closed(sock)
+    sock.close()
+    told_once(caplog, "refused an unknown peer: ProtocolError: TLS")
+    works(server)
+
+
+def test_a_tls_handshake_that_breaks_off(
+    server: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    sock = knock(server)
+    sock.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+    sock.close()
+    told_once(caplog, "went away during the handshake")
+    works(server)
+
+
+def test_records_that_were_altered(server: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
+    channel = proven(server)
+    channel.sock.setblocking(True)
+    channel.sock.sendall(b"\x17\x03\x03\x00\x40" + bytes(64))
+    assert closed(channel.sock)
+    channel.close()
+    told_once(caplog, "ProtocolError: TLS")
+    works(server)
+
+
+GOOD = pack_frame(HELLO, 0)
+GARBAGE = {
+    "random": random.Random(3).randbytes(300),
+    "other type": GOOD[:2] + b"\xc8" + GOOD[3:],
+    "frame of later": pack_frame(wire.Query(1, bytes(16)), 0),
+    "describe first": pack_frame(wire.Describe(0, 0, b""), 0),
+    "sequence": pack_frame(HELLO, 7),
+    "oversized": GOOD[:4] + struct.pack("<I", wire.MAX_FRAME) + GOOD[8:],
+    "huge": GOOD[:4] + struct.pack("<I", 0xFFFFFFFF) + GOOD[8:],
+    "short body": GOOD[:4] + struct.pack("<I", len(GOOD) - FrameHead.SIZE - 1) + GOOD[8:],
+    "versions": pack_frame(replace(HELLO, min_version=3), 0),
+    "text": GOOD.replace(b"knocker", b"\xff\xfe\xfd\xfc\xfb\xfa\xf9"),
+    "paths": pack_frame(replace(HELLO, paths=tuple((str(i), "") for i in range(17))), 0),
+    "descriptors": pack_frame(HELLO, 0, num_fds=2),
+    "more descriptors than there can be": pack_frame(HELLO, 0, num_fds=200),
+}
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+@pytest.mark.parametrize("name", GARBAGE)
+def test_garbage_is_refused(
+    server: Endpoint, caplog: pytest.LogCaptureFixture, name: str, tcp: bool
+) -> None:
+    channel = proven(server, tcp=tcp)
+    channel.send_bytes(GARBAGE[name])
+    refuse = wire.expect(receive(channel), wire.Refuse)
+    assert refuse.code == wire.RefuseCode.MALFORMED
+    assert ended(channel)
+    channel.close()
+    told_once(caplog, "ProtocolError: ")
+    works(server)
+
+
+def test_a_frame_that_breaks_off(server: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
+    channel = proven(server)
+    channel.send_bytes(GOOD[:-1])
+    channel.shut()
+    assert ended(channel)
+    channel.close()
+    told_once(caplog, "within a frame")
+    works(server)
+
+
+def test_descriptors_before_the_proof(server: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
+    import array
+    import socket
+
+    sock = knock(server)
+    before = len(os.listdir("/proc/self/fd"))
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 0, 0]))]
+    sock.sendmsg([b"\x16"], rights)
+    assert closed(sock)
+    told_once(caplog, "ProtocolError: connection: more descriptors")
+    sock.close()
+    eventually(lambda: len(os.listdir("/proc/self/fd")) < before, 5)
+    works(server)
+
+
+def test_mutated_frames_never_get_through() -> None:
+    """Each kind of frame, cut and flipped: a ProtocolError or a frame that packs to the same."""
+    region = PoolSpec(shared=False)
+    with Endpoint("one", secret=SECRET) as endpoint:
+        frame = endpoint.register(region.build()).descriptor.to_frame(b"what a path tells")
+    frames: list[wire.Frame] = [
+        HELLO, wire.Welcome(2, bytes(16), "x", "host_shm", (("ucx", "no"),)),
+        wire.Refuse(1, "no"), wire.Describe(3, 1, b"blob"), frame, wire.Ready(), wire.Unregion(7),
+        wire.Query(5, bytes(16)), wire.Reply(5, 0),
+    ]  # fmt: skip
+    choose = random.Random(2)
+    refused = 0
+    for original in frames:
+        good = pack_frame(original, 9)
+        assert unpack(good) == original
+        for _ in range(500):
+            bad = bytearray(good)
+            if choose.random() < 0.3:
+                del bad[choose.randrange(len(bad)) :]
+            else:
+                bad[choose.randrange(len(bad))] ^= 1 << choose.randrange(8)
+            try:
+                frame = unpack(bytes(bad))
+                assert pack_frame(frame, 9, FrameHead.unpack(bad, 9).num_fds) == bad
+            except ProtocolError:
+                refused += 1
+    assert refused > 500
+
+
+def unpack(message: bytes) -> wire.Frame:
+    if len(message) < FrameHead.SIZE:
+        raise ProtocolError("not even a header")
+    head = FrameHead.unpack(message, 9)
+    if head.body_bytes != len(message) - FrameHead.SIZE:
+        raise ProtocolError("cut, or more than one")
+    return unpack_body(head.kind, message[FrameHead.SIZE :])
+
+
+@pytest.mark.parametrize("what", ["sequence", "type", "unknown region", "told before", "random"])
+def test_frames_behind_the_handshake_are_checked(
+    server: Endpoint, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    with Endpoint("client", secret=SECRET) as client:
+        region = client.register(PoolSpec().build())
+        first = client.connect(server.address)
+        bystander = client.connect(server.address)
+        other = server.accept(5)
+        channel = first._last._channel
+        if what == "sequence":
+            channel._sent -= 1
+            channel.send(wire.Query(99, bytes(16)))
+        elif what == "type":
+            channel.send(wire.Ready())
+        elif what == "unknown region":
+            channel.send(wire.Unregion(99))
+        elif what == "told before":
+            channel.send(region.descriptor.to_frame(), (0,))
+        else:
+            channel.send_bytes(random.Random(4).randbytes(100))
+        eventually(lambda: other.closed, 5)
+        told_once(caplog, "link to 'client' dropped: ")
+        assert bystander.query(bytes(16)) is None
+        first.wait_connected(10)  # who sent it finds back by itself
+        assert first.query(bytes(16)) is None
+        assert first.num_sessions == 2
