@@ -87,12 +87,12 @@ void register_transport_ucx(py::module_& module) {
       .def("describe", [](const UcxLink& self) { return py::bytes(self.link->describe()); })
       .def(
           "connect",
-          [](const UcxLink& self, const py::bytes& description) {
+          [](const UcxLink& self, const py::bytes& description, bool same_host) {
             const std::string bytes(description);
             py::gil_scoped_release release;
-            self.link->connect(bytes);
+            self.link->connect(bytes, same_host);
           },
-          py::arg("description"))
+          py::arg("description"), py::arg("same_host"))
       .def("begin", &begin, py::arg("kind"), py::arg("key"), py::arg("parts"), py::arg("heads"),
            py::arg("own"), py::arg("own_pages"), py::arg("peer_layout"), py::arg("peer_layers"),
            py::arg("peer_pages"), py::arg("num_tokens"), py::arg("generations"),

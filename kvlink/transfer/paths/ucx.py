@@ -108,7 +108,7 @@ class Ucx:
         try:
             if fds:
                 raise ProtocolError(f"describe: {len(fds)} descriptors")
-            link.connect(blob)
+            link.connect(blob, peer.same_host)
         except (InvalidArgument, RuntimeError) as error:
             link.close(_C.TransferStatus.CANCELLED)
             raise ProtocolError(f"ucx: {error}") from error

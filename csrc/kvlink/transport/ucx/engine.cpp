@@ -31,16 +31,17 @@ void set_default(ucp_config_t* config, const char* name, const char* value) {
 
 Mapping::~Mapping() { engine_->unmap(memh_); }
 
-std::string Mapping::pack_rkey() const {
-  std::string packed;
-  engine_->call([&] {
-    void* buffer = nullptr;
-    size_t size = 0;
-    check(api().ucp_rkey_pack(engine_->context(), memh_, &buffer, &size), "ucp_rkey_pack");
-    packed.assign(static_cast<const char*>(buffer), size);
-    api().ucp_rkey_buffer_release(buffer);
+const std::string& Mapping::rkey() {
+  std::call_once(packed_, [&] {
+    engine_->call([&] {
+      void* buffer = nullptr;
+      size_t size = 0;
+      check(api().ucp_rkey_pack(engine_->context(), memh_, &buffer, &size), "ucp_rkey_pack");
+      rkey_.assign(static_cast<const char*>(buffer), size);
+      api().ucp_rkey_buffer_release(buffer);
+    });
   });
-  return packed;
+  return rkey_;
 }
 
 std::shared_ptr<Engine> Engine::create() {

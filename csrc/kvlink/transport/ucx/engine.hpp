@@ -28,13 +28,15 @@ class Mapping {
   ucp_mem_h memh() const { return memh_; }
   std::byte* data() const { return static_cast<std::byte*>(address_); }
   size_t size() const { return size_; }
-  std::string pack_rkey() const;  // what a peer needs to reach it
+  const std::string& rkey();  // what a peer needs to reach it
 
  private:
   std::shared_ptr<Engine> engine_;
   ucp_mem_h memh_;
   void* address_;
   size_t size_;
+  std::once_flag packed_;
+  std::string rkey_;
 };
 
 class Engine : public std::enable_shared_from_this<Engine> {

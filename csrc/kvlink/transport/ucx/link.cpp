@@ -39,87 +39,6 @@ struct Link::Beginning {
   Terms terms;
 };
 
-// --- hub -----------------------------------------------------------------------------------------
-
-std::shared_ptr<Hub> Hub::create(std::shared_ptr<Control> control, const Executor& executor) {
-  auto hub = std::make_shared<Hub>(std::move(control), executor, Engine::create());
-  hub->control->set_on_closed([weak = hub->weak_from_this()](SlotKey key, Status status) {
-    if (const auto alive = weak.lock()) alive->on_closed(key, status);
-  });
-  return hub;
-}
-
-Hub::~Hub() { close(); }
-
-void Hub::close() {
-  control->set_on_closed({});
-  std::vector<std::shared_ptr<Link>> links;
-  {
-    std::lock_guard lock(mutex_);
-    for (const auto& held : links_) {
-      if (auto link = held.lock()) links.push_back(std::move(link));
-    }
-  }
-  for (const auto& link : links) link->close(Status::kCancelled);
-  mover.stop();
-  {
-    std::lock_guard lock(mutex_);
-    mapped_.clear();
-  }
-  engine->stop();
-}
-
-void Hub::add(const std::shared_ptr<Link>& link) {
-  std::lock_guard lock(mutex_);
-  std::erase_if(links_, [](const auto& held) { return held.expired(); });
-  links_.push_back(link);
-}
-
-void Hub::on_closed(SlotKey key, Status status) {
-  std::vector<std::shared_ptr<Link>> links;
-  {
-    std::lock_guard lock(mutex_);
-    for (const auto& held : links_) {
-      if (auto link = held.lock()) links.push_back(std::move(link));
-    }
-  }
-  for (const auto& link : links) link->on_closed(key, status);
-}
-
-std::vector<std::shared_ptr<Mapping>> Hub::map_layers(const OwnPages& own) {
-  // Extents of all planes, those that touch each other as one.
-  std::vector<std::pair<uint64_t, uint64_t>> extents;
-  std::vector<const void*> name;
-  for (const LayerView& layer : own.layers) {
-    for (int plane = 0; plane < num_planes(layer.layout); ++plane) {
-      const Plane& at = plane == 0 ? layer.layout.k : layer.layout.v;
-      const int64_t last =
-          at.element(layer.num_pages - 1, layer.layout.page_size - 1, layer.layout.num_kv_heads - 1,
-                     row_dims(layer.layout, plane) - 1);
-      const void* base = plane == 0 ? layer.k : layer.v;
-      const auto first = reinterpret_cast<uint64_t>(base);
-      extents.emplace_back(
-          first, first + static_cast<uint64_t>(last + 1) * dtype_bytes(layer.layout.dtype));
-      name.push_back(base);
-    }
-  }
-  std::lock_guard lock(mutex_);
-  if (const auto found = mapped_.find(name); found != mapped_.end()) return found->second.blocks;
-  std::sort(extents.begin(), extents.end());
-  std::vector<std::shared_ptr<Mapping>> blocks;
-  for (size_t i = 0; i < extents.size();) {
-    auto [first, last] = extents[i++];
-    while (i < extents.size() && extents[i].first <= last + 4096) {
-      last = std::max(last, extents[i++].second);
-    }
-    blocks.push_back(engine->map(reinterpret_cast<void*>(first), last - first));
-  }
-  mapped_[name] = {blocks, own.keep_alive};
-  return blocks;
-}
-
-// --- link ----------------------------------------------------------------------------------------
-
 std::shared_ptr<Link> Link::open(std::shared_ptr<Hub> hub, uint32_t bit) {
   KVLINK_CHECK(bit < kMaxLinks, "bit: expected below ", kMaxLinks, "; got ", bit);
   auto port = Port::open(hub->engine);
@@ -169,7 +88,7 @@ std::string Link::describe() const {
   return bytes + port_->address();
 }
 
-void Link::connect(std::string_view description) {
+void Link::connect(std::string_view description, bool same_host) {
   constexpr size_t kFixed = 8 + sizeof session_;
   uint32_t protocol = 0;
   KVLINK_CHECK(
@@ -182,7 +101,8 @@ void Link::connect(std::string_view description) {
     std::lock_guard lock(mutex_);
     std::memcpy(peer_session_.data(), description.data() + 8, sizeof peer_session_);
   }
-  port_->connect(std::string(description.substr(kFixed)));
+  port_->connect(std::string(description.substr(kFixed)), same_host);
+  if (same_host) probe();
 }
 
 bool Link::direct_allowed() {
@@ -206,40 +126,12 @@ std::shared_ptr<Mapping> Link::take_room(size_t size) {
 
 // --- messages ------------------------------------------------------------------------------------
 
-bool Link::apply_fault(Header& header, Outgoing& payload) {
-  const auto take = [&](Fault fault) {
-    std::atomic<int>& left = faults_[static_cast<size_t>(fault)];
-    int seen = left.load();
-    while (seen > 0 && !left.compare_exchange_weak(seen, seen - 1)) {
-    }
-    return seen > 0;
-  };
-  if (take(Fault::kDrop)) return false;
-  if (take(Fault::kDuplicate)) {
-    Outgoing copy = payload;
-    copy.header = header.bytes();
-    port_->send(std::move(copy));
+bool Link::take_fault(Fault fault) {
+  std::atomic<int>& left = faults_[static_cast<size_t>(fault)];
+  int seen = left.load();
+  while (seen > 0 && !left.compare_exchange_weak(seen, seen - 1)) {
   }
-  const bool chunk = header.type == Type::kChunk || header.type == Type::kPulled;
-  if (chunk && payload.size > 0 && take(Fault::kFlipBit)) {
-    auto bytes =
-        std::make_shared<std::string>(static_cast<const char*>(payload.data), payload.size);
-    (*bytes)[payload.size / 2] ^= 0x10;
-    payload = {.header = {},
-               .data = bytes->data(),
-               .size = bytes->size(),
-               .mapping = nullptr,
-               .keep = bytes};
-  }
-  if (take(Fault::kDelay)) {
-    std::thread([header = header.bytes(), payload, port = port_]() mutable {
-      std::this_thread::sleep_for(std::chrono::nanoseconds(kDelayNs));
-      payload.header = std::move(header);
-      port->send(std::move(payload));
-    }).detach();
-    return false;
-  }
-  return true;
+  return seen > 0;
 }
 
 void Link::send(Header header, Outgoing payload, Done done) {
@@ -247,9 +139,67 @@ void Link::send(Header header, Outgoing payload, Done done) {
     std::lock_guard lock(mutex_);
     header.session = peer_session_;
   }
-  if (!apply_fault(header, payload)) return;
   payload.header = header.bytes();
+  if (take_fault(Fault::kDrop)) return;
+  if (take_fault(Fault::kDuplicate)) port_->send(payload);
+  if (take_fault(Fault::kDelay)) {
+    std::thread([payload, done, port = port_] {
+      std::this_thread::sleep_for(std::chrono::nanoseconds(kDelayNs));
+      port->send(payload, done);
+    }).detach();
+    return;
+  }
   port_->send(std::move(payload), std::move(done));
+}
+
+bool Link::send_chunk(Header header, const std::shared_ptr<Mapping>& buffer, size_t size) {
+  if (take_fault(Fault::kFlipBit)) buffer->data()[size / 2] ^= std::byte{0x10};
+  header.by_reference = peer_maps_.load() && size <= kChunkBytes;
+  if (header.by_reference == 0) {
+    send(header,
+         {.header = {}, .data = buffer->data(), .size = size, .mapping = buffer, .keep = buffer});
+    return false;
+  }
+  send_bytes(header, Reference{.address = reinterpret_cast<uint64_t>(buffer->data()),
+                               .size = size,
+                               .key = buffer->rkey()}
+                         .bytes());
+  return true;
+}
+
+void Link::send_bytes(const Header& header, std::string bytes) {
+  const auto kept = std::make_shared<std::string>(std::move(bytes));
+  send(
+      header,
+      {.header = {}, .data = kept->data(), .size = kept->size(), .mapping = nullptr, .keep = kept});
+}
+
+// Asks whether the peer can read buffers of ours in place, by one that begins with our session.
+void Link::probe() {
+  probed_ = outgoing_->try_take();
+  std::memcpy(probed_->data(), session_.data(), sizeof session_);
+  Header header;
+  header.type = Type::kProbe;
+  send_bytes(header, Reference{.address = reinterpret_cast<uint64_t>(probed_->data()),
+                               .size = sizeof session_,
+                               .key = probed_->rkey()}
+                         .bytes());
+}
+
+// Replaces a reference by what it refers to.
+bool Link::resolve(Header& header, Payload& payload) {
+  Reference reference;
+  const auto bytes = payload.bytes();
+  if (!Reference::parse({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, &reference) ||
+      reference.size > kChunkBytes) {
+    breach("the reference to a chunk is malformed");
+    return false;
+  }
+  const std::byte* here = port_->map_remote(reference.address, reference.key);
+  if (here == nullptr && header.type != Type::kProbe)
+    breach("a chunk lies where nobody can read it");
+  payload = here ? Payload({here, reference.size}, nullptr) : Payload();
+  return here != nullptr;
 }
 
 bool Link::accept(std::string_view bytes, size_t payload_bytes) {
@@ -261,8 +211,9 @@ bool Link::accept(std::string_view bytes, size_t payload_bytes) {
   int64_t most = owner_->max_payload(header);
   if (header.type == Type::kBegun) most = static_cast<int64_t>(kMaxTermsBytes);
   if (header.type == Type::kPulled) most = int64_t{1} << 30;
+  if (header.type == Type::kProbe) most = 65536;
   if (header.type == Type::kDone || header.type == Type::kEntered ||
-      header.type == Type::kOutcome) {
+      header.type == Type::kOutcome || header.type == Type::kProbed) {
     most = 0;
   }
   if (static_cast<int64_t>(payload_bytes) > most) {
@@ -276,6 +227,26 @@ bool Link::accept(std::string_view bytes, size_t payload_bytes) {
 void Link::on_message(std::string_view bytes, Payload payload) {
   Header header;
   if (!Header::parse(bytes, &header)) return;
+  if (header.type == Type::kProbe) {
+    const bool found = resolve(header, payload);
+    const auto peer_session = [&] {
+      std::lock_guard lock(mutex_);
+      return peer_session_;
+    }();
+    const bool same =
+        found && payload.bytes().size() == sizeof peer_session &&
+        std::memcmp(payload.bytes().data(), peer_session.data(), sizeof peer_session) == 0;
+    header.type = Type::kProbed;
+    header.status = same ? Status::kOk : Status::kMoveFailed;
+    return send(header);
+  }
+  if (header.type == Type::kProbed) {
+    peer_maps_ = header.status == Status::kOk;
+    probed_.reset();
+    return;
+  }
+  const bool chunk = header.type == Type::kChunk || header.type == Type::kPulled;
+  if (chunk && header.by_reference != 0 && !resolve(header, payload)) return;
   if (owner_->max_payload(header) >= 0) return owner_->on_message(header, std::move(payload));
   if (header.type == Type::kBegun) {
     Terms terms;
@@ -374,14 +345,15 @@ std::shared_ptr<PostedTransfer> Link::begin(TransferSpec spec, const RemotePool&
   header.slot = spec.key.slot;
   header.generation = spec.key.generation;
   header.kind = spec.kind;
-  header.direct = direct_pays(spec, hub_->direct_bytes);
-  auto payload = std::make_shared<std::string>();
+  // What the peer reads in place is packed once and scattered once; a put would be copied, too.
+  header.direct = !peer_maps_ && direct_pays(spec, hub_->direct_bytes);
+  std::string payload;
   if (!push) {
     const KVLayout& layout = spec.dst.layers.front().layout;
-    *payload = Target{.layout = layout,
-                      .num_layers = static_cast<uint32_t>(spec.dst.layers.size()),
-                      .scales = shared_scales(spec.dst.layers)}
-                   .bytes();
+    payload = Target{.layout = layout,
+                     .num_layers = static_cast<uint32_t>(spec.dst.layers.size()),
+                     .scales = shared_scales(spec.dst.layers)}
+                  .bytes();
   }
   const auto beginning = std::make_shared<Beginning>();
   {
@@ -393,11 +365,7 @@ std::shared_ptr<PostedTransfer> Link::begin(TransferSpec spec, const RemotePool&
     header.transfer = next_number_++;
     beginnings_[header.transfer] = beginning;
   }
-  send(header, {.header = {},
-                .data = payload->data(),
-                .size = payload->size(),
-                .mapping = nullptr,
-                .keep = payload});
+  send_bytes(header, std::move(payload));
   std::shared_ptr<UcxTransfer> transfer;
   {
     std::unique_lock lock(mutex_);

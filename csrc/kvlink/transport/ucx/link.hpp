@@ -5,6 +5,7 @@
 #include <unordered_map>
 
 #include "kvlink/transport/posting.hpp"
+#include "kvlink/transport/ucx/hub.hpp"
 #include "kvlink/transport/ucx/messages.hpp"
 #include "kvlink/transport/ucx/owner.hpp"
 #include "kvlink/transport/ucx/port.hpp"
@@ -13,46 +14,7 @@
 
 namespace kvlink::transport::ucx {
 
-class Link;
 class UcxTransfer;
-
-// Chunks of one transfer that may be under way, and the bytes of a staged one.
-inline constexpr int kWindow = 4;
-inline constexpr size_t kChunkBytes = size_t{512} << 10;
-inline constexpr int64_t kDirectBytes = int64_t{32} << 10;
-
-// What the links of an endpoint share.
-class Hub : public std::enable_shared_from_this<Hub> {
- public:
-  // Throws std::runtime_error when UCX cannot start.
-  static std::shared_ptr<Hub> create(std::shared_ptr<Control> control, const Executor& executor);
-  Hub(std::shared_ptr<Control> control, const Executor& executor, std::shared_ptr<Engine> engine)
-      : control(std::move(control)), executor(executor), engine(std::move(engine)) {}
-  ~Hub();
-
-  void add(const std::shared_ptr<Link>& link);
-  // Registered memory that covers the planes of these layers; mapped when it is first asked for.
-  std::vector<std::shared_ptr<Mapping>> map_layers(const OwnPages& own);
-  void close();
-
-  const std::shared_ptr<Control> control;
-  const Executor executor;
-  const std::shared_ptr<Engine> engine;
-  Mover mover;
-  // Runs from this length on are put and got directly, where both sides' bytes are the same.
-  std::atomic<int64_t> direct_bytes{kDirectBytes};
-
- private:
-  void on_closed(SlotKey key, Status status);
-
-  std::mutex mutex_;
-  std::vector<std::weak_ptr<Link>> links_;
-  struct Mapped {
-    std::vector<std::shared_ptr<Mapping>> blocks;
-    std::shared_ptr<void> keep_alive;
-  };
-  std::map<std::vector<const void*>, Mapped> mapped_;
-};
 
 // What a fault test asks for; of the messages that this side sends from then on.
 enum class Fault : uint8_t { kDrop = 0, kDuplicate = 1, kFlipBit = 2, kDelay = 3 };
@@ -75,7 +37,7 @@ class Link : public std::enable_shared_from_this<Link> {
   // What the peer needs to reach this link.
   std::string describe() const;
   // Throws InvalidArgument when it is not the peer's describe().
-  void connect(std::string_view description);
+  void connect(std::string_view description, bool same_host);
   // Takes the peer's slot and waits for its terms until deadline_ns. A slot that cannot be taken is
   // told by *status and gives null. spec: the peer's pool and pages are filled in here.
   std::shared_ptr<PostedTransfer> begin(TransferSpec spec, const RemotePool& peer,
@@ -92,6 +54,10 @@ class Link : public std::enable_shared_from_this<Link> {
 
   // --- for the owner's side and the transfers ---
   void send(Header header, Outgoing payload = {}, Done done = {});
+  void send_bytes(const Header& header, std::string bytes);
+  // A chunk in a buffer: by reference where the peer can read it there. True when it must stay as
+  // it is until the peer has answered.
+  bool send_chunk(Header header, const std::shared_ptr<Mapping>& buffer, size_t size);
   // The peer said what it may not say: the link is of no use any more.
   void breach(const std::string& what);
   void forget(uint64_t number);
@@ -113,7 +79,9 @@ class Link : public std::enable_shared_from_this<Link> {
   void on_message(std::string_view bytes, Payload payload);
   std::shared_ptr<Mapping> take_room(size_t size);
   void fail(const std::string& why);
-  bool apply_fault(Header& header, Outgoing& payload);
+  bool take_fault(Fault fault);
+  void probe();
+  bool resolve(Header& header, Payload& payload);
 
   const std::shared_ptr<Hub> hub_;
   const std::shared_ptr<Port> port_;
@@ -131,6 +99,8 @@ class Link : public std::enable_shared_from_this<Link> {
   std::map<std::string, uint32_t> block_numbers_;
   std::string failed_;
   bool closing_ = false;
+  std::atomic<bool> peer_maps_{false};  // it can read our buffers in place
+  std::shared_ptr<Mapping> probed_;
   std::atomic<uint64_t> num_dropped_{0};
   std::array<std::atomic<int>, kNumFaults> faults_{};
 };

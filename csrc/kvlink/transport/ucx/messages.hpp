@@ -26,12 +26,16 @@ enum class Type : uint32_t {
   kCancel = 7,   // it gave up: a grant ends with `status`
   kConsume = 8,  // a pull was verified
   kAsk = 9,      // how does the slot stand?
+  kLanded = 10,  // a pulled chunk was taken from the owner's buffer
   // The owner, to the peer that moves; `transfer` and `seq` are those of the question.
   kBegun = 33,    // payload = Terms
   kDone = 34,     // of kChunk, kPull that failed, kLeave, kConsume: with `status`
   kPulled = 35,   // payload as of kChunk
   kEntered = 36,  // pull: with rows and digest of what lies there
   kOutcome = 37,  // the slot ended with `status`
+  // Either side, once: can the other read a buffer of this one in place? payload = Reference
+  kProbe = 65,
+  kProbed = 66,
 };
 
 struct Header {
@@ -46,7 +50,8 @@ struct Header {
   Status status = Status::kPending;
   uint8_t direct = 0;  // kBegin: puts or gets are wanted; kBegun: and allowed
   uint8_t with_digest = 1;
-  uint8_t reserved[5] = {};
+  uint8_t by_reference = 0;  // kChunk, kPulled: payload = Reference
+  uint8_t reserved[4] = {};
   int32_t layer = 0;  // the owner's stored layer
   int32_t model_layer = 0;
   int32_t num_heads = 0;

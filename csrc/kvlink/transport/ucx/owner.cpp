@@ -40,6 +40,7 @@ int64_t Owner::max_payload(const Header& header) const {
     case Type::kCancel:
     case Type::kConsume:
     case Type::kAsk:
+    case Type::kLanded:
       return 0;
     default:
       return -1;
@@ -70,6 +71,12 @@ void Owner::on_message(const Header& header, Payload payload) {
       return finish(header);
     case Type::kConsume:
       return consume(header);
+    case Type::kLanded:
+      if (const SessionPtr session = this->session(header)) {
+        std::lock_guard lock(mutex_);
+        session->lent.erase(header.seq);
+      }
+      return;
     default:
       return answer(header, Type::kOutcome, link_.hub().control->status(header.key()));
   }
@@ -97,17 +104,17 @@ Owner::SessionPtr Owner::session(const Header& header) {
 void Owner::begin(const Header& header, const Payload& payload) {
   Control& control = *link_.hub().control;
   const SlotKey key = header.key();
-  auto fresh = std::make_shared<Session>();
-  fresh->key = key;
-  fresh->kind = header.kind;
+  std::shared_ptr<Destination> destination;
   if (header.kind == SlotKind::kOffer) {
     const auto bytes = payload.bytes();
     Target target;
     if (!Target::parse({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, &target)) {
       return link_.breach("the target of a pull is malformed");
     }
-    fresh->scales = std::move(target.scales);
-    fresh->target = scale_layers(target.layout, target.num_layers, 1, fresh->scales.data());
+    destination = std::make_shared<Destination>();
+    destination->scales = std::move(target.scales);
+    destination->layers =
+        scale_layers(target.layout, target.num_layers, 1, destination->scales.data());
   }
   const auto own = control.own(key);
   Status status = own ? control.begin(key, bit_) : control.status(key);
@@ -123,15 +130,16 @@ void Owner::begin(const Header& header, const Payload& payload) {
   {
     std::lock_guard lock(mutex_);
     SessionPtr& session = sessions_[key.slot];
-    if (session && session->key.generation == key.generation) {
-      fresh->watchers = session->watchers;
-      fresh->pins = session->pins;  // of an earlier transfer that has not left yet
-      fresh->inside = session->inside;
+    if (!session || session->key.generation != key.generation) {
+      session = std::make_shared<Session>();
+      session->key = key;
+      session->kind = header.kind;
     }
-    fresh->transfer = header.transfer;
-    fresh->active = true;
-    fresh->watchers.push_back(header.transfer);
-    session = fresh;
+    session->destination = std::move(destination);
+    session->consumed.reset();
+    session->transfer = header.transfer;
+    session->active = true;
+    session->watchers.push_back(header.transfer);
   }
   reply.with_digest = control.slot(key.slot).with_digest.load() != 0;
   reply.direct = header.direct != 0 && link_.direct_allowed();
@@ -156,7 +164,7 @@ std::string Owner::terms(const OwnPages& own, bool direct) {
     }
     for (const auto& block : link_.hub().map_layers(own)) {
       terms.blocks.push_back(
-          {reinterpret_cast<uint64_t>(block->data()), block->size(), block->pack_rkey()});
+          {reinterpret_cast<uint64_t>(block->data()), block->size(), block->rkey()});
     }
   }
   return terms.bytes();
@@ -289,16 +297,22 @@ void Owner::pack(const Header& header) {
     const bool over = status == Status::kOk || status == Status::kPending;
     return answer(header, Type::kDone, over ? Status::kStale : status);
   }
+  std::shared_ptr<Destination> destination;
+  {
+    std::lock_guard lock(mutex_);
+    destination = session->destination;
+  }
+  const std::vector<LayerView>& target = destination->layers;
   std::string wrong = check_chunk(header, *own);
-  if (header.peer_layer < 0 || header.peer_layer >= std::ssize(session->target)) {
-    wrong = concat("the puller's layer ", header.peer_layer, " of ", session->target.size());
+  if (header.peer_layer < 0 || header.peer_layer >= std::ssize(target)) {
+    wrong = concat("the puller's layer ", header.peer_layer, " of ", target.size());
   } else if (!in_range(header.peer_head, header.num_heads,
-                       session->target[header.peer_layer].layout.num_kv_heads)) {
+                       target[header.peer_layer].layout.num_kv_heads)) {
     wrong = concat("the puller's heads ", header.peer_head, " + ", header.num_heads);
   }
-  const size_t size = wrong.empty() ? staged_bytes(session->target[header.peer_layer].layout,
-                                                   header.num_heads, header.count)
-                                    : 0;
+  const size_t size =
+      wrong.empty() ? staged_bytes(target[header.peer_layer].layout, header.num_heads, header.count)
+                    : 0;
   if (wrong.empty() && static_cast<int64_t>(size) > kMaxChunkBytes) {
     wrong = concat(size, " bytes at once");
   }
@@ -309,7 +323,7 @@ void Owner::pack(const Header& header) {
     return answer(header, Type::kDone, status);
   }
   const LayerView& source = own->layers[header.layer];
-  const LayerView staged = staged_view(session->target[header.peer_layer], header.num_heads,
+  const LayerView staged = staged_view(target[header.peer_layer], header.num_heads,
                                        header.peer_head, header.count, buffer->data());
   Header reply = header;
   reply.type = Type::kPulled;
@@ -336,9 +350,9 @@ void Owner::pack(const Header& header) {
   }
   unpin(*session);
   if (reply.status != Status::kOk) return answer(header, Type::kDone, reply.status);
-  link_.send(
-      reply,
-      {.header = {}, .data = buffer->data(), .size = size, .mapping = buffer, .keep = buffer});
+  if (!link_.send_chunk(reply, buffer, size)) return;
+  std::lock_guard lock(mutex_);
+  if (session->active) session->lent[header.seq] = buffer;
 }
 
 void Owner::enter(const Header& header) {
@@ -426,6 +440,7 @@ void Owner::finish(const Header& header) {
   session->pins -= static_cast<int>(session->inside.size());
   if (!session->inside.empty() && session->pins == 0) control.leave(session->key, bit_);
   session->inside.clear();
+  session->lent.clear();
   drop_if_over(*session);
 }
 

@@ -27,6 +27,11 @@ class Owner {
   int64_t max_payload(const Header& header) const;
 
  private:
+  // The stored layers of a puller: their layout, and the scales that they share.
+  struct Destination {
+    std::vector<LayerView> layers;
+    std::vector<float> scales;
+  };
   // The peer's use of one slot.
   struct Session {
     SlotKey key;
@@ -41,8 +46,8 @@ class Owner {
     std::map<uint64_t, Inside> inside;  // by seq: puts and gets that the peer may be at
     int pins = 0;
     // Pulls: what the chunks are packed for.
-    std::vector<LayerView> target;
-    std::vector<float> scales;
+    std::shared_ptr<Destination> destination;
+    std::map<uint64_t, std::shared_ptr<Mapping>> lent;  // by seq: chunks it reads in place
     std::optional<Status> consumed;
   };
   using SessionPtr = std::shared_ptr<Session>;

@@ -40,8 +40,9 @@ std::shared_ptr<Port> Port::open(std::shared_ptr<Engine> engine) {
   engine->call([&] {
     const Api& ucx = api();
     ucp_worker_params_t params{};
-    params.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE;
+    params.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE | UCP_WORKER_PARAM_FIELD_FLAGS;
     params.thread_mode = UCS_THREAD_MODE_SINGLE;
+    params.flags = UCP_WORKER_FLAG_IGNORE_REQUEST_LEAK;  // of peers that are gone
     check(ucx.ucp_worker_create(engine->context(), &params, &port->worker_), "ucp_worker_create");
     ucp_am_handler_param_t handler{};
     handler.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_CB |
@@ -58,7 +59,6 @@ std::shared_ptr<Port> Port::open(std::shared_ptr<Engine> engine) {
     check(ucx.ucp_worker_get_address(port->worker_, &address, &size), "ucp_worker_get_address");
     port->address_.assign(reinterpret_cast<const char*>(address), size);
     ucx.ucp_worker_release_address(port->worker_, address);
-    engine->add(port.get());
   });
   return port;
 }
@@ -77,19 +77,22 @@ void Port::set_handlers(Accept accept, OnMessage on_message, OnFailure on_failur
   });
 }
 
-void Port::connect(const std::string& address) {
+void Port::connect(const std::string& address, bool same_host) {
   engine_->call([&] {
     KVLINK_CHECK(worker_ != nullptr && endpoint_ == nullptr, "port: closed, or connected before");
     ucp_ep_params_t params{};
     params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
                         UCP_EP_PARAM_FIELD_ERR_HANDLER;
     params.address = reinterpret_cast<const ucp_address_t*>(address.data());
-    params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
+    params.err_mode = same_host ? UCP_ERR_HANDLING_MODE_NONE : UCP_ERR_HANDLING_MODE_PEER;
+    same_host_ = same_host;
     params.err_handler.cb = [](void* self, ucp_ep_h, ucs_status_t status) {
       static_cast<Port*>(self)->fail(describe(status));
     };
     params.err_handler.arg = this;
     check(api().ucp_ep_create(worker_, &params, &endpoint_), "ucp_ep_create");
+    // Only now: what the peer says before could not be answered, and waits where it is.
+    engine_->add(this);
     for (auto& [message, done] : unsent_) do_send(std::move(message), std::move(done));
     unsent_.clear();
   });
@@ -230,6 +233,22 @@ void Port::add_key(uint32_t block, const std::string& packed) {
   });
 }
 
+const std::byte* Port::map_remote(uint64_t address, const std::string& packed) {
+  if (endpoint_ == nullptr || closing_) return nullptr;
+  auto [found, fresh] = mapped_keys_.emplace(packed, nullptr);
+  if (fresh) {
+    ucp_rkey_h key = nullptr;
+    if (api().ucp_ep_rkey_unpack(endpoint_, packed.data(), &key) != UCS_OK) {
+      mapped_keys_.erase(found);
+      return nullptr;
+    }
+    found->second = key;
+  }
+  void* here = nullptr;
+  if (api().ucp_rkey_ptr(found->second, address, &here) != UCS_OK) return nullptr;
+  return static_cast<const std::byte*>(here);
+}
+
 // --- messages ------------------------------------------------------------------------------------
 
 ucs_status_t Port::on_active_message(void* self, const void* header, size_t header_bytes,
@@ -349,21 +368,23 @@ void Port::destroy(int64_t grace_ns) {
       flush([done](ucs_status_t) { *done = true; });
       progress_until([&] { return *done; }, grace_ns);
     }
-    const auto closed = std::make_shared<bool>(false);
-    auto* operation = new Operation;
-    ucp_request_param_t param = begin(operation);
-    operation->done = [closed](ucs_status_t) { *closed = true; };
-    param.op_attr_mask |= UCP_OP_ATTR_FIELD_FLAGS;
-    param.flags = UCP_EP_CLOSE_FLAG_FORCE;
-    start(operation, ucx.ucp_ep_close_nbx(endpoint_, &param));
-    progress_until([&] { return *closed && operations_ == nullptr; }, 500'000'000);
+    if (!same_host_) {  // else the worker takes its end with it
+      auto* operation = new Operation;
+      ucp_request_param_t param = begin(operation);
+      param.op_attr_mask |= UCP_OP_ATTR_FIELD_FLAGS;
+      param.flags = UCP_EP_CLOSE_FLAG_FORCE;
+      start(operation, ucx.ucp_ep_close_nbx(endpoint_, &param));
+      progress_until([&] { return operations_ == nullptr; }, 500'000'000);
+    }
     endpoint_ = nullptr;
+    engine_->remove(this);
   }
   for (ucp_rkey_h key : keys_) {
     if (key != nullptr) ucx.ucp_rkey_destroy(key);
   }
+  for (const auto& [packed, key] : mapped_keys_) ucx.ucp_rkey_destroy(key);
   keys_.clear();
-  engine_->remove(this);
+  mapped_keys_.clear();
   ucx.ucp_worker_destroy(worker_);
   worker_ = nullptr;
   while (operations_ != nullptr) finish(operations_, UCS_ERR_CANCELED);

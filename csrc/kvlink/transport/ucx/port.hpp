@@ -4,6 +4,7 @@
 
 #include <deque>
 #include <span>
+#include <unordered_map>
 
 #include "kvlink/transport/ucx/engine.hpp"
 
@@ -59,11 +60,15 @@ class Port : public std::enable_shared_from_this<Port> {
   void set_handlers(Accept accept, OnMessage on_message, OnFailure on_failure, TakeRoom take_room);
   const std::string& address() const { return address_; }
   // Any thread. Throws std::runtime_error.
-  void connect(const std::string& address);
+  // `same_host`: memory may be shared with the peer, which UCX does only where it is not asked to
+  // tell when the peer dies.
+  void connect(const std::string& address, bool same_host);
   // Any thread. `done` runs on the engine's thread, once, unless the engine has stopped.
   void send(Outgoing message, Done done = {});
   // Any thread. Keys of the peer's memory, by block number. Throws std::runtime_error.
   void add_key(uint32_t block, const std::string& packed);
+  // Where a peer's memory can be read in this process; null when it cannot.
+  const std::byte* map_remote(uint64_t address, const std::string& packed);
   // Any thread. All runs, then a flush: done when the peer's memory has them (or ours, for gets).
   void put(std::vector<RemoteRun> runs, std::shared_ptr<void> keep, Done done);
   void get(std::vector<RemoteRun> runs, std::shared_ptr<void> keep, Done done);
@@ -107,10 +112,11 @@ class Port : public std::enable_shared_from_this<Port> {
   OnFailure on_failure_;
   TakeRoom take_room_;
   std::vector<ucp_rkey_h> keys_;
-  std::vector<std::pair<Outgoing, Done>> unsent_;  // before connect
-  std::deque<Arrival> waiting_;                    // for room
-  Operation* operations_ = nullptr;                // under way: a list
-  bool failed_ = false, closing_ = false;
+  std::unordered_map<std::string, ucp_rkey_h> mapped_keys_;  // by packed key
+  std::vector<std::pair<Outgoing, Done>> unsent_;            // before connect
+  std::deque<Arrival> waiting_;                              // for room
+  Operation* operations_ = nullptr;                          // under way: a list
+  bool failed_ = false, closing_ = false, same_host_ = false;
 };
 
 }  // namespace kvlink::transport::ucx

@@ -73,6 +73,19 @@ bool Terms::parse(std::string_view bytes, Terms* terms) {
   return reader.rest.empty();
 }
 
+std::string Reference::bytes() const {
+  std::string bytes(reinterpret_cast<const char*>(&address), 8);
+  bytes.append(reinterpret_cast<const char*>(&size), 8);
+  return bytes + key;
+}
+
+bool Reference::parse(std::string_view bytes, Reference* reference) {
+  Reader reader{bytes};
+  if (!reader.take(&reference->address, 8) || !reader.take(&reference->size, 8)) return false;
+  reference->key = reader.rest;
+  return !reference->key.empty();
+}
+
 std::string Target::bytes() const {
   const auto canonical = layout_to_bytes(layout);
   std::string bytes(canonical.data(), canonical.size());

@@ -27,6 +27,15 @@ struct Terms {
   static bool parse(std::string_view bytes, Terms* terms);
 };
 
+// Where a chunk lies, for a peer on this host that reads it there.
+struct Reference {
+  uint64_t address = 0, size = 0;
+  std::string key;
+
+  std::string bytes() const;
+  static bool parse(std::string_view bytes, Reference* reference);
+};
+
 // What a puller wants the chunks to be: the layout of its pool, and the scales that it shares.
 struct Target {
   KVLayout layout;

@@ -199,7 +199,8 @@ bool UcxTransfer::move_chunk(int32_t part, int64_t first, int64_t count) {
               .count = count,
               .moved = {},
               .started_ns = 0,
-              .step = Step::kAsked};
+              .step = Step::kAsked,
+              .buffer = nullptr};
   if (direct_) return begin_direct(chunk);
   const uint64_t seq = open_chunk(chunk);
   if (seq == 0) return false;
@@ -243,9 +244,9 @@ bool UcxTransfer::stage(uint64_t seq, Chunk chunk) {
     if (ended_here_) return false;
     chunks_[seq] = chunk;
   }
-  link_->send(
-      chunk_message(Type::kChunk, seq, chunk),
-      {.header = {}, .data = buffer->data(), .size = size, .mapping = buffer, .keep = buffer});
+  if (!link_->send_chunk(chunk_message(Type::kChunk, seq, chunk), buffer, size)) return true;
+  std::lock_guard lock(reply_mutex_);
+  if (const auto found = chunks_.find(seq); found != chunks_.end()) found->second.buffer = buffer;
   return true;
 }
 
@@ -265,7 +266,7 @@ void UcxTransfer::land(const Header& header, const Payload& payload) {
   // From here on the destination is in use; one that ended before is not touched any more.
   hold_source();
   Status status = Status::kOk;
-  std::string message;
+  std::string why;
   if (!ended()) {
     // Only read.
     const LayerView staged = staged_view(dst, num_heads, spec_.plan.dst_head, chunk.count,
@@ -279,11 +280,16 @@ void UcxTransfer::land(const Header& header, const Payload& payload) {
       executor_.relayout(params);
     } catch (const std::exception& error) {
       status = Status::kMoveFailed;
-      message = error.what();
+      why = error.what();
     }
   }
   release_source();
-  if (status != Status::kOk) fail(status, message);
+  if (header.by_reference != 0) {
+    Header landed = message(Type::kLanded);
+    landed.seq = header.seq;
+    link_->send(landed);
+  }
+  if (status != Status::kOk) fail(status, why);
   chunk.moved = {.rows = header.rows, .digest = header.digest};
   close_chunk(header.seq, chunk, status);
 }
