@@ -5,7 +5,7 @@
 
 #include "kvlink/base/convert.hpp"
 #include "kvlink/cpu/move_rows.hpp"
-#include "kvlink/cpu/simd/narrow.hpp"
+#include "kvlink/cpu/simd/quantise.hpp"
 #include "kvlink/cpu/simd/row_walk.hpp"
 #include "kvlink/cpu/simd/strided.hpp"
 
@@ -15,77 +15,106 @@ namespace {
 
 // Bits of the largest magnitude among the finite values; bits order like the values.
 template <DType kSrc>
-uint32_t finite_amax_bits(const char* src, int64_t count, float scale) {
+KVLINK_INLINE uint32_t finite_amax_bits(const char* src, int64_t count, float scale) {
   constexpr int64_t kBytes = Row<kSrc>::kBytes;
+  VecI amax{};
   int64_t i = 0;
 #if defined(__AVX512F__)
-  if (kSrc == DType::kBFloat16 && scale == 1.0f && count >= 32) {  // the upper halves will do
-    __m512i amax16 = _mm512_setzero_si512();
+  if (kSrc == DType::kBFloat16 && scale == 1.0f) {  // the upper halves of floats will do
+    __m512i halves = _mm512_setzero_si512();
     for (; i + 32 <= count; i += 32) {
-      const __m512i bits =
-          _mm512_and_si512(_mm512_loadu_si512(src + i * kBytes), _mm512_set1_epi16(0x7fff));
+      const __m512i stored = _mm512_loadu_si512(src + i * kBytes);
+      const __m512i bits = _mm512_and_si512(stored, _mm512_set1_epi16(0x7fff));
       const __mmask32 finite = _mm512_cmplt_epu16_mask(bits, _mm512_set1_epi16(0x7f80));
-      amax16 = _mm512_mask_max_epu16(amax16, finite, amax16, bits);
+      halves = _mm512_mask_max_epu16(halves, finite, halves, bits);
     }
-    const __m256i half =
-        _mm256_max_epu16(_mm512_castsi512_si256(amax16), _mm512_extracti64x4_epi64(amax16, 1));
-    const __m128i quarter =
-        _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    const __m128i ones = _mm_set1_epi16(-1);
-    const auto most =
-        static_cast<uint32_t>(_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(quarter, ones)), 0));
-    const uint32_t bits = (most ^ 0xffffu) << 16;
-    if (i == count) return bits;
-    const uint32_t rest = finite_amax_bits<kSrc>(src + i * kBytes, count - i, scale);
-    return bits < rest ? rest : bits;
+    const __m256i most =
+        _mm256_max_epu16(_mm512_castsi512_si256(halves), _mm512_extracti64x4_epi64(halves, 1));
+    amax = (VecI)_mm512_slli_epi32(_mm512_cvtepu16_epi32(most), 16);
   }
 #endif
-  VecI amax{};
   const auto take = [&](Vec values) {
     if (scale != 1.0f) values *= scale;
     const VecI magnitude = (VecI)(bits_of(values) & 0x7fffffffu);
+#if defined(__AVX512F__)
+    const __mmask16 finite =
+        _mm512_cmplt_epi32_mask((__m512i)magnitude, _mm512_set1_epi32(0x7f800000));
+    amax = (VecI)_mm512_mask_max_epi32((__m512i)amax, finite, (__m512i)amax, (__m512i)magnitude);
+#else
     const VecI finite = magnitude < 0x7f800000 ? magnitude : VecI{};
     amax = finite > amax ? finite : amax;
+#endif
   };
   for (; i + kLanes <= count; i += kLanes) take(Row<kSrc>::load(src + i * kBytes));
   if (i < count) take(load_some<kSrc>(src + i * kBytes, count - i));
-  uint32_t most = 0;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const auto each = static_cast<uint32_t>(amax[lane]);
-    most = most < each ? each : most;
-  }
-  return most;
+  return float_bits(max_lanes((Vec)amax));
 }
 
-// One stripe of the destination: 64 / kBytes of its elements.
+// Elements of the destination in a stripe, and how many vectors they are.
+template <DType kDst>
+inline constexpr int kStripeElements = 64 / Row<kDst>::kBytes;
+template <DType kDst>
+inline constexpr int kStripeVecs = kStripeElements<kDst> / kLanes;
+
 template <DType kSrc, DType kDst>
-KVLINK_INLINE Words convert_stripe(const char* src, float src_scale, float dst_scale) {
-  constexpr int kVecs = 64 / Row<kDst>::kBytes / kLanes;
-  Vec values[kVecs];
+KVLINK_INLINE void load_stripe(const char* src, float src_scale, float dst_scale,
+                               Vec (&values)[kStripeVecs<kDst>]) {
   KVLINK_UNROLL
-  for (int i = 0; i < kVecs; ++i) {
+  for (int i = 0; i < kStripeVecs<kDst>; ++i) {
     values[i] = Row<kSrc>::load(src + i * kLanes * Row<kSrc>::kBytes);
   }
   if (src_scale != 1.0f) {
     KVLINK_UNROLL
-    for (int i = 0; i < kVecs; ++i) values[i] *= src_scale;
+    for (int i = 0; i < kStripeVecs<kDst>; ++i) values[i] *= src_scale;
   }
   if (dst_scale != 1.0f) {
     KVLINK_UNROLL
-    for (int i = 0; i < kVecs; ++i) values[i] /= dst_scale;
+    for (int i = 0; i < kStripeVecs<kDst>; ++i) values[i] /= dst_scale;
   }
-  return narrow<kDst>(values);
 }
 
-// Elements that lie one after the other on both sides, `count` of them.
+struct Stripe {
+  alignas(64) char bytes[64];
+};
+
+// Any values; `count` elements of a stripe, the rest of which is then not specified.
+template <DType kSrc, DType kDst>
+__attribute__((noinline)) Stripe convert_some(const char* src, float src_scale, float dst_scale,
+                                              int64_t count) {
+  char padded[kStripeElements<kDst> * Row<kSrc>::kBytes] = {};
+  std::memcpy(padded, src, static_cast<size_t>(count * Row<kSrc>::kBytes));
+  Vec values[kStripeVecs<kDst>];
+  load_stripe<kSrc, kDst>(padded, src_scale, dst_scale, values);
+  Stripe stripe;
+  narrow<kDst>(values).store(stripe.bytes);
+  return stripe;
+}
+
+// The next whole stripe.
+template <DType kSrc, DType kDst>
+KVLINK_INLINE Words convert_stripe(const char* src, float src_scale, float dst_scale,
+                                   bool quantises) {
+  Words words;
+  if constexpr (kQuantises<kSrc, kDst>) {
+    if (quantises && quantise_stripe<kDst>(src, dst_scale, words)) return words;
+    return Words::load(
+        convert_some<kSrc, kDst>(src, src_scale, dst_scale, kStripeElements<kDst>).bytes);
+  } else {
+    Vec values[kStripeVecs<kDst>];
+    load_stripe<kSrc, kDst>(src, src_scale, dst_scale, values);
+    return narrow<kDst>(values);
+  }
+}
+
+// `count` elements that lie one after the other on both sides.
 template <DType kSrc, DType kDst>
 KVLINK_INLINE void convert_run(const char* src, float src_scale, char* dst, float dst_scale,
                                int64_t count, bool streaming, RowLanes& lanes) {
-  constexpr int64_t kElements = 64 / Row<kDst>::kBytes;
+  const bool quantises = src_scale == 1.0f && quantises_by(dst_scale);
   int64_t i = 0;
-  for (; i + kElements <= count; i += kElements) {
+  for (; i + kStripeElements<kDst> <= count; i += kStripeElements<kDst>) {
     const Words words =
-        convert_stripe<kSrc, kDst>(src + i * Row<kSrc>::kBytes, src_scale, dst_scale);
+        convert_stripe<kSrc, kDst>(src + i * Row<kSrc>::kBytes, src_scale, dst_scale, quantises);
     if (streaming) {
       words.stream(dst + i * Row<kDst>::kBytes);
     } else {
@@ -94,119 +123,127 @@ KVLINK_INLINE void convert_run(const char* src, float src_scale, char* dst, floa
     lanes.stripe(words);
   }
   if (i == count) return;
-  char padded[kElements * Row<kSrc>::kBytes] = {};
-  std::memcpy(padded, src + i * Row<kSrc>::kBytes,
-              static_cast<size_t>((count - i) * Row<kSrc>::kBytes));
-  alignas(64) char last[64];
-  convert_stripe<kSrc, kDst>(padded, src_scale, dst_scale).store(last);
-  const Words words = Words::load_some(last, (count - i) * Row<kDst>::kBytes);
-  words.store_some(dst + i * Row<kDst>::kBytes, (count - i) * Row<kDst>::kBytes);
+  const int64_t num_bytes = (count - i) * Row<kDst>::kBytes;
+  const Stripe last =
+      convert_some<kSrc, kDst>(src + i * Row<kSrc>::kBytes, src_scale, dst_scale, count - i);
+  const Words words = Words::load_some(last.bytes, num_bytes);
+  words.store_some(dst + i * Row<kDst>::kBytes, num_bytes);
   lanes.stripe(words);
 }
 
-// One row of a move, whose elements need not be contiguous.
-template <DType kSrc, DType kDst>
-struct Converter {
+// Rows whose elements do not lie one after the other, on one side or both.
+struct StridedRow {
   int64_t dims, src_step, dst_step;  // steps in bytes
-  bool strided, streaming;
 
-  explicit Converter(const RowMove& move)
+  explicit StridedRow(const RowMove& move)
       : dims(move.dims),
-        src_step(move.src.at.stride_dim * Row<kSrc>::kBytes),
-        dst_step(move.dst.at.stride_dim * Row<kDst>::kBytes),
-        strided(is_strided(move.src, dims) || is_strided(move.dst, dims)),
-        streaming(can_stream(move)) {}
+        src_step(move.src.at.stride_dim * dtype_bytes(move.src.dtype)),
+        dst_step(move.dst.at.stride_dim * dtype_bytes(move.dst.dtype)) {}
 
+  template <DType kSrc>
   uint32_t amax_bits(const char* src, float scale) const {
-    if (!strided) return finite_amax_bits<kSrc>(src, dims, scale);
     uint32_t most = 0;
-    for_each_chunk(src, [&](const char* chunk, int64_t, int64_t count) {
-      const uint32_t bits = finite_amax_bits<kSrc>(chunk, count, scale);
-      most = most < bits ? bits : most;
-    });
-    return most;
-  }
-
-  KVLINK_INLINE void convert(const char* src, float src_scale, char* dst, float dst_scale,
-                             RowLanes& lanes) const {
-    if (!strided) {
-      convert_run<kSrc, kDst>(src, src_scale, dst, dst_scale, dims, streaming, lanes);
-    } else {
-      convert_strided(src, src_scale, dst, dst_scale, lanes);
-    }
-  }
-
- private:
-  __attribute__((noinline)) void convert_strided(const char* src, float src_scale, char* dst,
-                                                 float dst_scale, RowLanes& lanes) const {
-    for_each_chunk(src, [&](const char* chunk, int64_t first, int64_t count) {
-      alignas(64) char narrowed[kStridedChunk * Row<kDst>::kBytes];
-      convert_run<kSrc, kDst>(chunk, src_scale, narrowed, dst_scale, count, false, lanes);
-      copy_elements(dst + first * dst_step, dst_step, narrowed, Row<kDst>::kBytes, count,
-                    Row<kDst>::kBytes);
-    });
-  }
-
-  template <typename Function>
-  KVLINK_INLINE void for_each_chunk(const char* src, const Function& function) const {
-    alignas(64) char chunk[kStridedChunk * Row<kSrc>::kBytes];
     for (int64_t i = 0; i < dims; i += kStridedChunk) {
+      alignas(64) char chunk[kStridedChunk * Row<kSrc>::kBytes];
       const int64_t count = dims - i < kStridedChunk ? dims - i : kStridedChunk;
       copy_elements(chunk, Row<kSrc>::kBytes, src + i * src_step, src_step, count,
                     Row<kSrc>::kBytes);
-      function(chunk, i, count);
+      const uint32_t bits = finite_amax_bits<kSrc>(chunk, count, scale);
+      most = most < bits ? bits : most;
     }
+    return most;
+  }
+
+  template <DType kSrc, DType kDst>
+  RowLanes convert(const char* src, float src_scale, char* dst, float dst_scale) const {
+    RowLanes lanes;
+    for (int64_t i = 0; i < dims; i += kStripeElements<kDst>) {
+      const int64_t left = dims - i;
+      const int64_t count = left < kStripeElements<kDst> ? left : kStripeElements<kDst>;
+      char gathered[kStripeElements<kDst> * Row<kSrc>::kBytes];
+      copy_elements(gathered, Row<kSrc>::kBytes, src + i * src_step, src_step, count,
+                    Row<kSrc>::kBytes);
+      const Stripe stripe = convert_some<kSrc, kDst>(gathered, src_scale, dst_scale, count);
+      copy_elements(dst + i * dst_step, dst_step, stripe.bytes, Row<kDst>::kBytes, count,
+                    Row<kDst>::kBytes);
+      lanes.bytes(stripe.bytes, count * Row<kDst>::kBytes);
+    }
+    return lanes;
   }
 };
 
-// Stored bytes of a row that does not change; whole stripes of elements on either side.
-template <DType kDType>
-void keep_row(const RowMove& move, const char* src, char* dst, RowLanes& lanes) {
-  constexpr int64_t kBytes = Row<kDType>::kBytes;
-  const int64_t src_step = move.src.at.stride_dim * kBytes;
-  const int64_t dst_step = move.dst.at.stride_dim * kBytes;
-  alignas(64) char chunk[kStridedChunk * kBytes];
+// Stored bytes of a row that does not change.
+__attribute__((noinline)) RowLanes keep_row(const RowMove& move, const char* src, char* dst) {
+  const int64_t size = dtype_bytes(move.dst.dtype);
+  const int64_t src_step = move.src.at.stride_dim * size;
+  const int64_t dst_step = move.dst.at.stride_dim * size;
+  alignas(64) char chunk[kStridedChunk * 4];
+  RowLanes lanes;
   for (int64_t i = 0; i < move.dims; i += kStridedChunk) {
     const int64_t count = move.dims - i < kStridedChunk ? move.dims - i : kStridedChunk;
-    copy_elements(chunk, kBytes, src + i * src_step, src_step, count, kBytes);
-    copy_elements(dst + i * dst_step, dst_step, chunk, kBytes, count, kBytes);
-    lanes.bytes(chunk, count * kBytes);
+    copy_elements(chunk, size, src + i * src_step, src_step, count, size);
+    copy_elements(dst + i * dst_step, dst_step, chunk, size, count, size);
+    lanes.bytes(chunk, count * size);
   }
+  return lanes;
+}
+
+struct RowScales {
+  float src = 1.0f, dst = 1.0f;
+};
+
+// Computes a row's own scale, if it has one, and stores it.
+template <DType kSrc, DType kDst>
+KVLINK_INLINE RowScales scale_row(const RowMove& move, const RowWalk<false>& walk, bool strided) {
+  const RowBox& box = walk.box();
+  const int64_t token = walk.token(), head = walk.head();
+  RowScales scales;
+  if (move.src.scale) {
+    scales.src = *move.src.row_scale(box.src_page, box.src_slot + token, move.src_head + head);
+  }
+  if (!move.dst.scale) return scales;
+  float* at = move.dst.row_scale(box.dst_page, box.dst_slot + token, move.dst_head + head);
+  if (move.dst.token_scale) {
+    const uint32_t amax = strided ? StridedRow(move).amax_bits<kSrc>(walk.src(), scales.src)
+                                  : finite_amax_bits<kSrc>(walk.src(), move.dims, scales.src);
+    *at = dynamic_scale(float_from_bits(amax), kDst);
+  }
+  scales.dst = *at;
+  return scales;
 }
 
 template <DType kSrc, DType kDst>
 uint64_t convert_heads(const RowMove& move, const RowBox* boxes, int64_t num_boxes) {
-  const Converter<kSrc, kDst> converter(move);
-  const HeadStarts starts(move);
-  DigestSum sum;
+  constexpr int kRows = 8;  // scaled together, before they are converted: a scale takes its time
+  const bool strided = is_strided(move.src, move.dims) || is_strided(move.dst, move.dims);
+  const bool streaming = can_stream(move);
   // Rows whose static scales happen to agree keep their bytes.
   const bool may_keep = kSrc == kDst && !move.src.token_scale && !move.dst.token_scale;
-  RowWalk<false> walk(move, boxes, num_boxes, false);
+  const HeadStarts starts(move);
+  DigestSum sum;
+  RowWalk<false> walk(move, boxes, num_boxes, false), scaling = walk;
   FetchAhead<false> ahead(walk);
-  for (; !walk.done(); walk.next()) {
-    if (!converter.strided) ahead.bytes(walk.src_bytes());
-    const RowBox& box = walk.box();
-    const int64_t token = walk.token(), head = walk.head();
-    float src_scale = 1.0f, dst_scale = 1.0f;
-    if (move.src.scale) {
-      src_scale = *move.src.row_scale(box.src_page, box.src_slot + token, move.src_head + head);
+  while (!walk.done()) {
+    RowScales scales[kRows];
+    int count = 0;
+    for (; count < kRows && !scaling.done(); ++count, scaling.next()) {
+      if (!strided) ahead.bytes(scaling.src_bytes());
+      scales[count] = scale_row<kSrc, kDst>(move, scaling, strided);
     }
-    if (move.dst.scale) {
-      float* at = move.dst.row_scale(box.dst_page, box.dst_slot + token, move.dst_head + head);
-      if (move.dst.token_scale) {
-        const uint32_t amax = converter.amax_bits(walk.src(), src_scale);
-        *at = dynamic_scale(float_from_bits(amax), kDst);
+    for (int i = 0; i < count; ++i, walk.next()) {
+      RowLanes lanes;
+      if (may_keep && scales[i].src == scales[i].dst) {
+        lanes = keep_row(move, walk.src(), walk.dst());
+      } else if (strided) {
+        lanes = StridedRow(move).convert<kSrc, kDst>(walk.src(), scales[i].src, walk.dst(),
+                                                     scales[i].dst);
+      } else {
+        convert_run<kSrc, kDst>(walk.src(), scales[i].src, walk.dst(), scales[i].dst, move.dims,
+                                streaming, lanes);
       }
-      dst_scale = *at;
-    }
-    RowLanes lanes;
-    if (may_keep && src_scale == dst_scale) {
-      keep_row<kDst>(move, walk.src(), walk.dst(), lanes);
-    } else {
-      converter.convert(walk.src(), src_scale, walk.dst(), dst_scale, lanes);
-    }
-    if (move.with_digest) {
-      sum.add_row(lanes.acc(), starts[head], digest_shift(move, walk));
+      if (move.with_digest) {
+        sum.add_row(lanes.acc(), starts[walk.head()], digest_shift(move, walk));
+      }
     }
   }
   return sum.total();

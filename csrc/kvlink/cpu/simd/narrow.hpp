@@ -2,45 +2,69 @@
 // conversions from float32. Included by *_simd.cpp only.
 #pragma once
 
+#include <type_traits>
+
 #include "kvlink/cpu/simd/rows.hpp"
 #include "kvlink/cpu/simd/words.hpp"
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
-KVLINK_INLINE VecU min_bits(VecU bits, uint32_t bound) {
-  return select((VecI)bits < (VecI)(VecU{} + bound), bits, VecU{} + bound);
+// Bits of magnitudes, which order like integers.
+KVLINK_INLINE VecU min_bits(VecU a, uint32_t bound) {
+  const VecU b = VecU{} + bound;
+#if defined(__AVX512F__)
+  return (VecU)_mm512_min_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (VecU)_mm256_min_epu32((__m256i)a, (__m256i)b);
+#else
+  return select((VecI)a < (VecI)b, a, b);
+#endif
 }
 
-// Codes lie in the low byte of each lane; so do those below.
-KVLINK_INLINE VecU narrow_to_float8_e4m3(Vec value) {
-  const VecU bits = bits_of(value);
-  const VecU magnitude = bits & 0x7fffffffu;
-  const VecU bounded = min_bits(magnitude, 0x43e00000u);  // 448
-  const VecU normal = (bounded + (0x7ffffu - 0x3c000000u) + ((bounded >> 20) & 1u)) >> 20;
-  const VecU small = bits_of(from_bits(bounded) + splat(16384.0f)) - 0x46800000u;
-  const VecU finite = select((VecI)magnitude < 0x3c800000, small, normal);
-  const VecU nan_bit = (VecU)((VecI)magnitude > 0x7f800000) & 1u;  // 0x7e is 448, 0x7f NaN
-  return ((bits >> 24) & 0x80u) | finite | nan_bit;
+KVLINK_INLINE VecU max_bits(VecU a, uint32_t bound) {
+  const VecU b = VecU{} + bound;
+#if defined(__AVX512F__)
+  return (VecU)_mm512_max_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (VecU)_mm256_max_epu32((__m256i)a, (__m256i)b);
+#else
+  return select((VecI)a > (VecI)b, a, b);
+#endif
 }
 
-KVLINK_INLINE VecU narrow_to_float8_e5m2(Vec value) {
-  const VecU bits = bits_of(value);
-  const VecU magnitude = bits & 0x7fffffffu;
-  const VecU bounded = min_bits(magnitude, 0x47600000u);  // 57344
-  const VecU normal = (bounded + (0xfffffu - 0x38000000u) + ((bounded >> 21) & 1u)) >> 21;
-  const VecU small = bits_of(from_bits(bounded) + splat(128.0f)) - 0x43000000u;
-  const VecU finite = select((VecI)magnitude < 0x38800000, small, normal);
-  const VecU nan_bits = (VecU)((VecI)magnitude > 0x7f800000) & 0x7fu;
-  return ((bits >> 24) & 0x80u) | finite | nan_bits;
-}
+// A float8: the bits of its mantissa, the exponent of its least normal number, its largest number.
+template <int kMantissa, int kLeastExponent, uint32_t kLargestBits>
+struct Float8 {
+  static constexpr int kShift = 23 - kMantissa;
+  static constexpr uint32_t kLeastBits = static_cast<uint32_t>(127 + kLeastExponent) << 23;
+  static constexpr float kLargest = __builtin_bit_cast(float, kLargestBits);
+  static constexpr float kLeastNormal = __builtin_bit_cast(float, kLeastBits);
+  // Codes are so much too large where they leave round().
+  static constexpr uint32_t kOffset = static_cast<uint32_t>(127 + kShift + kLeastExponent)
+                                      << kMantissa;
+
+  // Of magnitudes up to kLargest. Adding 2^kShift times the power of two that the value begins with
+  // (at least kLeastNormal) leaves the rounded mantissa, its leading 1 included, in the low bits.
+  static KVLINK_INLINE VecU round(VecU bounded) {
+    const VecU addend = max_bits(bounded & 0x7f800000u, kLeastBits) + (uint32_t{kShift} << 23);
+    const VecU sum = bits_of(from_bits(bounded) + from_bits(addend));
+    return sum - addend + (sum >> kShift);
+  }
+
+  static KVLINK_INLINE VecU narrow(Vec value) {
+    const VecU bits = bits_of(value);
+    const VecU magnitude = bits & 0x7fffffffu;
+    const VecU finite = round(min_bits(magnitude, kLargestBits)) - kOffset;
+    const VecU nan_bits = (VecU)((VecI)magnitude > 0x7f800000) & 0x7fu;
+    return ((bits >> 24) & 0x80u) | finite | nan_bits;
+  }
+};
+using Float8E4M3 = Float8<3, -6, 0x43e00000u>;   // 448
+using Float8E5M2 = Float8<2, -14, 0x47600000u>;  // 57344
+template <DType kDType>
+using Float8Of = std::conditional_t<kDType == DType::kFloat8E4M3, Float8E4M3, Float8E5M2>;
 
 KVLINK_INLINE VecU narrow_to_int8(Vec value) {
-#if defined(__AVX512F__)
-  const __mmask16 number = _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_ORD_Q);
-  const __m512 bounded =
-      _mm512_min_ps(_mm512_max_ps((__m512)value, _mm512_set1_ps(-127.0f)), _mm512_set1_ps(127.0f));
-  return (VecU)_mm512_maskz_cvtps_epi32(number, bounded) & 0xffu;
-#else
   const VecU bits = bits_of(value);
   const VecU magnitude = bits & 0x7fffffffu;
   const VecU bounded = min_bits(magnitude, 0x42fe0000u);  // 127
@@ -48,7 +72,6 @@ KVLINK_INLINE VecU narrow_to_int8(Vec value) {
   const VecU finite = (bounded | (bits & 0x80000000u)) & number;
   // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
   return bits_of(from_bits(finite) + splat(12582912.0f)) & 0xffu;
-#endif
 }
 
 // The low 16 bits of every lane, in order.
@@ -100,8 +123,8 @@ KVLINK_INLINE Words pack_bytes(const VecU (&codes)[64 / kLanes]) {
 
 template <DType kDType>
 KVLINK_INLINE VecU narrow_lanes(Vec value) {
-  if constexpr (kDType == DType::kFloat8E4M3) return narrow_to_float8_e4m3(value);
-  if constexpr (kDType == DType::kFloat8E5M2) return narrow_to_float8_e5m2(value);
+  if constexpr (kDType == DType::kFloat8E4M3) return Float8E4M3::narrow(value);
+  if constexpr (kDType == DType::kFloat8E5M2) return Float8E5M2::narrow(value);
   if constexpr (kDType == DType::kInt8) return narrow_to_int8(value);
   if constexpr (kDType == DType::kFloat16) return narrow_to_float16(value);
   return narrow_to_bfloat16(value);
@@ -110,11 +133,27 @@ KVLINK_INLINE VecU narrow_lanes(Vec value) {
 template <DType kDType>
 KVLINK_INLINE Words narrow(const Vec (&values)[64 / Row<kDType>::kBytes / kLanes]) {
   constexpr int kVecs = 64 / Row<kDType>::kBytes / kLanes;
+  Words words;
   if constexpr (kDType == DType::kFloat32) {
-    Words words;
     KVLINK_UNROLL
     for (int i = 0; i < kVecs; ++i) words.part[i] = (WordPart)values[i];
     return words;
+#if defined(__AVX512F__)
+  } else if constexpr (kDType == DType::kFloat16) {
+    const __m256i low = _mm512_cvtps_ph((__m512)values[0], _MM_FROUND_TO_NEAREST_INT);
+    const __m256i high = _mm512_cvtps_ph((__m512)values[1], _MM_FROUND_TO_NEAREST_INT);
+    words.part[0] = (WordPart)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    return words;
+#elif defined(__F16C__)
+  } else if constexpr (kDType == DType::kFloat16) {
+    KVLINK_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const __m128i low = _mm256_cvtps_ph((__m256)values[2 * i], _MM_FROUND_TO_NEAREST_INT);
+      const __m128i high = _mm256_cvtps_ph((__m256)values[2 * i + 1], _MM_FROUND_TO_NEAREST_INT);
+      words.part[i] = (WordPart)_mm256_set_m128i(high, low);
+    }
+    return words;
+#endif
   } else {
     VecU codes[kVecs];
     KVLINK_UNROLL
