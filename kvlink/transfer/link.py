@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvlink import _C
@@ -15,19 +16,23 @@ from kvlink.transfer.errors import (
     TransferTimeout,
     status_error,
 )
+from kvlink.transfer.group_transfer import MovesGroups
 from kvlink.transfer.offer import Lease
 from kvlink.transfer.region import Region, page_ids
 from kvlink.transfer.transfer import Transfer
 
 if TYPE_CHECKING:
+    from kvlink.transfer.descriptor import Descriptor
+    from kvlink.transfer.group_descriptor import GroupDescriptor
     from kvlink.transfer.peers import Peers
+    from kvlink.transfer.plan import TransferPlan
     from kvlink.transfer.reconnecting import Reconnector
     from kvlink.transfer.session import Session
 
 _WAIT_SLICE = 0.1  # s, so that signals are handled
 
 
-class Link:
+class Link(MovesGroups):
     """Made by `Endpoint.connect` on one side and by `Endpoint.accept` on the other; both may push,
     pull and adopt. Thread-safe. Not usable in a forked child.
 
@@ -236,12 +241,34 @@ class Link:
             raise PeerLost(f"the link to {self.peer_name!r} has just been lost")
         return session
 
-    def _start(self, kind: Any, token: Any, pages: Any, region: Region | None) -> Transfer:
+    def parse_group(self, kind: Any, token: Any) -> GroupDescriptor:
+        """For `MovesGroups`."""
+        return self._current().remote.parse_group(kind, token)
+
+    def prepare(
+        self, kind: Any, token: Any, pages: Any, region: Region | None
+    ) -> Callable[[], Transfer]:
+        """For `MovesGroups`: checks all that can be before it begins, and gives what begins it."""
         session = self._current()
         descriptor = session.remote.parse(kind, token)
         own = self._peers.regions.of(region)
         own_ids = page_ids(pages, own.pool.num_pages)
+        needed = -(-descriptor.num_tokens // own.descriptor.layout.page_size)
+        if own_ids.size < needed:
+            raise InvalidArgument(
+                f"pages: expected at least {needed} for {descriptor.num_tokens} tokens; "
+                f"got {own_ids.size}"
+            )
         plan = session.remote.plan(kind, own, descriptor)
+        return lambda: self._begin(session, kind, descriptor, own, own_ids, plan)
+
+    def _start(self, kind: Any, token: Any, pages: Any, region: Region | None) -> Transfer:
+        return self.prepare(kind, token, pages, region)()
+
+    def _begin(
+        self, session: Session, kind: Any, descriptor: Descriptor, own: Region, own_ids: Any,
+        plan: TransferPlan,
+    ) -> Transfer:  # fmt: skip
         generations = own.generations if kind == _C.SlotKind.OFFER else None
         moving = session.path_link.begin(kind, descriptor, own, own_ids, plan, generations)
         if isinstance(moving, _C.TransferStatus):
