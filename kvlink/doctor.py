@@ -42,7 +42,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser("kvlink doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    peer = parser.add_argument_group(
+        "asking a peer", "connects to an endpoint, and tells which path a link to it uses and why"
+    )
+    peer.add_argument("--peer", metavar="ADDRESS", help="its address as text, or a file with it")
+    peer.add_argument("--secret-file", metavar="FILE", help="the secret that it was made with")
+    peer.add_argument("--require", metavar="PATH", help="refuse any other path (host_shm, ucx)")
+    peer.add_argument("--timeout", type=float, default=5.0, metavar="S", help="default: 5")
     arguments = parser.parse_args(argv)
+    if arguments.peer is not None:
+        if arguments.secret_file is None:
+            parser.error("--peer: name the --secret-file, too")
+        from kvlink import doctor_peer
+
+        return doctor_peer.main(
+            arguments.peer, arguments.secret_file, arguments.require, arguments.timeout,
+            arguments.json,
+        )  # fmt: skip
     found = report()
     print(json.dumps(found, indent=2) if arguments.json else _text(found))
     return 0

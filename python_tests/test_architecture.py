@@ -43,7 +43,8 @@ PYTHON_LAYERS = {
     "reference": _LAYOUT,
     "triton": _OPERATORS,
     "transfer": _POOL | {"pages", "cache_ops"},
-    "doctor": {"_C", "_cuda"},
+    "doctor": {"_C", "_cuda", "transfer", "doctor_peer"},
+    "doctor_peer": {"transfer"},
 }
 SEE_EVERYTHING = {"__init__", "cli", "serving", "integrations", "testing"}
 SEEN_BY_NOBODY = {"cli", "serving", "integrations", "testing"}
