@@ -84,7 +84,7 @@ def moves(
         moved = sum(shape.num_bytes for shape in each.sources)
         share = (moved + each.target.num_bytes) / 2 / NUM_BYTES
         for name, seconds in values.items():
-            notes = [text, each.detail]
+            notes = [text, each.detail if each.path == "ucx" else ""]
             notes += [f"{took['moved'] / seconds:.2f} x {peer}" for peer, took in peer_s.items()]
             yield Figure(
                 f"push_{name}", case, each.path, each.target.dtype, each.target.page_size,

@@ -16,7 +16,7 @@ from kvlink.transfer.channel import Channel, PeerGone, close_fds, require_no_fds
 from kvlink.transfer.connecting import Joined, OwnSide, join
 from kvlink.transfer.errors import LinkRefused, PeerUnreachable, TransferError
 from kvlink.transfer.paths import Peer
-from kvlink.transfer.service import Service, logger
+from kvlink.transfer.service import Service
 
 _HANDSHAKE_TIMEOUT = 5.0  # s
 _MAX_INCOMING = 64
@@ -143,10 +143,7 @@ class Incoming:
 
     def refuse(self, error: Exception) -> None:
         """Tells the peer and the log why there will be no link, and forgets it."""
-        who = repr(self._name) if self._name else "an unknown peer"
-        logger.warning(
-            "%r refused %s: %s: %s", self._own.identity.name, who, type(error).__name__, error
-        )
+        self._own.watch.turned_away(self._name, error)
         if self._secure:
             with contextlib.suppress(PeerGone):
                 self.channel.send(handshake.refusal(error))

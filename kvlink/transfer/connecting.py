@@ -28,6 +28,7 @@ from kvlink.transfer.fields import Pairs
 from kvlink.transfer.paths import Path, PathLink, Peer
 from kvlink.transfer.remote import MAX_REGIONS, Remote
 from kvlink.transfer.tls import Credentials
+from kvlink.transfer.watching import EndpointWatch
 
 _CROWD_PAUSE = 0.002  # s, while too many others knock at the same time
 
@@ -60,6 +61,7 @@ class OwnSide:
     descriptor_key: bytes
     paths: dict[str, Path]
     peer_timeout: float
+    watch: EndpointWatch
     take_bit: Callable[[], int]
     free_bit: Callable[[int], None]
     describe: Callable[[int, str], list[tuple[wire.Frame, tuple[int, ...]]]]

@@ -15,21 +15,22 @@ from kvlink.layout import Shard
 from kvlink.pool import KVPool
 from kvlink.transfer.descriptor import descriptor_key
 from kvlink.transfer.grant import Grant
-from kvlink.transfer.groups import LendsGroups, ReservationT
 from kvlink.transfer.link import Link
+from kvlink.transfer.log import logger
 from kvlink.transfer.offer import Offer
 from kvlink.transfer.paths import BUILT_PATHS
 from kvlink.transfer.peers import Peers
 from kvlink.transfer.region import Region
 from kvlink.transfer.regions import Regions
 from kvlink.transfer.reservation import SlotTable
-from kvlink.transfer.service import Service, logger
+from kvlink.transfer.service import Service
+from kvlink.transfer.watching import EndpointWatch
 
 _MIN_SECRET_BYTES = 16
 _live: weakref.WeakSet[Endpoint] = weakref.WeakSet()
 
 
-class Endpoint(LendsGroups):
+class Endpoint:
     """Listens at `address` (bytes; give them to peers by any channel) from construction to `close`.
 
     `secret`: at least 16 bytes, random, the same at every peer; who can connect could try guesses.
@@ -61,7 +62,7 @@ class Endpoint(LendsGroups):
             raise InvalidArgument(f"peer_timeout: expected 1 to 3600 s; got {peer_timeout!r}")
         self.name = name
         self.descriptor_key = descriptor_key(secret)
-        self._table = SlotTable(num_slots, num_page_entries)
+        self._table = SlotTable(num_slots, num_page_entries, EndpointWatch(name))
         self._regions = Regions()
         self._peers = Peers(
             name, secret, self.descriptor_key, self._table, self._regions,
@@ -133,7 +134,11 @@ class Endpoint(LendsGroups):
         that failed gives the pages back. `digest=False` leaves out the digest on both sides: count
         and generations alone are then verified. Raises OutOfSlots, InvalidArgument, LinkClosed.
         """
-        return self.lend(Grant, ttl, digest, 1, region, pages, num_tokens, on_release)
+        return Grant(
+            self._table, self._lendable(region), pages, num_tokens, ttl, epoch=self.epoch,
+            descriptor_key=self.descriptor_key, with_digest=digest, num_pulls=1,
+            on_release=on_release,
+        )  # fmt: skip
 
     def offer(
         self,
@@ -153,22 +158,21 @@ class Endpoint(LendsGroups):
         """
         if not 1 <= pulls <= _C.MAX_LINKS:
             raise InvalidArgument(f"pulls: expected 1 to {_C.MAX_LINKS}; got {pulls}")
-        return self.lend(Offer, ttl, digest, pulls, region, pages, num_tokens, on_release)
-
-    def lend(
-        self, kind: type[ReservationT], ttl: float, digest: bool, num_pulls: int, region: Any,
-        pages: Any, num_tokens: int, on_release: Callable[[Any], None] | None,
-    ) -> ReservationT:  # fmt: skip
-        """Opens one grant or offer; see `grant` and `offer`."""
-        return kind(
+        return Offer(
             self._table, self._lendable(region), pages, num_tokens, ttl, epoch=self.epoch,
-            descriptor_key=self.descriptor_key, with_digest=digest, num_pulls=num_pulls,
+            descriptor_key=self.descriptor_key, with_digest=digest, num_pulls=pulls,
             on_release=on_release,
         )  # fmt: skip
 
     def status(self, transfer_id: bytes) -> Any:
         """How one of this endpoint's grants or offers stands or ended; None when not known."""
         return self._table.status(transfer_id)
+
+    def metrics(self) -> dict[str, Any]:
+        """What this endpoint has counted so far, and its links by peer and path (those that have
+        closed, too): plain nested dicts, ready for JSON (docs/transfer_contract.md,
+        Observability)."""
+        return self._table.watch.snapshot(self._table)
 
     # --- peers --------------------------------------------------------------------------------
 

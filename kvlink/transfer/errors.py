@@ -136,3 +136,8 @@ def status_error(status: Any, what: str, message: str = "") -> TransferError:
     kind = _BY_STATUS[status.name]
     summary = (kind.__doc__ or "").split(".")[0]
     return kind(f"{what}: {message or summary}")
+
+
+def outcome_name(status: Any) -> str:
+    """A `_C.TransferStatus` as metrics and the log name it: "ok", or its error's name."""
+    return "ok" if status.name == "OK" else _BY_STATUS[status.name].__name__

@@ -49,7 +49,7 @@ class Grant(Reservation):
     writer is inside (`released`, `wait_released`, `on_release`).
     """
 
-    _kind = _C.SlotKind.GRANT
+    kind = _C.SlotKind.GRANT
 
     def __init__(self, table: SlotTable, region: Region, *args: Any, **kwargs: Any) -> None:
         super().__init__(table, region, *args, **kwargs)
@@ -71,6 +71,8 @@ class Grant(Reservation):
         if self._arrival is not None:
             return self._arrival
         status = self._outcome or self._control.arrive(self.key, deadline_ns)
+        if timeout > 0:
+            self._table.watch.metrics.waited(time.monotonic_ns() - began)
         self.advance()
         status = self._outcome or status  # of whoever ended it first, perhaps another thread
         if status == _OK:

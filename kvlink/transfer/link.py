@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvlink import _C
@@ -16,23 +15,19 @@ from kvlink.transfer.errors import (
     TransferTimeout,
     status_error,
 )
-from kvlink.transfer.group_transfer import MovesGroups
 from kvlink.transfer.offer import Lease
 from kvlink.transfer.region import Region, page_ids
 from kvlink.transfer.transfer import Transfer
 
 if TYPE_CHECKING:
-    from kvlink.transfer.descriptor import Descriptor
-    from kvlink.transfer.group_descriptor import GroupDescriptor
     from kvlink.transfer.peers import Peers
-    from kvlink.transfer.plan import TransferPlan
     from kvlink.transfer.reconnecting import Reconnector
     from kvlink.transfer.session import Session
 
 _WAIT_SLICE = 0.1  # s, so that signals are handled
 
 
-class Link(MovesGroups):
+class Link:
     """Made by `Endpoint.connect` on one side and by `Endpoint.accept` on the other; both may push,
     pull and adopt. Thread-safe. Not usable in a forked child.
 
@@ -43,6 +38,7 @@ class Link(MovesGroups):
 
     def __init__(self, peers: Peers, reconnector: Reconnector | None = None) -> None:
         """For `Endpoint`."""
+        self.watch = peers.watch.new_link()
         self._peers = peers
         self._reconnector = reconnector
         self._changed = threading.Condition()
@@ -103,6 +99,14 @@ class Link(MovesGroups):
         """Why there is no session now, when that was not this side's doing."""
         return self._lost
 
+    def metrics(self) -> dict[str, Any]:
+        """What this link has counted over all its sessions: plain nested dicts, ready for JSON
+        (docs/transfer_contract.md, Observability)."""
+        return {
+            "peer": self.peer_name, "path": self.path, "path_detail": self.path_detail,
+            "state": self.state, "sessions": self.num_sessions, **self.watch.snapshot(),
+        }  # fmt: skip
+
     # --- moving KV ----------------------------------------------------------------------------
 
     def push(self, src_pages: Any, grant: Any, *, region: Region | None = None) -> Transfer:
@@ -141,11 +145,13 @@ class Link(MovesGroups):
         """Uses the offered pages where they lie: no byte moves, and the time it takes does not
         depend on the request's length. Raises as `begin`, and PathUnavailable on paths that map
         nothing."""
-        session = self._current()
-        descriptor = session.remote.parse(_C.SlotKind.OFFER, offer)
-        pool, pages, control, key = session.path_link.adopt(descriptor)
+        with self.watch.beginning("adoption"):
+            session = self._current()
+            descriptor = session.remote.parse(_C.SlotKind.OFFER, offer)
+            pool, pages, control, key = session.path_link.adopt(descriptor)
         lease = Lease(session, control, key, descriptor, pool, pages)
         session.add_lease(lease)
+        self.watch.adopted(descriptor.transfer_id, descriptor.num_pages)
         return lease
 
     def query(self, transfer_id: bytes, timeout: float = 5.0) -> Any:
@@ -184,10 +190,12 @@ class Link(MovesGroups):
             self._num_sessions += 1
             self._lost = None
             self._changed.notify_all()
+        self.watch.session_up(session)
         return True
 
     def on_session_gone(self, session: Session, why: str) -> None:
         """For `Session`, on the service thread."""
+        self.watch.session_down(session, why, lost=not self._closed)
         with self._changed:
             if self._session is not session or self._closed:
                 return
@@ -241,44 +249,30 @@ class Link(MovesGroups):
             raise PeerLost(f"the link to {self.peer_name!r} has just been lost")
         return session
 
-    def parse_group(self, kind: Any, token: Any) -> GroupDescriptor:
-        """For `MovesGroups`."""
-        return self._current().remote.parse_group(kind, token)
+    def _start(self, kind: Any, token: Any, pages: Any, region: Region | None) -> Transfer:
+        name = "push" if kind == _C.SlotKind.GRANT else "pull"
+        with self.watch.beginning(name):
+            return self._begin(name, kind, token, pages, region)
 
-    def prepare(
-        self, kind: Any, token: Any, pages: Any, region: Region | None
-    ) -> Callable[[], Transfer]:
-        """For `MovesGroups`: checks all that can be before it begins, and gives what begins it."""
+    def _begin(
+        self, name: str, kind: Any, token: Any, pages: Any, region: Region | None
+    ) -> Transfer:
         session = self._current()
         descriptor = session.remote.parse(kind, token)
         own = self._peers.regions.of(region)
         own_ids = page_ids(pages, own.pool.num_pages)
-        needed = -(-descriptor.num_tokens // own.descriptor.layout.page_size)
-        if own_ids.size < needed:
-            raise InvalidArgument(
-                f"pages: expected at least {needed} for {descriptor.num_tokens} tokens; "
-                f"got {own_ids.size}"
-            )
         plan = session.remote.plan(kind, own, descriptor)
-        return lambda: self._begin(session, kind, descriptor, own, own_ids, plan)
-
-    def _start(self, kind: Any, token: Any, pages: Any, region: Region | None) -> Transfer:
-        return self.prepare(kind, token, pages, region)()
-
-    def _begin(
-        self, session: Session, kind: Any, descriptor: Descriptor, own: Region, own_ids: Any,
-        plan: TransferPlan,
-    ) -> Transfer:  # fmt: skip
         generations = own.generations if kind == _C.SlotKind.OFFER else None
         moving = session.path_link.begin(kind, descriptor, own, own_ids, plan, generations)
         if isinstance(moving, _C.TransferStatus):
             self._current()
-            name = f"{kind.name.lower()} {descriptor.transfer_id.hex()}"
+            what = f"{kind.name.lower()} {descriptor.transfer_id.hex()}"
             if moving == _C.TransferStatus.STALE:
                 moving = self.query(descriptor.transfer_id) or moving
             if moving == _C.TransferStatus.OK:
                 moving = _C.TransferStatus.STALE
-            raise status_error(moving, name)
-        transfer = Transfer(self, moving, plan, descriptor.transfer_id, own)
+            raise status_error(moving, what)
+        watched = self.watch.begun(name, descriptor.transfer_id, moving, len(own_ids))
+        transfer = Transfer(self, watched, plan, own)
         session.transfers.add(transfer)
         return transfer

@@ -26,7 +26,7 @@ class Offer(Reservation):
     owner's alone again when `released` says so (`wait_released`, `on_release`).
     """
 
-    _kind = _C.SlotKind.OFFER
+    kind = _C.SlotKind.OFFER
 
 
 class Lease:

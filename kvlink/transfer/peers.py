@@ -11,7 +11,12 @@ from kvlink.errors import InvalidArgument
 from kvlink.transfer import wire
 from kvlink.transfer.accepting import Acceptor
 from kvlink.transfer.connecting import Joined, OwnSide
-from kvlink.transfer.errors import LinkClosed, PathUnavailable, TransferTimeout
+from kvlink.transfer.errors import (
+    LinkClosed,
+    PathUnavailable,
+    TransferError,
+    TransferTimeout,
+)
 from kvlink.transfer.fields import Pairs
 from kvlink.transfer.handshake import Identity
 from kvlink.transfer.link import Link
@@ -41,11 +46,12 @@ class Peers:
         self.epoch = secrets.token_bytes(wire.EPOCH_BYTES)
         self.regions = regions
         self.table = table
+        self.watch = table.watch
         self._paths: dict[str, Path] = {path: make_path(path, table.control) for path in paths}
         self.own = OwnSide(
             Identity(name, self.epoch), Credentials(secret), descriptor_key, self._paths,
-            peer_timeout, table.take_bit, self._free_bit, self._describe, self._reasons,
-            self._abandon,
+            peer_timeout, table.watch, table.take_bit, self._free_bit, self._describe,
+            self._reasons, self._abandon,
         )  # fmt: skip
         self._lock = threading.RLock()
         self._described: dict[int, set[int]] = {}  # regions told in a handshake, by the peer's bit
@@ -76,8 +82,10 @@ class Peers:
             joined = reconnector.first(lambda: self._closed)
             if not self._add_session(joined, link):
                 raise LinkClosed("the endpoint is closed")
-        except BaseException:
+        except BaseException as error:
             self.on_link_closed(link)
+            if isinstance(error, TransferError):
+                self.watch.unconnected("", error, first=True, again=False)
             raise
         return link
 
@@ -154,8 +162,11 @@ class Peers:
     def on_link_closed(self, link: Link) -> None:
         """It will have no further session."""
         with self._lock:
+            known = link in self._links
             self._links.pop(link, None)
             self._accepted.pop(link, None)
+        if known and link.num_sessions:
+            self.watch.link_closed(link.watch)
 
     def on_session_quiet(self, session: Session) -> None:
         """The peer touches nothing any more: its pins, leases and unfinished writes end."""

@@ -17,7 +17,6 @@ from kvlink.transfer.errors import (
     SecretMismatch,
     VersionMismatch,
 )
-from kvlink.transfer.service import logger
 
 if TYPE_CHECKING:
     from kvlink.transfer.link import Link
@@ -97,17 +96,14 @@ class Reconnector:
                 joined = self._dial(self._timeout, lambda: link.closed)
             except Exception as error:  # a caller's resolver may raise anything
                 self.last_error = error
-                if type(error) not in told and not link.closed:
+                if not link.closed:
+                    first = type(error) not in told
                     told.add(type(error))
-                    logger.warning(
-                        "link to %r does not connect again yet: %s: %s",
-                        link.peer_name, type(error).__name__, error,
-                    )  # fmt: skip
+                    self._own.watch.unconnected(link.peer_name, error, first=first, again=True)
                 kind = _LATE if isinstance(error, _REASONS_THAT_STAY) else _SOON
                 link.wait_closed(pauses[kind])
                 pauses[kind] = min(2 * pauses[kind], kind[1])
                 continue
             self.last_error = None
-            if self._done(joined, link):
-                logger.info("link to %r connected again", link.peer_name)
+            self._done(joined, link)
             return

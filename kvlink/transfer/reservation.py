@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from kvlink.transfer.watching import EndpointWatch
+
 _HISTORY = 4096  # outcomes remembered for queries
 _QUIET_POLL = 0.002  # s
 
@@ -33,8 +35,9 @@ _QUIET_POLL = 0.002  # s
 class SlotTable:
     """The owner's side of a control segment: free slots, room for page lists, what is open."""
 
-    def __init__(self, num_slots: int, num_page_entries: int) -> None:
+    def __init__(self, num_slots: int, num_page_entries: int, watch: EndpointWatch) -> None:
         self.control = _C.Control.create(num_slots, num_page_entries)
+        self.watch = watch
         self.lock = threading.RLock()
         self.open: dict[bytes, Reservation] = {}  # by transfer id
         # Slots are used in turn, so that an outcome stays readable as long as possible.
@@ -128,7 +131,7 @@ class Reservation:
     Attributes: `transfer_id` (16 random bytes), `region`, `pages` (int32 array), `num_tokens`.
     """
 
-    _kind: _C.SlotKind
+    kind: _C.SlotKind
 
     def __init__(
         self,
@@ -166,7 +169,7 @@ class Reservation:
             self._slot = (slot, first_page, ids.size)
             try:
                 self.key = self._control.open(
-                    slot, self._kind, self.transfer_id, deadline_ns, descriptor.num_stored_layers,
+                    slot, self.kind, self.transfer_id, deadline_ns, descriptor.num_stored_layers,
                     rows, num_pulls, with_digest, first_page, own,
                 )  # fmt: skip
             except BaseException:
@@ -174,9 +177,10 @@ class Reservation:
                 raise
             table.open[self.transfer_id] = self
         self._bytes = Descriptor(
-            self._kind, epoch, self.transfer_id, slot, self.key.generation, region.region_id,
+            self.kind, epoch, self.transfer_id, slot, self.key.generation, region.region_id,
             num_tokens, first_page, ids.size, deadline_ns,
         ).to_bytes(descriptor_key)  # fmt: skip
+        table.watch.opened(self)
 
     def to_bytes(self) -> bytes:
         """What the peer needs. It may travel by any channel: altered bytes are refused."""
@@ -229,6 +233,7 @@ class Reservation:
 
     def advance(self) -> None:
         """Records the outcome, and gives the pages back once nobody is inside."""
+        watch = self._table.watch
         with self._table.lock:
             if self._released.is_set():
                 return
@@ -239,12 +244,14 @@ class Reservation:
                 self._outcome = status
                 self._table.remember(self.transfer_id, status)
                 self._settle(status)
+                watch.ended(self, status, self._own.verify_ns)
             if not self._control.quiet(self.key):
                 return
             del self._table.open[self.transfer_id]
             self._table.give_slot(*self._slot)
             self._control.forget(self.key)
             self._released.set()
+        watch.released(self)
         if self._on_release is not None and self._gives_back():
             self._on_release(self)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import selectors
 import threading
@@ -11,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-logger = logging.getLogger("kvlink.transfer")
+from kvlink.transfer.log import logger
 
 _BUSY_TICK = 0.02  # s, while pages are lent or something is under way
 _IDLE_TICK = 0.5

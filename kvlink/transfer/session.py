@@ -15,7 +15,7 @@ from kvlink.transfer import wire
 from kvlink.transfer.channel import PeerGone, close_fds
 from kvlink.transfer.connecting import Joined
 from kvlink.transfer.errors import LinkClosed, PeerLost, ProtocolError, TransferTimeout
-from kvlink.transfer.service import logger
+from kvlink.transfer.log import logger
 
 if TYPE_CHECKING:
     from kvlink.transfer.link import Link
@@ -200,9 +200,7 @@ class Session:
             if self.gone:
                 return
             self.gone = PeerLost(f"{self.peer.name!r}, the owner of the pages, is gone: {why}")
-            lost, self.closed = not self.closed, True
-        if lost:
-            logger.info("link to %r lost: %s", self.peer.name, why)
+            self.closed = True
         self.path_link.close(_C.TransferStatus.PEER_LOST)
         self._end_leases(self.gone)
         for event, _ in list(self._answers.values()):
@@ -233,6 +231,8 @@ class Session:
             leases = list(self._leases)
         for lease in leases:
             lease.reap(now_ns)
+        if self._link is not None:
+            self._link.watch.sweep()
         why = self.path_link.failed()
         if why is not None:
             self.on_gone(why)

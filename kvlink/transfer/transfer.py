@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvlink import _C
 from kvlink.errors import InvalidArgument
@@ -13,6 +13,7 @@ from kvlink.transfer.plan import TransferPlan
 
 if TYPE_CHECKING:
     from kvlink.transfer.link import Link
+    from kvlink.transfer.metrics import Moving
     from kvlink.transfer.region import Region
 
 _OK = _C.TransferStatus.OK
@@ -54,14 +55,14 @@ class Transfer:
     cancels it.
     """
 
-    def __init__(
-        self, link: Link, moving: Any, plan: TransferPlan, transfer_id: bytes, region: Region
-    ) -> None:
+    def __init__(self, link: Link, moving: Moving, plan: TransferPlan, region: Region) -> None:
         self.link = link
         self.plan = plan
-        self.transfer_id = transfer_id
-        self._moving = moving
+        self.transfer_id = moving.transfer_id
         self.region = region  # ours
+        self._moving = moving.moving
+        self._watch, self._watched = link.watch, moving
+        self._ends = False  # finish or cancel was called
 
     def push_layer(self, layer: int, num_tokens: int | None = None) -> None:
         """Queues a layer of the source pool whose KV is complete, and returns at once.
@@ -71,6 +72,7 @@ class Transfer:
         before (shared KV), or that the receiver does not hold, is nothing to do. Raises
         InvalidArgument; a transfer that has failed meanwhile is told by the waits.
         """
+        begin = time.perf_counter_ns()
         parts_of_layer = self.plan.parts_of_layer
         if not 0 <= layer < len(parts_of_layer):
             raise InvalidArgument(f"layer: expected 0 to {len(parts_of_layer) - 1}; got {layer}")
@@ -78,6 +80,7 @@ class Transfer:
             left = self._moving.tokens_left(part)
             if left:
                 self._moving.post(part, left if num_tokens is None else num_tokens)
+        self._watch.posted(self._watched, layer, time.perf_counter_ns() - begin)
 
     def post_part(self, part: int) -> None:
         """Queues what is left of one part; for `Link.pull`, which moves every part at once."""
@@ -86,12 +89,14 @@ class Transfer:
     def finish(self) -> None:
         """Every layer was queued. Raises InvalidArgument when one was not. Does not wait."""
         self._moving.finish()
+        self._will_end()
 
     def cancel(self) -> None:
         """Gives up: nothing more is moved and the receiver sees TransferCancelled. Does not wait;
         `wait_source_reusable` tells when the chunk under way has ended. No effect on a transfer
         that has ended."""
         self._moving.cancel()
+        self._will_end()
 
     @property
     def source_reusable(self) -> bool:
@@ -101,7 +106,10 @@ class Transfer:
     def wait_source_reusable(self, timeout: float = 30.0) -> None:
         """Until the source pages may be overwritten, whatever the outcome (that is told by
         `wait_arrived`). Raises TransferTimeout."""
-        if not self._moving.wait_source_reusable(_deadline_ns(timeout)):
+        begin = time.monotonic_ns()
+        reusable = self._moving.wait_source_reusable(_deadline_ns(timeout))
+        self._watch.metrics.waited(time.monotonic_ns() - begin, source=True)
+        if not reusable:
             raise TransferTimeout(f"{self._name()}: the source is still needed after {timeout} s")
 
     def wait_arrived(self, timeout: float = 30.0) -> None:
@@ -109,8 +117,10 @@ class Transfer:
         has). Raises TransferTimeout, or why it failed: TransferCancelled, GrantRevoked,
         GrantExpired, PeerLost, DigestMismatch, GenerationMismatch, RowCountMismatch, MoveFailed,
         StaleTransfer."""
+        begin = time.monotonic_ns()
         deadline_ns = _deadline_ns(timeout)
         status = self._moving.wait_arrived(deadline_ns)
+        self._watch.metrics.waited(time.monotonic_ns() - begin)
         if status == _STALE:
             # The slot was reused before we looked; its owner remembers how this one ended.
             left = max(0.1, (deadline_ns - time.monotonic_ns()) * 1e-9)
@@ -118,6 +128,8 @@ class Transfer:
             if answer is None:
                 raise StaleTransfer(f"{self._name()}: the peer does not know how it ended")
             status = answer
+        if status != _PENDING:
+            self._watch.settle(self._watched, status)
         if status == _PENDING:
             raise TransferTimeout(f"{self._name()}: not confirmed after {timeout} s")
         if status != _OK:
@@ -146,6 +158,16 @@ class Transfer:
             raw["status"], raw["source_reusable"], raw["num_bytes"], raw["num_rows"],
             raw["moving_ns"] * 1e-9, parts, raw["message"],
         )  # fmt: skip
+
+    def __del__(self) -> None:
+        if not self._ends:
+            self.cancel()
+
+    def _will_end(self) -> None:
+        """From now on its outcome is waited for, whether or not anybody holds this object."""
+        if not self._ends:
+            self._ends = True
+            self._watch.metrics.watch(self._watched)
 
     def _name(self) -> str:
         return f"transfer {self.transfer_id.hex()} to {self.link.peer_name!r}"

@@ -92,6 +92,9 @@ class PathLink(Protocol):
     def failed(self) -> str | None:
         """Why the path itself has lost the peer; polled by the service thread."""
 
+    def counters(self) -> dict[str, int]:
+        """What only this path counts, for metrics: name -> number, which only grows."""
+
     def close(self, status: Any) -> None:
         """Ends every transfer with `status`. This side touches nothing of the peer once it
         returns."""

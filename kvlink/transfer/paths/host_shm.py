@@ -140,6 +140,10 @@ class ShmLink:
     def failed(self) -> None:
         """The control connection tells of every end."""
 
+    def counters(self) -> dict[str, int]:
+        """Nothing is retried and nothing waits for credits."""
+        return {}
+
     def close(self, status: Any) -> None:
         """Stops the moving thread."""
         self._moving.close(status)

@@ -189,6 +189,10 @@ class UcxLink:
         """UCX lost the peer, or the peer broke the protocol."""
         return self._link.failed() or None
 
+    def counters(self) -> dict[str, int]:
+        """Messages that were not meant for this session, or answered nothing, and were dropped."""
+        return {"dropped_messages": self._link.num_dropped}
+
     def close(self, status: Any) -> None:
         """Ends every transfer, and destroys the worker: nothing comes in through it any more."""
         self._link.close(status)
