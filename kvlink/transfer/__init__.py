@@ -1,6 +1,7 @@
 """Moving KV between processes: endpoints, links, grants, offers (docs/transfer_contract.md)."""
 
 from kvlink import _C
+from kvlink.transfer.discovery import FileDiscovery, StoreDiscovery
 from kvlink.transfer.endpoint import Endpoint
 from kvlink.transfer.errors import (
     AlreadyWriting,
@@ -44,6 +45,7 @@ __all__ = [
     "ConnectError",
     "DigestMismatch",
     "Endpoint",
+    "FileDiscovery",
     "GenerationMismatch",
     "Grant",
     "GrantExpired",
@@ -69,6 +71,7 @@ __all__ = [
     "RowCountMismatch",
     "SecretMismatch",
     "StaleTransfer",
+    "StoreDiscovery",
     "Transfer",
     "TransferCancelled",
     "TransferError",

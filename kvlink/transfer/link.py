@@ -97,7 +97,7 @@ class Link:
     @property
     def gone(self) -> PeerLost | None:
         """Why there is no session now, when that was not this side's doing."""
-        return self._lost
+        return self._lost or (None if self._closed else self._last.gone)
 
     def metrics(self) -> dict[str, Any]:
         """What this link has counted over all its sessions: plain nested dicts, ready for JSON
@@ -241,8 +241,8 @@ class Link:
 
     def _current(self) -> Session:
         session = self._last
-        if self._lost is not None:
-            raise self._lost
+        if self.gone is not None:
+            raise self.gone
         if self._closed:
             raise LinkClosed(f"the link to {self.peer_name!r} is closed")
         if session.closed:

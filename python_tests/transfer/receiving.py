@@ -34,7 +34,7 @@ class Receiver:
         def note(released: Grant) -> None:
             self.returned.append(released.transfer_id)
 
-        return self.endpoint.grant(pages or PAGES, TOKENS, ttl, on_release=note)
+        return self.endpoint.grant(pages or PAGES, TOKENS, ttl, region=self.region, on_release=note)
 
     def arrive(self, peer: Peer) -> Arrival:
         """A new request, from the first byte to the last."""

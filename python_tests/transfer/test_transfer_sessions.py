@@ -1,0 +1,204 @@
+"""Links that outlive their sessions: peers that restart, connections that break, patience."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+
+import pytest
+from receiving import PAGES, SPEC, TOKENS, eventually
+
+from kvlink.testing.transfer_peer import SECRET, Peer
+from kvlink.transfer import (
+    Endpoint,
+    Link,
+    LinkClosed,
+    PeerLost,
+    PeerUnreachable,
+    TransferTimeout,
+    UnknownRegion,
+    reconnecting,
+)
+
+pytestmark = [pytest.mark.two_process, pytest.mark.timeout(60)]
+
+
+@pytest.fixture
+def prefill() -> Iterator[Endpoint]:
+    with Endpoint("prefill", secret=SECRET) as endpoint:
+        pool = SPEC.build()
+        SPEC.fill(pool, PAGES, TOKENS)
+        endpoint.register(pool)
+        yield endpoint
+
+
+def threads() -> int:
+    return sum(1 for thread in threading.enumerate() if thread.name == "kvlink-connect")
+
+
+def arrives(link: Link, peer: Peer) -> None:
+    grant = peer.call("grant", PAGES, TOKENS)
+    transfer = link.push(PAGES, grant)
+    assert peer.call("wait", grant) == PAGES
+    transfer.wait_arrived(10)
+
+
+@pytest.mark.parametrize("path", ["host_shm", "ucx"])
+def test_a_peer_that_is_killed_and_comes_back(prefill: Endpoint, path: str) -> None:
+    """What was under way fails at once; the same link serves the new process."""
+    address: list[bytes] = []
+    with Peer(SPEC) as peer:
+        address.append(peer.address)
+        link = prefill.connect(lambda: address[0], require=path)
+        arrives(link, peer)
+        old_epoch = link.peer_epoch
+        old_grant = peer.call("grant", PAGES, TOKENS)
+        transfer = link.begin(PAGES, old_grant)
+        transfer.push_layer(0)
+        peer.kill()
+    with pytest.raises(PeerLost):
+        transfer.wait_arrived(10)
+    with pytest.raises(PeerLost):
+        link.begin(PAGES, old_grant)
+    assert link.gone is not None
+    assert not link.closed
+    with pytest.raises(TransferTimeout, match="reconnecting"):
+        link.wait_connected(0.1)
+    for _ in range(2):  # twice, as once could be luck
+        with Peer(SPEC) as peer:
+            address[0] = peer.address
+            link.wait_connected(20)
+            assert link.gone is None
+            assert link.peer_epoch != old_epoch
+            with pytest.raises(UnknownRegion, match="restarted"):
+                link.begin(PAGES, old_grant)
+            arrives(link, peer)
+            peer.kill()
+        eventually(lambda: link.state != "connected")
+    assert link.num_sessions == 3
+    assert prefill.links == (link,)
+    link.close()
+    eventually(lambda: threads() == 0)
+    assert prefill.links == ()
+
+
+def test_a_connection_that_breaks(prefill: Endpoint) -> None:
+    """Both live, the connection does not: the peer has another link, the grants stay."""
+    with Endpoint("decode", secret=SECRET) as decode:
+        decode.register(SPEC.build())
+        link = prefill.connect(decode.address)
+        theirs = decode.accept(5)
+        grant = decode.grant(PAGES, TOKENS)
+        epoch = link.peer_epoch
+        theirs.close()
+        eventually(lambda: link.num_sessions == 2)
+        assert link.peer_epoch == epoch
+        again = decode.accept(5)
+        assert again is not theirs
+        assert theirs.closed
+        with pytest.raises(LinkClosed):
+            theirs.query(bytes(16))
+        link.push(PAGES, grant.to_bytes()).wait_source_reusable(10)
+        grant.wait(10)
+        assert again.query(bytes(16)) is None
+
+
+@pytest.mark.parametrize("which", ["link", "endpoint"])
+def test_closing_ends_the_search_at_once(which: str) -> None:
+    prefill = Endpoint("prefill", secret=SECRET)
+    decode = Endpoint("decode", secret=SECRET)
+    link = prefill.connect(decode.address)
+    waiting: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            link.wait_connected(30)
+        except LinkClosed as error:
+            waiting.append(error)
+
+    decode.close()
+    eventually(lambda: threads() == 1)
+    thread = threading.Thread(target=wait)
+    thread.start()
+    (link if which == "link" else prefill).close()
+    thread.join(10)
+    assert len(waiting) == 1
+    assert (link.state, link.closed) == ("closed", True)
+    eventually(lambda: threads() == 0)
+    prefill.close()
+    with pytest.raises(LinkClosed):
+        prefill.connect(b"kvlink:2;unix=nobody")
+
+
+def test_refusals_are_told_once_and_waited_out(
+    prefill: Endpoint, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another secret stands for a peer that is set up wrongly for a while."""
+    monkeypatch.setattr(reconnecting, "_LATE", (0.05, 0.1))
+    first = Endpoint("decode", secret=SECRET)
+    address = [first.address]
+    link = prefill.connect(lambda: address[0])
+    first.close()
+    asked = []
+
+    def resolve() -> bytes:
+        asked.append(1)
+        return address[0]
+
+    assert link._reconnector is not None
+    link._reconnector._address = resolve
+    with Endpoint("decode", secret=b"set up with another secret") as wrong:
+        address[0] = wrong.address
+        eventually(lambda: "SecretMismatch" in link.state)
+        asked.clear()
+        eventually(lambda: len(asked) > 3)
+    ours = [r for r in caplog.records if "does not connect again" in r.getMessage()]
+    assert sum("SecretMismatch" in r.getMessage() for r in ours) == 1
+    with Endpoint("decode", secret=SECRET) as right:
+        address[0] = right.address
+        link.wait_connected(10)
+        assert link.state == "connected"
+
+
+def test_a_resolver_that_fails(prefill: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
+    """At first it is the caller's; later it is only a reason to wait."""
+
+    def broken() -> bytes:
+        raise OSError("the directory is away")
+
+    with pytest.raises(OSError, match="directory is away"):
+        prefill.connect(broken)
+    assert prefill.links == ()
+    first = Endpoint("decode", secret=SECRET)
+    calls = [lambda: first.address, broken]
+    link = prefill.connect(lambda: calls[0]())
+    calls.pop(0)
+    first.close()
+    eventually(lambda: "directory is away" in link.state)
+    with Endpoint("decode", secret=SECRET) as second:
+        calls[0] = lambda: second.address
+        link.wait_connected(10)
+    assert any("directory is away" in record.getMessage() for record in caplog.records)
+
+
+def test_nobody_at_the_address(prefill: Endpoint) -> None:
+    with Endpoint("gone", secret=SECRET) as gone:
+        address = gone.address
+    with pytest.raises(PeerUnreachable):
+        prefill.connect(address)
+    assert prefill.links == ()
+    assert threads() == 0
+
+
+def test_sessions_are_logged(prefill: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "kvlink.transfer")
+    with Endpoint("decode", secret=SECRET) as decode:
+        link = prefill.connect(decode.address)
+        decode.accept(5).close()
+        eventually(lambda: link.num_sessions == 2)
+    lines = [record.getMessage() for record in caplog.records]
+    eventually(
+        lambda: any("reconnected 'decode'" in record.getMessage() for record in caplog.records)
+    )
+    assert any("link to 'decode' lost" in line for line in lines)
