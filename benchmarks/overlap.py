@@ -83,7 +83,7 @@ def overlap(seconds: float, path: str = "host_shm") -> Iterator[Figure]:
     options = {} if path == "host_shm" else {"paths": [path]}
     prefill = Prefill()
     layer_wise, afterwards = Times(), Times()
-    with Endpoint("prefill", secret=_SECRET, **options) as endpoint, Side("kvlink_side") as side:
+    with Side("kvlink_side") as side, Endpoint("prefill", secret=_SECRET, **options) as endpoint:
         endpoint.register(prefill.pool)
         address = side.call("open", vars(prefill.shape), None, options)
         link = endpoint.connect(bytes.fromhex(address), require=path)
@@ -94,13 +94,14 @@ def overlap(seconds: float, path: str = "host_shm") -> Iterator[Figure]:
             for times in (layer_wise, afterwards):
                 _once(prefill, link, side, times is layer_wise, times)
     computing, moving, exposed = layer_wise.medians()
-    computing_alone, _, exposed_after = afterwards.medians()
+    computing_alone, moving_alone, exposed_after = afterwards.medians()
     note = (
-        f"{1 - exposed / moving:.0%} of {moving * 1e3:.1f} ms moving hidden; computing "
-        f"{computing * 1e3:.0f} ms, {computing / computing_alone - 1:+.1%} by what moves beside it"
+        f"{1 - exposed / exposed_after:.0%} of the time that push_after shows is hidden; computing "
+        f"{computing * 1e3:.0f} ms, {computing / computing_alone - 1:+.1%} by the "
+        f"{moving * 1e3:.1f} ms of moving beside it"
     )
     yield _figure("push_layers", path, exposed, note)
-    yield _figure("push_after", path, exposed_after, "everything after the last layer")
+    yield _figure("push_after", path, exposed_after, f"{moving_alone * 1e3:.1f} ms of moving")
 
 
 def _once(prefill: Prefill, link: object, side: Side, layer_wise: bool, times: Times) -> None:

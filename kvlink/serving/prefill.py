@@ -82,7 +82,7 @@ class PrefillWorker(Worker):
             elif message["type"] == "connect":
                 address = bytes.fromhex(message["address"])
                 self.link = self.endpoint.connect(address, require=self.options.path)
-                detail = str(getattr(self.link, "path_detail", ""))
+                detail = str(self.link.path_detail)
                 self.channel.send("linked", path=str(self.link.path), detail=detail)
             elif message["type"] == "stop":
                 self.stopping = True

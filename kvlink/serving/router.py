@@ -96,12 +96,16 @@ class Router:
 
     def stop(self) -> None:
         """Ends the workers in good order and keeps what they report in `stats`."""
-        for worker in self._workers:
-            worker.send("stop")
-        stats = self._one_from_each(_STOP_S, wanted="stats")
-        for worker in self._workers:
-            self.stats.setdefault(worker.role, Counter()).update(_without_type(stats[worker.name]))
-            worker.end(grace=_STOP_S)
+        *prefill, decode = self._workers
+        # Whoever has connected goes first: no link is lost, each is closed.
+        for workers in (prefill, [decode]):
+            for worker in workers:
+                worker.send("stop")
+            stats = self._one_from_each(_STOP_S, workers, wanted="stats")
+            for worker in workers:
+                said = self.stats.setdefault(worker.role, Counter())
+                said.update(_without_type(stats[worker.name]))
+                worker.end(grace=_STOP_S)
 
     def _start(self, role: str, name: str, rank: int, num_threads: int, secret: str) -> None:
         worker = WorkerProcess(role, num_threads, rank, name)

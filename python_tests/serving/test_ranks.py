@@ -23,7 +23,7 @@ from kvlink.serving.config import ModelConfig
 from kvlink.serving.options import Options, SideOptions, split_threads
 from kvlink.serving.ranks import head_view, shard_of
 
-PATHS = ("host_shm",)
+PATHS = ("host_shm", "ucx")
 Checkpoints = Callable[[str], tuple[Any, Path]]
 
 
