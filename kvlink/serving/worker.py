@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -80,6 +81,8 @@ def main(role: str, fd: int, parent: int, rank: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(_FAILED_STATUS)
+    # The router tells which worker is gone; that links notice it too is no news.
+    logging.getLogger("kvlink").setLevel(logging.ERROR)
     channel = Channel(Connection(fd), on_close=lambda: os._exit(_FAILED_STATUS))
     try:
         (setup,) = channel.take(timeout=60.0)
