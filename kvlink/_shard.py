@@ -42,6 +42,14 @@ class Shard:
         object.__setattr__(self, "kv_heads", range(heads[0], heads[0] + len(heads)))
         object.__setattr__(self, "replica", _checked_replica(replica))
 
+    def overlaps(self, other: Shard) -> bool:
+        """They hold a layer and a KV head in common: ranks of two engines that link."""
+        heads = range(
+            max(self.kv_heads.start, other.kv_heads.start),
+            min(self.kv_heads.stop, other.kv_heads.stop),
+        )
+        return bool(heads) and not set(self.layers).isdisjoint(other.layers)
+
     @classmethod
     def of_rank(
         cls,

@@ -11,16 +11,18 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_example_runs_as_printed() -> None:
-    (example,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    assert len(example.splitlines()) == 12
-    (expected,) = re.findall(r"^print\(.*\)  # (.*)$", example, re.MULTILINE)
+def test_examples_run_as_printed() -> None:
+    examples = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert len(examples[0].splitlines()) == 12
+    example = "\n".join(examples)
+    expected = re.findall(r"^print\(.*\)  # (.*)$", example, re.MULTILINE)
+    assert len(expected) == len(examples) == 2
     result = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.modules['torch'] = None\n{example}"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == expected
+    assert result.stdout.splitlines() == expected
 
 
 def test_the_two_commands_are_targets() -> None:

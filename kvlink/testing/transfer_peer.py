@@ -11,6 +11,7 @@ import multiprocessing as mp
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -164,8 +165,8 @@ class Body:
         self.endpoint.close()
 
 
-def _main(connection: Any, spec: PoolSpec, secret: bytes) -> None:
-    body = Body(spec, secret)
+def _main(connection: Any, make: Callable[[Any, bytes], Any], spec: Any, secret: bytes) -> None:
+    body = make(spec, secret)
     connection.send(("ok", body.address()))
     while True:
         try:
@@ -182,13 +183,19 @@ def _main(connection: Any, spec: PoolSpec, secret: bytes) -> None:
 
 
 class Peer:
-    """The other process. A context manager: at its end the process has gone."""
+    """The other process. A context manager: at its end the process has gone.
 
-    def __init__(self, spec: PoolSpec | None = None, secret: bytes = SECRET) -> None:
+    `make(spec, secret)` gives what runs there: a `Body`, or something else with `address`, `close`
+    and commands of its own.
+    """
+
+    def __init__(
+        self, spec: Any = None, secret: bytes = SECRET, make: Callable[[Any, bytes], Any] = Body
+    ) -> None:
         context = mp.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self.process = context.Process(
-            target=_main, args=(theirs, spec or PoolSpec(), secret), daemon=True
+            target=_main, args=(theirs, make, spec or PoolSpec(), secret), daemon=True
         )
         self.process.start()
         theirs.close()

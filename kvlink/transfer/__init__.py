@@ -31,6 +31,8 @@ from kvlink.transfer.errors import (
     VersionMismatch,
 )
 from kvlink.transfer.grant import Arrival, Grant
+from kvlink.transfer.group_transfer import GroupTransfer
+from kvlink.transfer.groups import GrantGroup, Member, OfferGroup
 from kvlink.transfer.link import Link
 from kvlink.transfer.offer import Lease, Offer
 from kvlink.transfer.plan import PlanSummary, PoolShape, TransferPlan
@@ -49,14 +51,18 @@ __all__ = [
     "GenerationMismatch",
     "Grant",
     "GrantExpired",
+    "GrantGroup",
     "GrantRevoked",
+    "GroupTransfer",
     "InvalidDescriptor",
     "Lease",
     "Link",
     "LinkClosed",
     "LinkRefused",
+    "Member",
     "MoveFailed",
     "Offer",
+    "OfferGroup",
     "OutOfSlots",
     "PartTimes",
     "PathUnavailable",

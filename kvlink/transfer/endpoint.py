@@ -15,6 +15,7 @@ from kvlink.layout import Shard
 from kvlink.pool import KVPool
 from kvlink.transfer.descriptor import descriptor_key
 from kvlink.transfer.grant import Grant
+from kvlink.transfer.groups import LendsGroups, ReservationT
 from kvlink.transfer.link import Link
 from kvlink.transfer.log import logger
 from kvlink.transfer.offer import Offer
@@ -30,7 +31,7 @@ _MIN_SECRET_BYTES = 16
 _live: weakref.WeakSet[Endpoint] = weakref.WeakSet()
 
 
-class Endpoint:
+class Endpoint(LendsGroups):
     """Listens at `address` (bytes; give them to peers by any channel) from construction to `close`.
 
     `secret`: at least 16 bytes, random, the same at every peer; who can connect could try guesses.
@@ -134,11 +135,7 @@ class Endpoint:
         that failed gives the pages back. `digest=False` leaves out the digest on both sides: count
         and generations alone are then verified. Raises OutOfSlots, InvalidArgument, LinkClosed.
         """
-        return Grant(
-            self._table, self._lendable(region), pages, num_tokens, ttl, epoch=self.epoch,
-            descriptor_key=self.descriptor_key, with_digest=digest, num_pulls=1,
-            on_release=on_release,
-        )  # fmt: skip
+        return self.lend(Grant, ttl, digest, 1, region, pages, num_tokens, on_release)
 
     def offer(
         self,
@@ -158,9 +155,16 @@ class Endpoint:
         """
         if not 1 <= pulls <= _C.MAX_LINKS:
             raise InvalidArgument(f"pulls: expected 1 to {_C.MAX_LINKS}; got {pulls}")
-        return Offer(
+        return self.lend(Offer, ttl, digest, pulls, region, pages, num_tokens, on_release)
+
+    def lend(
+        self, kind: type[ReservationT], ttl: float, digest: bool, num_pulls: int, region: Any,
+        pages: Any, num_tokens: int, on_release: Callable[[Any], None] | None,
+    ) -> ReservationT:  # fmt: skip
+        """Opens one grant or offer; see `grant` and `offer`."""
+        return kind(
             self._table, self._lendable(region), pages, num_tokens, ttl, epoch=self.epoch,
-            descriptor_key=self.descriptor_key, with_digest=digest, num_pulls=pulls,
+            descriptor_key=self.descriptor_key, with_digest=digest, num_pulls=num_pulls,
             on_release=on_release,
         )  # fmt: skip
 

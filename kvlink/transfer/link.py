@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvlink import _C
@@ -15,19 +16,23 @@ from kvlink.transfer.errors import (
     TransferTimeout,
     status_error,
 )
+from kvlink.transfer.group_transfer import MovesGroups
 from kvlink.transfer.offer import Lease
 from kvlink.transfer.region import Region, page_ids
 from kvlink.transfer.transfer import Transfer
 
 if TYPE_CHECKING:
+    from kvlink.transfer.descriptor import Descriptor
+    from kvlink.transfer.group_descriptor import GroupDescriptor
     from kvlink.transfer.peers import Peers
+    from kvlink.transfer.plan import TransferPlan
     from kvlink.transfer.reconnecting import Reconnector
     from kvlink.transfer.session import Session
 
 _WAIT_SLICE = 0.1  # s, so that signals are handled
 
 
-class Link:
+class Link(MovesGroups):
     """Made by `Endpoint.connect` on one side and by `Endpoint.accept` on the other; both may push,
     pull and adopt. Thread-safe. Not usable in a forked child.
 
@@ -100,12 +105,10 @@ class Link:
         return self._lost or (None if self._closed else self._last.gone)
 
     def metrics(self) -> dict[str, Any]:
-        """What this link has counted over all its sessions: plain nested dicts, ready for JSON
+        """What it has counted over all its sessions: plain nested dicts
         (docs/transfer_contract.md, Observability)."""
-        return {
-            "peer": self.peer_name, "path": self.path, "path_detail": self.path_detail,
-            "state": self.state, "sessions": self.num_sessions, **self.watch.snapshot(),
-        }  # fmt: skip
+        about = {"detail": self.path_detail, "state": self.state, "sessions": self.num_sessions}
+        return {**about, **self.watch.snapshot()}
 
     # --- moving KV ----------------------------------------------------------------------------
 
@@ -145,7 +148,7 @@ class Link:
         """Uses the offered pages where they lie: no byte moves, and the time it takes does not
         depend on the request's length. Raises as `begin`, and PathUnavailable on paths that map
         nothing."""
-        with self.watch.beginning("adoption"):
+        with self.watch.beginning(_C.SlotKind.OFFER):
             session = self._current()
             descriptor = session.remote.parse(_C.SlotKind.OFFER, offer)
             pool, pages, control, key = session.path_link.adopt(descriptor)
@@ -249,30 +252,49 @@ class Link:
             raise PeerLost(f"the link to {self.peer_name!r} has just been lost")
         return session
 
+    def parse_group(self, kind: Any, token: Any) -> GroupDescriptor:
+        """For `MovesGroups`."""
+        with self.watch.beginning(kind):
+            return self._current().remote.parse_group(kind, token)
+
+    def prepare(
+        self, kind: Any, token: Any, pages: Any, region: Region | None
+    ) -> Callable[[], Transfer]:
+        """For `MovesGroups`: checks all that can be before it begins, and gives what begins it."""
+        with self.watch.beginning(kind):
+            session = self._current()
+            descriptor = session.remote.parse(kind, token)
+            own = self._peers.regions.of(region)
+            own_ids = page_ids(pages, own.pool.num_pages)
+            needed = -(-descriptor.num_tokens // own.descriptor.layout.page_size)
+            if own_ids.size < needed:
+                raise InvalidArgument(
+                    f"pages: expected at least {needed} for {descriptor.num_tokens} tokens; "
+                    f"got {own_ids.size}"
+                )
+            plan = session.remote.plan(kind, own, descriptor)
+        return lambda: self._begin(session, kind, descriptor, own, own_ids, plan)
+
     def _start(self, kind: Any, token: Any, pages: Any, region: Region | None) -> Transfer:
-        name = "push" if kind == _C.SlotKind.GRANT else "pull"
-        with self.watch.beginning(name):
-            return self._begin(name, kind, token, pages, region)
+        return self.prepare(kind, token, pages, region)()
 
     def _begin(
-        self, name: str, kind: Any, token: Any, pages: Any, region: Region | None
-    ) -> Transfer:
-        session = self._current()
-        descriptor = session.remote.parse(kind, token)
-        own = self._peers.regions.of(region)
-        own_ids = page_ids(pages, own.pool.num_pages)
-        plan = session.remote.plan(kind, own, descriptor)
+        self, session: Session, kind: Any, descriptor: Descriptor, own: Region, own_ids: Any,
+        plan: TransferPlan,
+    ) -> Transfer:  # fmt: skip
         generations = own.generations if kind == _C.SlotKind.OFFER else None
-        moving = session.path_link.begin(kind, descriptor, own, own_ids, plan, generations)
-        if isinstance(moving, _C.TransferStatus):
-            self._current()
-            what = f"{kind.name.lower()} {descriptor.transfer_id.hex()}"
-            if moving == _C.TransferStatus.STALE:
-                moving = self.query(descriptor.transfer_id) or moving
-            if moving == _C.TransferStatus.OK:
-                moving = _C.TransferStatus.STALE
-            raise status_error(moving, what)
-        watched = self.watch.begun(name, descriptor.transfer_id, moving, len(own_ids))
+        with self.watch.beginning(kind):
+            moving = session.path_link.begin(kind, descriptor, own, own_ids, plan, generations)
+            if isinstance(moving, _C.TransferStatus):
+                raise self._why_not_begun(kind, descriptor, moving)
+        watched = self.watch.begun(kind, descriptor.transfer_id, moving, own_ids.size)
         transfer = Transfer(self, watched, plan, own)
         session.transfers.add(transfer)
         return transfer
+
+    def _why_not_begun(self, kind: Any, descriptor: Descriptor, status: Any) -> Exception:
+        self._current()
+        if status == (stale := _C.TransferStatus.STALE):
+            status = self.query(descriptor.transfer_id) or stale
+        status = stale if status == _C.TransferStatus.OK else status
+        return status_error(status, f"{kind.name.lower()} {descriptor.transfer_id.hex()}")

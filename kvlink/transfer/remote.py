@@ -11,6 +11,7 @@ from kvlink.transfer import wire
 from kvlink.transfer.channel import close_fds
 from kvlink.transfer.descriptor import Descriptor
 from kvlink.transfer.errors import ProtocolError, Unconvertible, UnknownRegion
+from kvlink.transfer.group_descriptor import GroupDescriptor
 from kvlink.transfer.plan import TransferPlan
 from kvlink.transfer.region import Region, RegionDescriptor
 from kvlink.transfer.reservation import Reservation
@@ -73,6 +74,12 @@ class Remote:
             )
         self._region(descriptor.region_id)
         return descriptor
+
+    def parse_group(self, kind: Any, token: Any) -> GroupDescriptor:
+        """The bytes of a group, taken apart; raises InvalidDescriptor."""
+        if hasattr(token, "to_bytes"):
+            token = token.to_bytes()
+        return GroupDescriptor.from_bytes(token, self._key, kind)
 
     def plan(self, kind: Any, own: Region, descriptor: Descriptor) -> TransferPlan:
         """The cut of our region and the one it names, made once; raises Unconvertible."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _DEBUG, _INFO, _WARNING = logging.DEBUG, logging.INFO, logging.WARNING
 _CORRUPTED = {"DIGEST_MISMATCH", "GENERATION_MISMATCH", "ROW_COUNT_MISMATCH", "MOVE_FAILED"}
 _MISTAKES = {"Unconvertible", "InvalidDescriptor", "ProtocolError"}
+_MOVE = {_C.SlotKind.GRANT: "push", _C.SlotKind.OFFER: "pull"}
 _MAX_PAST = 256  # peers and paths whose closed links are told apart
 
 
@@ -88,8 +89,8 @@ class LinkWatch:
     # --- transfers ------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def beginning(self, what: str) -> Iterator[None]:
-        """Around what may refuse a transfer or an adoption."""
+    def beginning(self, kind: Any) -> Iterator[None]:
+        """Around what may refuse a transfer or an adoption; `kind` of what the peer opened."""
         try:
             yield
         except KVLinkError as error:
@@ -98,16 +99,17 @@ class LinkWatch:
             # The caller has the error; what no later try would change is worth a warning, once.
             level = _DEBUG if reason in self._told or reason not in _MISTAKES else _WARNING
             self._told.add(reason)
-            event(level, "refused", "%s refused: %s: %s", what, reason, error, reason=reason,
+            event(level, "refused", "%s refused: %s: %s", _MOVE[kind], reason, error, reason=reason,
                   **self._fields())  # fmt: skip
             raise
 
-    def begun(self, kind: str, transfer_id: bytes, moving: Any, num_pages: int) -> Moving:
-        """A push or a pull."""
-        self.metrics.begun(kind)
-        event(_DEBUG, "begun", "%s begun", kind, transfer_id=transfer_id.hex(), kind=kind,
+    def begun(self, kind: Any, transfer_id: bytes, moving: Any, num_pages: int) -> Moving:
+        """A push or a pull; `kind` of what the peer opened."""
+        name = _MOVE[kind]
+        self.metrics.begun(name)
+        event(_DEBUG, "begun", "%s begun", name, transfer_id=transfer_id.hex(), kind=name,
               num_pages=num_pages, **self._fields())  # fmt: skip
-        return Moving(kind, transfer_id, moving, num_pages)
+        return Moving(name, transfer_id, moving, num_pages)
 
     def posted(self, moving: Moving, layer: int, nanoseconds: int) -> None:
         """A layer of it."""
@@ -137,7 +139,7 @@ class LinkWatch:
         self.sweep()
         total = LinkMetrics()
         total.add(self.metrics, self.path_events())
-        return total.snapshot()
+        return {"peer": self.peer, "path": self.path, **total.snapshot()}
 
     def path_events(self) -> dict[str, int]:
         """What the path of the present session has counted so far."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ LAYOUTS = [  # kind and page size of either side
     (("strided", 16), ("nhd", 64)),
     (("nhd", 16), ("nhd", 16)),
 ]
-LAYERS, HEADS = attrgetter("layers"), attrgetter("kv_heads")
 STAGES = [([5], [5]), ([3, 2], [5]), ([5], [2, 1, 2]), ([1, 3, 1], [2, 3])]  # layers per PP rank
 
 
@@ -33,8 +31,10 @@ def side(rank: Rank) -> tuple[Any, ...]:
 
 def plan_of(src: Rank, dst: Rank) -> TransferPlan | None:
     """None when they have no layer or no head in common, which is told as an error."""
-    common = [set(of(src.shard)) & set(of(dst.shard)) for of in (LAYERS, HEADS)]
-    if all(common):
+    layers = set(src.shard.layers) & set(dst.shard.layers)
+    heads = set(src.shard.kv_heads) & set(dst.shard.kv_heads)
+    assert src.shard.overlaps(dst.shard) == bool(layers and heads)
+    if layers and heads:
         return TransferPlan.build(side(src), side(dst))
     with pytest.raises(Unconvertible, match=r"in common|no layer of the destination"):
         TransferPlan.build(side(src), side(dst))

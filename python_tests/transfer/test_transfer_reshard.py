@@ -119,7 +119,7 @@ def test_push(name: str) -> None:
             grant = decode.grant(pages_of(spec, idx), TOKENS)
             grants.append(grant)
             for src_idx, (prefill, _, src_spec) in enumerate(sources):
-                if not common(src_spec, spec):
+                if not src_spec.shard.overlaps(spec.shard):
                     continue
                 link = prefill.connect(decode.address)
                 transfers.append(link.push(pages_of(src_spec, src_idx), grant.to_bytes()))
@@ -140,7 +140,7 @@ def test_pull(name: str) -> None:
             reached = [
                 (idx, decode)
                 for idx, (decode, _, spec) in enumerate(destinations)
-                if common(src_spec, spec)
+                if src_spec.shard.overlaps(spec.shard)
             ]
             offer = prefill.offer(pages, TOKENS, pulls=len(reached))
             for idx, decode in reached:
@@ -150,12 +150,6 @@ def test_pull(name: str) -> None:
             offer.wait_released(10)
         for idx, (_, pool, spec) in enumerate(destinations):
             assert pool_bytes(pool).tobytes() == held(dst_engine, spec, pages_of(spec, idx))
-
-
-def common(src: PoolSpec, dst: PoolSpec) -> bool:
-    """They hold a layer and a head in common."""
-    heads = set(src.shard.kv_heads) & set(dst.shard.kv_heads)
-    return bool(heads and set(src.layers) & set(dst.layers))
 
 
 def test_ranks_with_nothing_in_common_are_told() -> None:
