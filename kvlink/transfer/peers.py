@@ -240,7 +240,7 @@ class Peers:
         for name in BUILT_PATHS:
             why = self.missing(name)
             if not why and name == "host_shm" and not same_host:
-                why = "the peers are not on one host"
+                why = "reached over TCP, not over a Unix socket of one host"
             if not why and require not in (None, name):
                 why = f"{require!r} is required"
             reasons.append((name, why))

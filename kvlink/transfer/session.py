@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from kvlink.transfer.peers import Peers
     from kvlink.transfer.transfer import Transfer
 
+_GOODBYE_NS = 5_000_000_000  # for a peer on another host; nothing of ours waits for its end
+
 
 class Session:
     """Reads frames, answers, and tells its link (None: nobody's any more) of the end.
@@ -37,6 +39,7 @@ class Session:
         self.peer_bit = joined.peer_bit
         self.gone: PeerLost | None = None  # why, once the peer is
         self.closed = False  # no more transfers
+        self._give_up_ns = 0
         self.transfers: weakref.WeakSet[Transfer] = weakref.WeakSet()
         self._peers = peers
         self._link = link
@@ -184,6 +187,7 @@ class Session:
             if self.closed:
                 return
             self.closed = True
+            self._give_up_ns = time.monotonic_ns() + _GOODBYE_NS
         self.path_link.close(_C.TransferStatus.CANCELLED)
         self._end_leases()
         # The peer's bits in our slots stay until it has stopped, which its own end tells.
@@ -236,6 +240,9 @@ class Session:
         why = self.path_link.failed()
         if why is not None:
             self.on_gone(why)
+            return True
+        if self.closed and not self.peer.same_host and now_ns > self._give_up_ns:
+            self.on_gone("it did not say goodbye")
             return True
         try:
             flushed = self._channel.flush()

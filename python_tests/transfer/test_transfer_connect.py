@@ -229,7 +229,7 @@ def test_a_path_that_the_client_does_not_take(client: Endpoint, server: Endpoint
 
 
 def test_host_shm_needs_one_host(client: Endpoint, server: Endpoint) -> None:
-    with pytest.raises(PathUnavailable, match=r"host_shm: .*the peers are not on one host"):
+    with pytest.raises(PathUnavailable, match=r"host_shm: .*reached over TCP"):
         client.connect(tcp_only(server), require="host_shm")
 
 
