@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 
 from kvlink import KVPool, Shard
 from kvlink.testing.transfer_pool import PoolSpec, pool_bytes
 from kvlink.transfer import Endpoint, Unconvertible
+from kvlink.transfer.paths import ucx
 
 SECRET = b"a secret of the resharding tests"
 TOKENS = 45
@@ -76,13 +78,22 @@ CASES = {
 }
 
 
+@pytest.fixture(params=["host_shm", "ucx"])
+def path(request: pytest.FixtureRequest) -> str:
+    if request.param == "ucx" and not ucx.report()["available"]:
+        pytest.skip(f"ucx: {ucx.report()['why']}")
+    return str(request.param)
+
+
 @contextlib.contextmanager
-def running(engine: Engine) -> Iterator[list[tuple[Endpoint, KVPool, PoolSpec]]]:
+def running(engine: Engine, path: str) -> Iterator[list[tuple[Endpoint, KVPool, PoolSpec]]]:
     with contextlib.ExitStack() as stack:
         ranks = []
         for idx, spec in enumerate(engine.specs()):
             endpoint = stack.enter_context(
-                Endpoint(f"rank-{idx}", secret=SECRET, num_slots=4, num_page_entries=256)
+                Endpoint(
+                    f"rank-{idx}", secret=SECRET, paths=(path,), num_slots=4, num_page_entries=256
+                )
             )
             pool = spec.build()
             endpoint.register(pool, spec.shard)
@@ -109,9 +120,9 @@ def held(engine: Engine, spec: PoolSpec, pages: list[int]) -> bytes:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_push(name: str) -> None:
+def test_push(name: str, path: str) -> None:
     src_engine, dst_engine = CASES[name]
-    with running(src_engine) as sources, running(dst_engine) as destinations:
+    with running(src_engine, path) as sources, running(dst_engine, path) as destinations:
         for idx, (_, pool, spec) in enumerate(sources):
             fill(spec, pool, pages_of(spec, idx), src_engine.same)
         grants, transfers = [], []
@@ -122,6 +133,7 @@ def test_push(name: str) -> None:
                 if not src_spec.shard.overlaps(spec.shard):
                     continue
                 link = prefill.connect(decode.address)
+                assert link.path == path
                 transfers.append(link.push(pages_of(src_spec, src_idx), grant.to_bytes()))
         for idx, (grant, (_, pool, spec)) in enumerate(zip(grants, destinations, strict=True)):
             grant.wait(10)
@@ -131,9 +143,9 @@ def test_push(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_pull(name: str) -> None:
+def test_pull(name: str, path: str) -> None:
     src_engine, dst_engine = CASES[name]
-    with running(src_engine) as sources, running(dst_engine) as destinations:
+    with running(src_engine, path) as sources, running(dst_engine, path) as destinations:
         for src_idx, (prefill, src_pool, src_spec) in enumerate(sources):
             pages = pages_of(src_spec, src_idx)
             fill(src_spec, src_pool, pages, src_engine.same)
@@ -152,10 +164,56 @@ def test_pull(name: str) -> None:
             assert pool_bytes(pool).tobytes() == held(dst_engine, spec, pages_of(spec, idx))
 
 
-def test_ranks_with_nothing_in_common_are_told() -> None:
+def test_ranks_with_nothing_in_common_are_told(path: str) -> None:
     src, dst = Engine(tp=2), Engine(tp=2)
-    with running(src) as sources, running(dst) as destinations:
+    with running(src, path) as sources, running(dst, path) as destinations:
         grant = destinations[1][0].grant([1, 2, 3], TOKENS)
         link = sources[0][0].connect(destinations[1][0].address)
         with pytest.raises(Unconvertible, match="no KV head in common"):
             link.push([1, 2, 3], grant.to_bytes())
+
+
+AXES = {
+    "kv page slot head dim": (2, 14, 16, 2, 8),
+    "page kv head slot dim": (14, 2, 2, 16, 8),
+    "page slot head kv dim": (14, 16, 2, 2, 8),
+}
+
+
+@pytest.mark.parametrize("axes", AXES)
+def test_engine_tensors_at_either_end(axes: str, path: str) -> None:
+    """Two ranks with tensors of their own feed one pool; a third set of tensors pulls from it."""
+    order = [axes.split().index(axis) for axis in ("kv", "page", "slot", "head", "dim")]
+    pages, at = [5, 13, 2], np.arange(TOKENS)
+    where = np.array(pages)[at // 16], at % 16
+    truth = np.random.default_rng(0).random((2, TOKENS, 4, 8), np.float32)
+    with contextlib.ExitStack() as stack:
+        decode, *ranks, reader = (
+            stack.enter_context(Endpoint(name, secret=SECRET, paths=(path,)))
+            for name in ("decode", "rank-0", "rank-1", "reader")
+        )
+        spec = replace(HND, layers=(0,), kv_heads=(0, 4))
+        decode.register(spec.build(), spec.shard)
+        grant = decode.grant([3, 7], TOKENS)
+        pushed = []
+        for rank, endpoint in enumerate(ranks):
+            tensor = np.full(AXES[axes], np.nan, np.float32)
+            heads = range(2 * rank, 2 * rank + 2)
+            view = tensor.transpose(order)
+            for plane in range(2):
+                view[plane][where] = truth[plane][:, heads.start : heads.stop]
+            endpoint.register(KVPool.wrap([tensor], axes), Shard([0], heads))
+            pushed.append(endpoint.connect(decode.address).push(pages, grant.to_bytes()))
+        grant.wait(10)
+        for transfer in pushed:
+            transfer.wait_arrived(10)
+        tensor = np.full(AXES[axes], np.nan, np.float32)
+        reader.register(KVPool.wrap([tensor], axes), Shard([0], range(1, 3)))
+        offer = decode.offer([3, 7], TOKENS)
+        transfer = reader.connect(decode.address).pull(offer.to_bytes(), pages)
+        transfer.wait_arrived(10)
+        view = tensor.transpose(order)
+        for plane in range(2):
+            assert (view[plane][where] == truth[plane][:, 1:3]).all()
+            view[plane][where] = np.nan
+        assert np.isnan(tensor).all()
