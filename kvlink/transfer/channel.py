@@ -159,6 +159,8 @@ class Channel:
     # --- inside; with the lock held -------------------------------------------------------------
 
     def _send(self, message: bytes, fds: tuple[int, ...]) -> None:
+        if self.sock.fileno() < 0:
+            raise PeerGone("the connection was closed on this side")
         if self._backlog_bytes > _MAX_BACKLOG:
             raise PeerGone(f"{self._backlog_bytes} bytes wait for a peer that does not read")
         if self.sock.fileno() < 0:

@@ -31,13 +31,18 @@ class Dance:
     `outcomes`: (side, step) -> "OK", the name of a typed error, or why it did not run.
     """
 
-    def __init__(self, scenario: Scenario, survivor: Party, peer: PeerProcess) -> None:
+    def __init__(
+        self, scenario: Scenario, survivor: Party, peer: PeerProcess, whereabouts: dict[str, bytes]
+    ) -> None:
         self.scenario, self.survivor, self.peer = scenario, survivor, peer
         self.outcomes: dict[tuple[str, str], str] = {}
         self.problems: list[str] = []
         self.token = b""
-        self.address = {"survivor": survivor.address(), "peer": peer.address}
+        # The survivor asks each time: a peer that restarts is somewhere else.
+        self.address = {"survivor": survivor.address(), "peer": lambda: whereabouts["peer"]}
+        whereabouts["peer"] = peer.address
         self.late = False  # a slow machine: the deadline passed before the outcome was there
+        self.epoch = b""  # of the peer
         self._lent_at = time.monotonic()
         self._fired = False
         self._unread = 0  # results that a stopped peer has not given yet
@@ -62,19 +67,19 @@ class Dance:
         sc = self.scenario
         if sc.kind.startswith("frame "):
             self._arm()
-        for name, side, call in self._steps():
+        for name, side, call in self.steps():
             if name == sc.at and not self._fired:
                 self._fired = True
                 if sc.kind in ("kill", "restart", "stop"):
                     self._strike(name, side, call)
                     continue
                 self._inject()
-            self._do(name, side, call)
+            self.do(name, side, call)
         self.resume()
         if sc.kind.startswith("frame "):
             self._disarm()
 
-    def _steps(self) -> list[tuple[str, str, str]]:
+    def steps(self) -> list[tuple[str, str, str]]:
         """(step, side, the party's method)."""
         sc = self.scenario
         owner, mover = sc.owner, sc.mover
@@ -99,7 +104,7 @@ class Dance:
             steps.append(("released", owner, "released"))
         return [*steps, ("close", "peer", "close_link")]
 
-    def _do(self, name: str, side: str, call: str) -> Any:
+    def do(self, name: str, side: str, call: str) -> Any:
         """One step; its outcome is noted."""
         if side == "peer" and (self._dead or self.peer.stopped):
             self.outcomes[side, name] = GONE if self._dead else STOPPED
@@ -108,6 +113,8 @@ class Dance:
         result = self._note(side, name, lambda: self._call(side, call, args))
         if name == "lend" and result is not None:
             self.token, self._lent_at = result, time.monotonic()
+        if name == "connect" and self.survivor.link is not None:
+            self.epoch = self.survivor.link.peer_epoch
         if name in ("wait", "arrived", "read"):
             self.late |= time.monotonic() - self._lent_at > self.scenario.ttl
         return result
@@ -154,11 +161,11 @@ class Dance:
             self._signal()
             if sc.kind == "stop" and sc.brief:
                 self._go_on()
-            self._do(name, side, call)
+            self.do(name, side, call)
         elif side == "survivor":
             timer = threading.Timer(sc.delay, self._signal)
             timer.start()
-            self._do(name, side, call)
+            self.do(name, side, call)
             timer.join()
         else:
             args = self._arguments(name)

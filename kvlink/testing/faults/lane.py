@@ -15,6 +15,7 @@ from kvlink.testing.faults.peer import PeerDied, PeerProcess
 from kvlink.testing.faults.scenario import MOVES, Scenario, draw
 from kvlink.testing.faults.tuning import tune
 from kvlink.testing.faults.watched import holdings
+from kvlink.transfer import TransferError
 
 _OWNER_STEPS = {"push": "wait", "pull": "released", "adopt": "released"}
 _MOVER_STEPS = {"push": "arrived", "pull": "arrived", "adopt": "read"}
@@ -24,6 +25,7 @@ _MUST_END_AS = {
     "flip": {"DigestMismatch"},
     "reuse": {"GenerationMismatch"},
 }
+BACK_BOUND = 5.0  # s, until a link finds its peer again
 PEER_LIFE = 100  # faults, after which a peer ends in order and its exit code counts
 
 
@@ -48,6 +50,7 @@ class Lane:
         self.path = path
         self.survivor = FaultyParty("survivor", path)
         self.peer: PeerProcess | None = None
+        self._whereabouts: dict[str, bytes] = {}
         self._age = 0
         self._most: dict[str, int] | None = None
         problems: list[str] = []
@@ -62,7 +65,7 @@ class Lane:
         """One scenario, from the first step to the audit."""
         scenario = draw(seed, self.path)
         began = time.monotonic()
-        dance = Dance(scenario, self.survivor, self._living_peer())
+        dance = Dance(scenario, self.survivor, self._living_peer(), self._whereabouts)
         dance.run()
         problems = dance.problems
         problems += self._token_of_a_dead_session(scenario, dance)
@@ -128,17 +131,27 @@ class Lane:
         self.peer.kill()
         self.peer.bury()
         self.peer = PeerProcess("peer", self.path)
-        if not dance.token:
-            return []
-        again = Dance(scenario, self.survivor, self.peer)
+        link = self.survivor.link
+        again = Dance(scenario, self.survivor, self.peer, self._whereabouts)
         again.token = dance.token
         problems: list[str] = []
-        self.survivor.give_up_moving()
-        for step in again._steps():
-            if step[0] in ("connect", "accept", "begin"):
-                again._do(*step)
-        mover = scenario.mover
-        told = again.outcomes.get((mover, "begin"))
+        steps = {"connect", "accept", "begin"}
+        if scenario.dialer == "survivor" and link is not None:
+            steps.remove("connect")
+            try:
+                link.wait_connected(BACK_BOUND)
+            except TransferError as error:
+                problems.append(f"the link did not connect to the restarted peer: {error}")
+            if link.num_sessions < 2 or link.peer_epoch == dance.epoch:
+                problems.append("the link is still in the session of the peer that died")
+        if not dance.token:
+            return problems
+        if scenario.mover == "survivor":
+            self.survivor.end_job()
+        for step in again.steps():
+            if step[0] in steps:
+                again.do(*step)
+        told = again.outcomes.get((scenario.mover, "begin"))
         if scenario.owner == "peer" and told != "UnknownRegion":
             problems.append(f"a token of a dead session: expected UnknownRegion; got {told}")
         return problems + again.problems
@@ -152,7 +165,7 @@ class Lane:
             draw(seed, self.path), kind="none", at="", move=move, owner=owner, shapes=shapes,
             seed=seed + 10**9, ttl=5.0,
         )  # fmt: skip
-        dance = Dance(scenario, self.survivor, self._living_peer())
+        dance = Dance(scenario, self.survivor, self._living_peer(), self._whereabouts)
         dance.run()
         wrong = {step: each for step, each in dance.outcomes.items() if each != "OK"}
         problems = [f"the survivor does not serve: {wrong}"] if wrong else []

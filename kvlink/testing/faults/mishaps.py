@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 from kvlink import _C
 from kvlink.testing.faults import frames
@@ -16,7 +15,7 @@ from kvlink.transfer.descriptor import Descriptor
 class FaultyParty(Party):
     """A party with the faults that happen between two of its steps."""
 
-    _inside: tuple[Any, Any] | None = None
+    _inside: Descriptor | None = None
 
     def flip(self, seed: int) -> None:
         choose = random.Random(seed)
@@ -37,18 +36,16 @@ class FaultyParty(Party):
 
     def enter(self, token: bytes) -> str:
         """Is inside the peer's pages, as a mover between two instructions of a chunk."""
-        link: Any = self.open_link
         kind = _C.SlotKind.GRANT if token[6] == 1 else _C.SlotKind.OFFER
         descriptor = Descriptor.from_bytes(token, self.endpoint.descriptor_key, kind)
-        status = str(link.path_link.enter(descriptor))
-        if status == "OK":
-            self._inside = (link.path_link, descriptor)
-        return status
+        told = str(self.open_link.path_link.enter(descriptor))
+        self._inside = descriptor if told == "OK" else None
+        return told
 
     def leave(self, shape: str, request: int) -> None:
         """Writes foreign KV into the pages it is inside of (a grant's), and leaves."""
-        assert self._inside is not None
-        path_link, descriptor = self._inside
+        path_link, descriptor = self.open_link.path_link, self._inside
+        assert descriptor is not None
         if descriptor.kind == _C.SlotKind.GRANT:
             pool, pages = path_link.mapped(descriptor)
             write_kv(pool, SPECS[shape], pages, descriptor.num_tokens, request)

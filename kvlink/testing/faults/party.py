@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvlink import _C
@@ -21,7 +21,6 @@ from kvlink.transfer import (
     Link,
     Offer,
     Transfer,
-    TransferError,
     TransferTimeout,
 )
 from kvlink.transfer.errors import status_error
@@ -50,8 +49,9 @@ class Party:
     """Not thread-safe, but for the pages that come back on the endpoint's own thread."""
 
     def __init__(self, name: str, path: str) -> None:
-        self.endpoint = Endpoint(name, secret=SECRET, num_slots=NUM_SLOTS, num_page_entries=512)
-        self.path = path
+        self.endpoint = Endpoint(
+            name, secret=SECRET, paths=(path,), num_slots=NUM_SLOTS, num_page_entries=512
+        )
         self.pools = {shape: WatchedPool(spec, self.endpoint) for shape, spec in SPECS.items()}
         self.link: Link | None = None
         self.job: Job | None = None
@@ -62,19 +62,27 @@ class Party:
     def address(self) -> bytes:
         return self.endpoint.address
 
-    def connect(self, address: bytes, timeout: float) -> None:
+    def connect(self, address: bytes | Callable[[], bytes], timeout: float) -> None:
+        self.close_link()
         self.link = self.endpoint.connect(address, timeout=timeout)
 
     def accept(self, timeout: float) -> None:
         """The newest link; older ones are what earlier faults left."""
+        self.close_link()
         self.link = self.endpoint.accept(timeout)
         with contextlib.suppress(TransferTimeout):
             while True:
-                self.link = self.endpoint.accept(0)
+                newer = self.endpoint.accept(0)
+                self.link.close()
+                self.link = newer
 
     def register(self) -> None:
-        """One more region while the link is up, and a question that its peer answers."""
-        self.open_link.query(bytes(16), timeout=1.0)
+        """One more region for a moment while the link is up, and a question to the peer."""
+        region = self.endpoint.register(replace(SPECS["same"], num_pages=1).build())
+        try:
+            self.open_link.query(bytes(16), timeout=1.0)
+        finally:
+            self.endpoint.unregister(region)
 
     def close_link(self) -> None:
         if self.link is not None:
@@ -210,10 +218,7 @@ class Party:
 
     def give_up(self) -> None:
         """This side's own part ends; nothing here waits for the peer."""
-        if self.link is not None:
-            with contextlib.suppress(TransferError):
-                self.link.close()
-            self.link = None
+        self.close_link()
         job = self.job
         if job is not None and job.lent is not None:
             job.lent.revoke()
@@ -227,14 +232,8 @@ class Party:
             while True:
                 self.endpoint.accept(0).close()
 
-    def give_up_moving(self) -> None:
-        """Another transfer begins here while the first one's pages are still lent."""
-        if self.job is not None and self.job.lent is None:
-            self.problems += self.settle()
-
-    def settle(self) -> list[str]:
-        """Ends everything, waits until it has ended, and audits the pools; what was wrong."""
-        self.give_up()
+    def end_job(self) -> None:
+        """The pages that nobody else gives back."""
         job = self.job
         if job is not None and job.transfer is not None:
             try:
@@ -242,7 +241,12 @@ class Party:
             except TransferTimeout:
                 self.problems.append("hang: the source never became reusable")
         if job is not None and job.lease is None and (job.lent is None or job.arrived):
-            self._back(job)  # nobody else gives them back
+            self._back(job)
+
+    def settle(self) -> list[str]:
+        """Ends everything, waits until it has ended, and audits the pools; what was wrong."""
+        self.give_up()
+        self.end_job()
         if not eventually(lambda: not any(pool.num_out for pool in self.pools.values())):
             self.problems.append("leak: pages are not back")
         if not eventually(lambda: not self.endpoint.links):

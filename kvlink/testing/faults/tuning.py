@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kvlink.testing.faults import frames
-from kvlink.transfer import accepting, remote
+from kvlink.transfer import accepting
+from kvlink.transfer.paths import ucx
 
 HANDSHAKE_TIMEOUT = 0.5  # s
 
@@ -13,5 +14,5 @@ HANDSHAKE_TIMEOUT = 0.5  # s
 def tune(options: dict[str, Any] | None = None) -> None:
     """For a process of the campaign, before its endpoint is made."""
     accepting._HANDSHAKE_TIMEOUT = HANDSHAKE_TIMEOUT
-    remote._REGION_WAIT = HANDSHAKE_TIMEOUT
+    ucx._BEGIN_TIMEOUT_NS = int(HANDSHAKE_TIMEOUT * 1e9)
     frames.install()
