@@ -65,7 +65,7 @@ sanitize: build
 
 KVLINK_FAULTS ?= 1000
 KVLINK_FAULT_SEED ?= 0
-FAULT_PATHS ?= host_shm
+FAULT_PATHS ?= host_shm ucx
 
 faults: build
 	@status=0; for path in $(FAULT_PATHS); do \

@@ -162,11 +162,13 @@ class Endpoint(LendsGroups):
         pages: Any, num_tokens: int, on_release: Callable[[Any], None] | None,
     ) -> ReservationT:  # fmt: skip
         """Opens one grant or offer; see `grant` and `offer`."""
-        return kind(
+        lent = kind(
             self._table, self._lendable(region), pages, num_tokens, ttl, epoch=self.epoch,
             descriptor_key=self.descriptor_key, with_digest=digest, num_pulls=num_pulls,
             on_release=on_release,
         )  # fmt: skip
+        self.service.wake()  # the reaper has something to watch
+        return lent
 
     def status(self, transfer_id: bytes) -> Any:
         """How one of this endpoint's grants or offers stands or ended; None when not known."""
@@ -255,7 +257,6 @@ class Endpoint(LendsGroups):
             raise Unsupported(
                 "region: peers cannot map this pool; make it with KVPool.create(..., shared=True)"
             )
-        self.service.wake()
         return found
 
     def _tick(self) -> bool:

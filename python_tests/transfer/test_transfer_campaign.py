@@ -10,11 +10,12 @@ from kvlink.testing.faults.scenario import KINDS, draw
 
 pytestmark = [pytest.mark.two_process, pytest.mark.timeout(300)]
 
-NUM_FAULTS = 40
+NUM_FAULTS = 60
 
 
-def test_survivors_of_a_slice() -> None:
-    verdicts = run_campaign("host_shm", range(NUM_FAULTS))
+@pytest.mark.parametrize("path", ["host_shm", "ucx"])
+def test_survivors_of_a_slice(path: str) -> None:
+    verdicts = run_campaign(path, range(NUM_FAULTS))
     wrong = {verdict.seed: verdict.problems for verdict in verdicts if verdict.problems}
     assert not wrong, f"{table(verdicts)}\n{wrong}"
     assert counts(verdicts)["faults"] == NUM_FAULTS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from kvlink.testing.faults import frames
@@ -13,6 +14,7 @@ HANDSHAKE_TIMEOUT = 0.5  # s
 
 def tune(options: dict[str, Any] | None = None) -> None:
     """For a process of the campaign, before its endpoint is made."""
+    os.environ.setdefault("UCX_LOG_LEVEL", "fatal")  # a peer that dies is what we are here for
     accepting._HANDSHAKE_TIMEOUT = HANDSHAKE_TIMEOUT
     ucx._BEGIN_TIMEOUT_NS = int(HANDSHAKE_TIMEOUT * 1e9)
     frames.install()
