@@ -220,6 +220,8 @@ class Peers:
     def _free_bit(self, bit: int) -> None:
         with self._lock:
             self._described.pop(bit, None)
+        for path in self._paths.values():
+            path.undescribe(bit)
         self.table.free_bit(bit)
 
     def _describe(self, bit: int, path_name: str) -> list[tuple[wire.Frame, tuple[int, ...]]]:

@@ -44,6 +44,9 @@ class Path(Protocol):
     def describe(self, bit: int) -> Blob:
         """For the peer that gets `bit` in our slots. Comes before `connect` on both sides."""
 
+    def undescribe(self, bit: int) -> None:
+        """No session came of what `describe` gave; `connect` was not called."""
+
     def describe_region(self, region: Region) -> Blob:
         """What a peer needs to reach a pool of ours."""
 
@@ -118,6 +121,9 @@ class Missing:
     def describe(self, bit: int) -> Blob:
         """Never chosen."""
         raise PathUnavailable(f"{self.name}: {self._reason}")
+
+    def undescribe(self, bit: int) -> None:
+        """Nothing was made."""
 
     def describe_region(self, region: Region) -> Blob:
         """Never chosen."""

@@ -39,6 +39,9 @@ class HostShm:
         segment = region.pool.segment
         return b"", () if segment is None or not region.descriptor.shared else (segment.fd,)
 
+    def undescribe(self, bit: int) -> None:
+        """Nothing was made for it."""
+
     def forget_region(self, region: Region) -> None:
         """Nothing was kept of it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import threading
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from kvlink.transfer.region import Region, RegionDescriptor
 
 _BEGIN_TIMEOUT_NS = 5_000_000_000
+_CHECKSUM_BYTES = 8
 _VERBS = ("rc_verbs", "rc_mlx5", "dc_mlx5", "ud_verbs", "ud_mlx5", "gga_mlx5", "srd")
 
 
@@ -90,7 +92,15 @@ class Ucx:
             stale, self._described[bit] = self._described.get(bit), link
         if stale is not None:
             stale.close(_C.TransferStatus.CANCELLED)
-        return link.describe(), ()
+        blob = link.describe()
+        return _checksum(blob) + blob, ()
+
+    def undescribe(self, bit: int) -> None:
+        """The peer that was given this bit did not come."""
+        with self._lock:
+            link = self._described.pop(bit, None)
+        if link is not None:
+            link.close(_C.TransferStatus.CANCELLED)
 
     def describe_region(self, region: Region) -> Blob:
         """Nothing beyond what every path tells."""
@@ -108,7 +118,13 @@ class Ucx:
         try:
             if fds:
                 raise ProtocolError(f"describe: {len(fds)} descriptors")
+            checksum, blob = blob[:_CHECKSUM_BYTES], blob[_CHECKSUM_BYTES:]
+            if checksum != _checksum(blob):  # UCX ends the process over an address that is none
+                raise ProtocolError("describe: not the address that the peer sent")
             link.connect(blob, peer.same_host)
+        except ProtocolError:
+            link.close(_C.TransferStatus.CANCELLED)
+            raise
         except (InvalidArgument, RuntimeError) as error:
             link.close(_C.TransferStatus.CANCELLED)
             raise ProtocolError(f"ucx: {error}") from error
@@ -204,6 +220,10 @@ class UcxLink:
     def inject(self, fault: str, count: int = 1) -> None:
         """For fault tests: "drop", "duplicate", "flip_bit" or "delay" the next messages."""
         self._link.inject(getattr(_C.UcxFault, fault.upper()), count)
+
+
+def _checksum(blob: bytes) -> bytes:
+    return hashlib.blake2b(blob, digest_size=_CHECKSUM_BYTES).digest()
 
 
 def make(control: Any) -> Path | Missing:
