@@ -10,11 +10,10 @@ from typing import Any
 
 from kvlink.testing.faults.dance import GONE, Dance
 from kvlink.testing.faults.mishaps import FaultyParty
-from kvlink.testing.faults.party import eventually
 from kvlink.testing.faults.peer import PeerDied, PeerProcess
 from kvlink.testing.faults.scenario import MOVES, Scenario, draw
 from kvlink.testing.faults.tuning import tune
-from kvlink.testing.faults.watched import holdings
+from kvlink.testing.faults.watched import eventually, holdings
 from kvlink.transfer import TransferError
 
 _OWNER_STEPS = {"push": "wait", "pull": "released", "adopt": "released"}

@@ -6,8 +6,8 @@ import random
 
 from kvlink import _C
 from kvlink.testing.faults import frames
-from kvlink.testing.faults.party import NUM_SLOTS, Party, eventually
-from kvlink.testing.faults.watched import SPECS, TOKENS, write_kv
+from kvlink.testing.faults.party import NUM_SLOTS, Party
+from kvlink.testing.faults.watched import SPECS, TOKENS, eventually, write_kv
 from kvlink.transfer import Grant, TransferError, TransferTimeout
 from kvlink.transfer.descriptor import Descriptor
 

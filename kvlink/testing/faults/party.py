@@ -6,13 +6,12 @@ The survivor and its peer are both one; the peer's calls come through a pipe (`p
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from kvlink import _C
-from kvlink.testing.faults.watched import SPECS, TOKENS, WatchedPool, holds
+from kvlink.testing.faults.watched import SPECS, TOKENS, WatchedPool, eventually, holds
 from kvlink.testing.transfer_peer import SECRET
 from kvlink.transfer import (
     Endpoint,
@@ -292,13 +291,3 @@ class Party:
         if self._job.transfer is None:
             raise TransferTimeout("the step before did not happen")
         return self._job.transfer
-
-
-def eventually(condition: Callable[[], bool], bound: float = RELEASE_BOUND) -> bool:
-    """Whether it came true in time."""
-    end = time.monotonic() + bound
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.002)
-    return True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -134,3 +136,13 @@ def holdings() -> dict[str, int]:
         "threads": len(os.listdir("/proc/self/task")),
         "mapped segments": mapped,
     }
+
+
+def eventually(condition: Callable[[], bool], bound: float = 5.0) -> bool:
+    """Whether it came true in time."""
+    end = time.monotonic() + bound
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.002)
+    return True
