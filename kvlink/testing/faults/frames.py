@@ -67,8 +67,7 @@ def install() -> None:
             send(self, frame, fds)
             held, fault.held = fault.held, None
             if held is not None:
-                send(*held)
-                _close(held[2])
+                _late(*held)
             return None
         return _spoil(fault, self, frame, fds)
 
