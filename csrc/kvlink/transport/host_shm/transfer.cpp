@@ -1,7 +1,5 @@
 #include "kvlink/transport/host_shm/transfer.hpp"
 
-#include "kvlink/base/check.hpp"
-
 namespace kvlink::transport::host_shm {
 
 ShmTransfer::ShmTransfer(TransferSpec spec, uint32_t bit, std::shared_ptr<Control> control,
@@ -63,21 +61,6 @@ Status ShmTransfer::wait_arrived(int64_t deadline_ns) {
   if (local != Status::kOk && local != Status::kPending) return local;
   if (outcome == Status::kPending && worker_->closed()) return Status::kPeerLost;
   return outcome;
-}
-
-std::shared_ptr<ShmTransfer> begin_transfer(TransferSpec spec, uint32_t bit,
-                                            std::shared_ptr<Control> control,
-                                            std::shared_ptr<Worker> worker,
-                                            const Executor& executor, Status* status) {
-  KVLINK_CHECK(bit < kMaxLinks, "link bit: expected below ", kMaxLinks, "; got ", bit);
-  check_spec(spec);
-  *status = worker->closed() ? Status::kPeerLost : control->begin(spec.key, bit);
-  if (*status != Status::kOk) return nullptr;
-  spec.with_digest = control->slot(spec.key.slot).with_digest.load() != 0;
-  const auto transfer =
-      std::make_shared<ShmTransfer>(std::move(spec), bit, std::move(control), worker, executor);
-  worker->add(transfer);
-  return transfer;
 }
 
 }  // namespace kvlink::transport::host_shm

@@ -24,10 +24,4 @@ class ShmTransfer final : public PostedTransfer {
   const std::shared_ptr<Control> control_;
 };
 
-// Takes the slot; one that cannot be taken is told by *status and gives null. Throws as check_spec.
-std::shared_ptr<ShmTransfer> begin_transfer(TransferSpec spec, uint32_t bit,
-                                            std::shared_ptr<Control> control,
-                                            std::shared_ptr<Worker> worker,
-                                            const Executor& executor, Status* status);
-
 }  // namespace kvlink::transport::host_shm
