@@ -12,6 +12,7 @@ ucx_tcp_16k, ucx_tcp_1m    ucx over TCP between two network namespaces, pages of
 handoff_16, handoff_32k    `Link.adopt` of so many tokens x 32 layers; and the owner's offer of them
 post_layer                 one `Transfer.push_layer` call of a 32k-token transfer
 connect                    register a pool of 32 layers x 100k pages, and connect to a peer with one
+overlap, overlap_ucx       what a prefill leaves to wait for that pushes layer by layer, or after
 memcpy                     the machine's copy bandwidth with two threads
 
 Moves are of 256 MiB, in pages that are scattered on both sides. `verified` is the time from the
@@ -39,6 +40,7 @@ import harness
 from harness import Figure
 from moves import NUM_BYTES, Kvlink, Memcpy, Peer, Shape, Stream, in_turns, medians
 from netns import ADDRESSES, NotPermitted, TwoHosts
+from overlap import overlap
 from perftest import line_rate
 from sides import Side
 
@@ -238,6 +240,8 @@ CASES: dict[str, Callable[[Run], Iterator[Figure]]] = {
     "ucx_tcp_1m": lambda run: ucx_tcp(run, "ucx_tcp_1m", SAME_1M, 1 << 20),
     "post_layer": post_layer,
     "connect": connect,
+    "overlap": lambda run: overlap(run.seconds),
+    "overlap_ucx": lambda run: overlap(run.seconds, "ucx"),
     "memcpy": memcpy,
 }
 

@@ -127,8 +127,6 @@ def _once(prefill: Prefill, link: object, side: Side, layer_wise: bool, times: T
 
 
 def _figure(op: str, path: str, seconds: float, note: str) -> Figure:
-    shape = SHAPE
-    return Figure(
-        op, "overlap", path, shape.dtype, shape.page_size, round(seconds * 1e3, 4), 0, 0, "none", 0,
-        "kvlink", note,
-    )  # fmt: skip
+    case = "overlap" if path == "host_shm" else f"overlap_{path}"
+    ms = round(seconds * 1e3, 4)
+    return Figure(op, case, path, SHAPE.dtype, SHAPE.page_size, ms, 0, 0, "none", 0, "kvlink", note)

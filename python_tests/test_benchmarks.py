@@ -36,6 +36,15 @@ def test_transfer_lines() -> None:
         assert figure["peer"] == "kvlink"
 
 
+@pytest.mark.two_process
+def test_overlap_lines() -> None:
+    done = run("--case", "overlap", "--seconds", "0.05", "--json")
+    assert done.returncode == 0, done.stderr
+    figures = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [figure["op"] for figure in figures] == ["push_layers", "push_after"]
+    assert "is hidden" in figures[0]["note"]
+
+
 def test_peer_python_follows_its_peer() -> None:
     done = run("--peer-python", sys.executable)
     assert done.returncode == 2

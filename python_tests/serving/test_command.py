@@ -45,7 +45,7 @@ def test_files_and_progress_on_a_terminal(
     printed, _ = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, printed) == (0, b"")
     assert b"5/5" in shown
-    for word in (b"TTFT", b"TPOT", b"host_shm", b"hidden", b"5 transfers by digest"):
+    for word in (b"TTFT", b"TPOT", b"host_shm", b"early", b"5 transfers by digest"):
         assert word in shown
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [record["index"] for record in records] == list(range(5))
