@@ -26,7 +26,8 @@ from kvlink.transfer.channel import Channel, PeerGone, close_fds, require_no_fds
 from kvlink.transfer.errors import ConnectError, PeerUnreachable, ProtocolError
 from kvlink.transfer.fields import Pairs
 from kvlink.transfer.paths import Path, PathLink, Peer
-from kvlink.transfer.remote import MAX_REGIONS, Remote
+from kvlink.transfer.regions import MAX_REGIONS
+from kvlink.transfer.remote import Remote
 from kvlink.transfer.tls import Credentials
 from kvlink.transfer.watching import EndpointWatch
 

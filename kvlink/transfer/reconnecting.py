@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -101,7 +102,8 @@ class Reconnector:
                     told.add(type(error))
                     self._own.watch.unconnected(link.peer_name, error, first=first, again=True)
                 kind = _LATE if isinstance(error, _REASONS_THAT_STAY) else _SOON
-                link.wait_closed(pauses[kind])
+                # Those who lost the same peer do not all knock at the same moment.
+                link.wait_closed(pauses[kind] * random.uniform(0.5, 1.0))
                 pauses[kind] = min(2 * pauses[kind], kind[1])
                 continue
             self.last_error = None

@@ -10,6 +10,8 @@ from kvlink.layout import Shard
 from kvlink.pool import KVPool
 from kvlink.transfer.region import Region, RegionDescriptor
 
+MAX_REGIONS = 256  # of an endpoint, at a time
+
 
 class Regions:
     """Regions by number; numbers are never used again. Thread-safe."""
@@ -26,6 +28,8 @@ class Regions:
         if shard is None:
             shard = Shard(range(pool.num_layers), range(pool.layout.num_kv_heads))
         with self._lock:
+            if len(self._regions) >= MAX_REGIONS:
+                raise InvalidArgument(f"pool: expected at most {MAX_REGIONS} registered at a time")
             descriptor = RegionDescriptor(
                 self._next, pool.layout, shard, pool.layer_map, pool.num_pages, pool.shared
             )

@@ -14,12 +14,13 @@ from kvlink.transfer.errors import ProtocolError, Unconvertible, UnknownRegion
 from kvlink.transfer.group_descriptor import GroupDescriptor
 from kvlink.transfer.plan import TransferPlan
 from kvlink.transfer.region import Region, RegionDescriptor
+from kvlink.transfer.regions import MAX_REGIONS
 from kvlink.transfer.reservation import Reservation
 
 if TYPE_CHECKING:
     from kvlink.transfer.paths import PathLink, Peer
 
-MAX_REGIONS = 256
+_MAX_PLANS = 1024
 _REGION_WAIT = 5.0  # s, for a region that was registered a moment ago
 
 
@@ -31,7 +32,7 @@ class Remote:
         self._key = descriptor_key
         self._path_link = path_link
         self.regions: dict[int, RegionDescriptor] = {}
-        self._gone: set[int] = set()
+        self._last = -1  # number that was told; each is higher than those before
         self._changed = threading.Condition()
         self._plans: dict[tuple[str, int, int], TransferPlan] = {}
 
@@ -41,13 +42,14 @@ class Remote:
             frame = wire.expect(frame, wire.RegionFrame)
             descriptor = RegionDescriptor.from_frame(frame)
             number = descriptor.region_id
-            if number in self.regions or number in self._gone or len(self.regions) >= MAX_REGIONS:
+            if number <= self._last or len(self.regions) >= MAX_REGIONS:
                 raise ProtocolError(f"region {number}: told before, or one too many")
             self._path_link.add_region(descriptor, frame.blob, fds)
         finally:
             close_fds(fds)
         with self._changed:
             self.regions[number] = descriptor
+            self._last = number
             self._changed.notify_all()
 
     def remove(self, number: int) -> None:
@@ -55,7 +57,7 @@ class Remote:
         with self._changed:
             if self.regions.pop(number, None) is None:
                 raise ProtocolError(f"region {number}: not one of the peer's")
-            self._gone.add(number)
+            self._plans = {name: plan for name, plan in self._plans.items() if name[2] != number}
             self._changed.notify_all()
         self._path_link.remove_region(number)
 
@@ -90,14 +92,15 @@ class Remote:
             src, dst = pair if kind == _C.SlotKind.GRANT else pair[::-1]
             if dst.num_stored_layers > _C.MAX_STORED_LAYERS:
                 raise Unconvertible(f"shards: more than {_C.MAX_STORED_LAYERS} stored layers")
-            plan = self._plans[name] = TransferPlan.build(src, dst)
+            plan = TransferPlan.build(src, dst)
+            if len(self._plans) >= _MAX_PLANS:  # of regions of ours that were unregistered
+                self._plans.clear()
+            self._plans[name] = plan
         return plan
 
     def _region(self, number: int) -> RegionDescriptor:
         with self._changed:
-            self._changed.wait_for(
-                lambda: number in self.regions or number in self._gone, _REGION_WAIT
-            )
+            self._changed.wait_for(lambda: number <= self._last, _REGION_WAIT)
             region = self.regions.get(number)
         if region is None:
             raise UnknownRegion(f"{self._name!r} has no region {number} registered")

@@ -92,9 +92,9 @@ class Session:
             if self.closed:
                 return
             regions = self._peers.regions.all()
-            for number in self._told - set(regions):
+            for number in sorted(self._told - set(regions)):
                 self._send(wire.Unregion(number))
-            for number in set(regions) - self._told:
+            for number in sorted(set(regions) - self._told):
                 blob, fds = path.describe_region(regions[number])
                 self._send(regions[number].descriptor.to_frame(blob), fds)
             self._told = set(regions)

@@ -11,6 +11,7 @@ import datetime
 import os
 import ssl
 
+from kvlink.errors import Unsupported
 from kvlink.transfer.errors import ProtocolError, SecretMismatch, TransferError
 
 _LABEL = b"kvlink control plane, TLS key"
@@ -115,7 +116,10 @@ def _context(protocol: int, certificate: bytes, chain_pem: bytes) -> ssl.SSLCont
 
 def _certificate(secret: bytes) -> tuple[bytes, bytes, bytes]:
     """(DER, key as PEM, PEM): nothing in it is random, so equal secrets give equal bytes."""
-    from cryptography import x509
+    try:
+        from cryptography import x509
+    except ImportError as error:
+        raise Unsupported(f"Endpoint: the package 'cryptography' is missing ({error})") from error
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF

@@ -22,6 +22,7 @@ from kvlink.transfer import (
     TransferTimeout,
     UnknownRegion,
 )
+from kvlink.transfer.regions import MAX_REGIONS
 
 pytestmark = [pytest.mark.two_process, pytest.mark.timeout(120)]
 OTHER = [20, 21, 22]
@@ -196,3 +197,18 @@ def test_regions_come_back_with_a_session() -> None:
             address[0] = second.address
             theirs = second.accept(20)
             assert set(theirs._last.remote.regions) == {kept.region_id}
+
+
+def test_regions_have_a_limit_and_leaving_makes_room() -> None:
+    small = PoolSpec(num_pages=1, layers=(0,), shared=False)
+    with Endpoint("owner", secret=SECRET) as owner, Endpoint("peer", secret=SECRET) as peer:
+        regions = [owner.register(small.build(), small.shard) for _ in range(MAX_REGIONS)]
+        with pytest.raises(InvalidArgument, match="at most 256 registered"):
+            owner.register(small.build(), small.shard)
+        link = peer.connect(owner.address)
+        for _ in range(3):
+            owner.unregister(regions.pop(0))
+            regions.append(owner.register(small.build(), small.shard))
+        wanted = {region.region_id for region in regions}
+        eventually(lambda: set(link._last.remote.regions) == wanted)
+        assert link.query(bytes(16)) is None
