@@ -15,7 +15,7 @@ from kvlink.transfer.errors import (
     TransferTimeout,
 )
 from kvlink.transfer.group_descriptor import GroupDescriptor
-from kvlink.transfer.transfer import Transfer
+from kvlink.transfer.transfer import Progress, Transfer
 
 # How members end because of another one; whose own end is told a moment before theirs.
 _CONSEQUENCES = (GrantRevoked, TransferCancelled)
@@ -56,6 +56,10 @@ class GroupTransfer:
         """Gives up: nothing more is moved, and the receiver gets none of the members."""
         for _, transfer in self._moving:
             transfer.cancel()
+
+    def progress(self) -> tuple[Progress | None, ...]:
+        """A snapshot of each member, in their order."""
+        return tuple(None if each is None else each.progress() for each in self.members)
 
     @property
     def source_reusable(self) -> bool:

@@ -176,6 +176,8 @@ def test_a_group_is_pulled(decode: Decode, prefill: Peer) -> None:
     transfer = link.pull_group(offer, decode.members(RECEIVED))
     transfer.wait_arrived(10)
     assert transfer.source_reusable
+    rows = [each.num_rows for each in transfer.progress() if each is not None]
+    assert rows == [45 * 2 * 4 * 2, 16 * 2 * 4 * 2, 4, 4]
     decode.check_arrived()
     assert prefill.call("wait_released", offer) == "OK"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sharded import Model, Rank, copy_of, engine, make_rank, raw
 
-from kvlink import _C, KVLayout, Shard, digest_pages
+from kvlink import _C, KVLayout, KVPool, Shard, digest_pages
 from kvlink.errors import InvalidArgument
 from kvlink.transfer import TransferPlan, Unconvertible
 
@@ -298,12 +298,40 @@ def test_numbers_are_checked() -> None:
         quantised.runs([0, 1], [0, 1], 17)
 
 
-def test_states_held_by_heads_are_resharded() -> None:
-    """An SSM state [heads, 4, 8] in pages of its own, from 2 ranks to 4."""
-    heads = np.random.default_rng(0).random((8, 4, 8), np.float32)
-    state = KVLayout.opaque((8, 4, 8), "float32", num_heads=8)
-    assert state.num_kv_heads == 8
-    assert state.layer_bytes(1) == heads.nbytes
+def state_rank(heads: range, truth: Any, pages: list[int]) -> Rank:
+    """A rank that holds some heads of an SSM state [8, 4, 8] in each page; NaN elsewhere."""
+    layout = KVLayout.opaque((len(heads), 4, 8), "float32", num_heads=len(heads))
+    pool = KVPool.create(layout, num_layers=1, num_pages=6)
+    state = raw(pool, 0, "k").numpy()[:, 0]
+    state[:] = np.nan
+    if truth is not None:
+        state[pages] = truth[:, heads.start : heads.stop].reshape(len(pages), len(heads), 32)
+    return Rank(Shard([0], heads), pool, [raw(pool, 0, "k")], pages)
+
+
+@pytest.mark.parametrize(("src_tp", "dst_tp"), [(2, 4), (8, 1), (3, 2)])
+def test_states_held_by_heads_are_resharded(src_tp: int, dst_tp: int) -> None:
+    truth = np.random.default_rng(0).random((3, 8, 4, 8), np.float32)
+    cut = [
+        [
+            Shard.of_rank(num_layers=1, num_kv_heads=8, tp_rank=rank, tp_size=size).kv_heads
+            for rank in range(size)
+        ]
+        for size in (src_tp, dst_tp)
+    ]
+    sources = [state_rank(heads, truth, [5, 1, 2]) for heads in cut[0]]
+    for heads in cut[1]:
+        rank = state_rank(heads, None, [0, 4, 3])
+        rows = 0
+        for source in sources:
+            plan = plan_of(source, rank)
+            rows += apply(plan, source, rank, 3)[0] if plan is not None else 0
+        assert rows == 3 * len(heads)
+        assert rank.bytes() == state_rank(heads, truth, [0, 4, 3]).bytes()
+
+
+def test_a_state_by_heads_in_bytes() -> None:
+    assert KVLayout.opaque((8, 4, 8), "float32", num_heads=8).layer_bytes(1) == 8 * 4 * 8 * 4
     with pytest.raises(InvalidArgument, match="page_shape"):
         KVLayout.opaque((9, 4), "float32", num_heads=2)
     plan = TransferPlan.build(

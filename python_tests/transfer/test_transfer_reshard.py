@@ -173,6 +173,18 @@ def test_ranks_with_nothing_in_common_are_told(path: str) -> None:
             link.push([1, 2, 3], grant.to_bytes())
 
 
+def test_links_between_equal_pools_share_a_plan(path: str) -> None:
+    engine = Engine(tp=2, num_kv_heads=1)  # two replicas: equal as destinations
+    with running(Engine(num_kv_heads=1), path) as sources, running(engine, path) as destinations:
+        (prefill, _, _), plans = sources[0], []
+        for decode, _, _ in destinations:
+            grant = decode.grant([1, 2, 3], TOKENS)
+            transfer = prefill.connect(decode.address).push([1, 2, 3], grant.to_bytes())
+            plans.append(transfer.plan)
+            grant.wait(10)
+        assert plans[0] is plans[1]
+
+
 AXES = {
     "kv page slot head dim": (2, 14, 16, 2, 8),
     "page kv head slot dim": (14, 2, 2, 16, 8),
