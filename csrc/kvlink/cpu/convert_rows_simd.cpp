@@ -13,26 +13,36 @@ namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
 namespace {
 
+#if defined(__AVX512F__)
+// Of bfloat16, whose upper halves will do: infinity's bits or more where not all are finite.
+KVLINK_INLINE uint32_t amax_bits_of_bfloat16(const char* src, int64_t count) {
+  const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+  __m512i most = _mm512_setzero_si512();
+  int64_t i = 0;
+  KVLINK_UNROLL_BY(2)
+  for (; i + 32 <= count; i += 32) {
+    most = _mm512_max_epu16(most, _mm512_and_si512(magnitude, _mm512_loadu_si512(src + i * 2)));
+  }
+  if (i < count) {
+    const __mmask32 rest = (uint32_t{1} << (count - i)) - 1;
+    const __m512i stored = _mm512_maskz_loadu_epi16(rest, src + i * 2);
+    most = _mm512_max_epu16(most, _mm512_and_si512(magnitude, stored));
+  }
+  const __m256i half =
+      _mm256_max_epu16(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
+  const __m128i quarter =
+      _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  const __m128i least = _mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1)));
+  return ~static_cast<uint32_t>(_mm_cvtsi128_si32(least)) << 16;
+}
+#endif
+
 // Bits of the largest magnitude among the finite values; bits order like the values.
 template <DType kSrc>
-KVLINK_INLINE uint32_t finite_amax_bits(const char* src, int64_t count, float scale) {
+uint32_t finite_amax_bits(const char* src, int64_t count, float scale) {
   constexpr int64_t kBytes = Row<kSrc>::kBytes;
   VecI amax{};
   int64_t i = 0;
-#if defined(__AVX512F__)
-  if (kSrc == DType::kBFloat16 && scale == 1.0f) {  // the upper halves of floats will do
-    __m512i halves = _mm512_setzero_si512();
-    for (; i + 32 <= count; i += 32) {
-      const __m512i stored = _mm512_loadu_si512(src + i * kBytes);
-      const __m512i bits = _mm512_and_si512(stored, _mm512_set1_epi16(0x7fff));
-      const __mmask32 finite = _mm512_cmplt_epu16_mask(bits, _mm512_set1_epi16(0x7f80));
-      halves = _mm512_mask_max_epu16(halves, finite, halves, bits);
-    }
-    const __m256i most =
-        _mm256_max_epu16(_mm512_castsi512_si256(halves), _mm512_extracti64x4_epi64(halves, 1));
-    amax = (VecI)_mm512_slli_epi32(_mm512_cvtepu16_epi32(most), 16);
-  }
-#endif
   const auto take = [&](Vec values) {
     if (scale != 1.0f) values *= scale;
     const VecI magnitude = (VecI)(bits_of(values) & 0x7fffffffu);
@@ -50,28 +60,54 @@ KVLINK_INLINE uint32_t finite_amax_bits(const char* src, int64_t count, float sc
   return float_bits(max_lanes((Vec)amax));
 }
 
-// Elements of the destination in a stripe, and how many vectors they are.
+// Elements of the destination in a stripe.
 template <DType kDst>
 inline constexpr int kStripeElements = 64 / Row<kDst>::kBytes;
-template <DType kDst>
-inline constexpr int kStripeVecs = kStripeElements<kDst> / kLanes;
+
+#if defined(__AVX2__)
 
 template <DType kSrc, DType kDst>
-KVLINK_INLINE void load_stripe(const char* src, float src_scale, float dst_scale,
-                               Vec (&values)[kStripeVecs<kDst>]) {
+KVLINK_INLINE Words convert_any(const char* src, float src_scale, float dst_scale) {
+  constexpr int kVecs = kStripeElements<kDst> / kLanes;
+  Vec values[kVecs];
   KVLINK_UNROLL
-  for (int i = 0; i < kStripeVecs<kDst>; ++i) {
+  for (int i = 0; i < kVecs; ++i) {
     values[i] = Row<kSrc>::load(src + i * kLanes * Row<kSrc>::kBytes);
   }
   if (src_scale != 1.0f) {
     KVLINK_UNROLL
-    for (int i = 0; i < kStripeVecs<kDst>; ++i) values[i] *= src_scale;
+    for (int i = 0; i < kVecs; ++i) values[i] *= src_scale;
   }
   if (dst_scale != 1.0f) {
     KVLINK_UNROLL
-    for (int i = 0; i < kStripeVecs<kDst>; ++i) values[i] /= dst_scale;
+    for (int i = 0; i < kVecs; ++i) values[i] /= dst_scale;
   }
+  return narrow<kDst>(values);
 }
+
+#else
+
+// Loops that any compiler makes vectors of, over the definitions themselves.
+template <DType kSrc, DType kDst>
+__attribute__((noinline)) Words convert_any(const char* src, float src_scale, float dst_scale) {
+  float values[kStripeElements<kDst>];
+  for (int i = 0; i < kStripeElements<kDst>; ++i) {
+    typename Storage<kSrc>::Type stored;
+    std::memcpy(&stored, src + i * sizeof stored, sizeof stored);
+    values[i] = Storage<kSrc>::load(stored);
+  }
+  if (src_scale != 1.0f) {
+    for (float& value : values) value *= src_scale;
+  }
+  if (dst_scale != 1.0f) {
+    for (float& value : values) value /= dst_scale;
+  }
+  typename Storage<kDst>::Type narrowed[kStripeElements<kDst>];
+  for (int i = 0; i < kStripeElements<kDst>; ++i) narrowed[i] = Storage<kDst>::store(values[i]);
+  return Words::load(narrowed);
+}
+
+#endif
 
 struct Stripe {
   alignas(64) char bytes[64];
@@ -83,10 +119,8 @@ __attribute__((noinline)) Stripe convert_some(const char* src, float src_scale, 
                                               int64_t count) {
   char padded[kStripeElements<kDst> * Row<kSrc>::kBytes] = {};
   std::memcpy(padded, src, static_cast<size_t>(count * Row<kSrc>::kBytes));
-  Vec values[kStripeVecs<kDst>];
-  load_stripe<kSrc, kDst>(padded, src_scale, dst_scale, values);
   Stripe stripe;
-  narrow<kDst>(values).store(stripe.bytes);
+  convert_any<kSrc, kDst>(padded, src_scale, dst_scale).store(stripe.bytes);
   return stripe;
 }
 
@@ -100,9 +134,7 @@ KVLINK_INLINE Words convert_stripe(const char* src, float src_scale, float dst_s
     return Words::load(
         convert_some<kSrc, kDst>(src, src_scale, dst_scale, kStripeElements<kDst>).bytes);
   } else {
-    Vec values[kStripeVecs<kDst>];
-    load_stripe<kSrc, kDst>(src, src_scale, dst_scale, values);
-    return narrow<kDst>(values);
+    return convert_any<kSrc, kDst>(src, src_scale, dst_scale);
   }
 }
 
@@ -188,61 +220,109 @@ __attribute__((noinline)) RowLanes keep_row(const RowMove& move, const char* src
   return lanes;
 }
 
-struct RowScales {
-  float src = 1.0f, dst = 1.0f;
+// Rows that follow each other by constant steps, which are 0 where something stays the same.
+struct Line {
+  const char* src;
+  char* dst;
+  const float* src_scale;
+  float* dst_scale;
+  const Words* start;
+  uint64_t shift;
+  int64_t src_step, dst_step, src_scale_step, dst_scale_step, start_step;
+  uint64_t shift_step;
+
+  KVLINK_INLINE Line(const RowMove& move, const RowWalk<false>& walk, const HeadStarts& starts) {
+    static constexpr float kOne = 1.0f;
+    const RowBox& box = walk.box();
+    const int64_t token = walk.token(), head = walk.head();
+    const bool heads = walk.heads_inside();
+    src = walk.src();
+    dst = walk.dst();
+    src_step = walk.src_step();
+    dst_step = walk.dst_step();
+    src_scale = &kOne;
+    dst_scale = const_cast<float*>(&kOne);  // not written: there is no scale of a row's own
+    src_scale_step = dst_scale_step = 0;
+    if (move.src.scale) {
+      src_scale = move.src.row_scale(box.src_page, box.src_slot + token, move.src_head + head);
+      src_scale_step = heads ? move.src.scale_at.stride_head : move.src.scale_at.stride_slot;
+    }
+    if (move.dst.scale) {
+      dst_scale = move.dst.row_scale(box.dst_page, box.dst_slot + token, move.dst_head + head);
+      dst_scale_step = heads ? move.dst.scale_at.stride_head : move.dst.scale_at.stride_slot;
+    }
+    start = &starts[head];
+    start_step = heads ? 1 : 0;
+    shift = row_digest::shift(box.token_position + token);
+    shift_step = heads ? 0 : row_digest::shift(1);
+  }
+  KVLINK_INLINE void skip(int64_t rows) {
+    src += rows * src_step;
+    dst += rows * dst_step;
+    src_scale += rows * src_scale_step;
+    dst_scale += rows * dst_scale_step;
+    start += rows * start_step;
+    shift += static_cast<uint64_t>(rows) * shift_step;
+  }
 };
 
-// Computes a row's own scale, if it has one, and stores it.
-template <DType kSrc, DType kDst>
-KVLINK_INLINE RowScales scale_row(const RowMove& move, const RowWalk<false>& walk, bool strided) {
-  const RowBox& box = walk.box();
-  const int64_t token = walk.token(), head = walk.head();
-  RowScales scales;
-  if (move.src.scale) {
-    scales.src = *move.src.row_scale(box.src_page, box.src_slot + token, move.src_head + head);
+template <DType kSrc>
+KVLINK_INLINE uint32_t row_amax_bits(const char* src, int64_t count, float scale) {
+#if defined(__AVX512F__)
+  if (kSrc == DType::kBFloat16 && scale == 1.0f) {
+    const uint32_t bits = amax_bits_of_bfloat16(src, count);
+    if (bits < 0x7f800000u) return bits;
   }
-  if (!move.dst.scale) return scales;
-  float* at = move.dst.row_scale(box.dst_page, box.dst_slot + token, move.dst_head + head);
-  if (move.dst.token_scale) {
-    const uint32_t amax = strided ? StridedRow(move).amax_bits<kSrc>(walk.src(), scales.src)
-                                  : finite_amax_bits<kSrc>(walk.src(), move.dims, scales.src);
-    *at = dynamic_scale(float_from_bits(amax), kDst);
-  }
-  scales.dst = *at;
-  return scales;
+#endif
+  return finite_amax_bits<kSrc>(src, count, scale);
 }
 
 template <DType kSrc, DType kDst>
 uint64_t convert_heads(const RowMove& move, const RowBox* boxes, int64_t num_boxes) {
-  constexpr int kRows = 8;  // scaled together, before they are converted: a scale takes its time
+  constexpr int64_t kRows = 8;  // scaled before they are converted: a scale takes its time
   const bool strided = is_strided(move.src, move.dims) || is_strided(move.dst, move.dims);
   const bool streaming = can_stream(move);
   // Rows whose static scales happen to agree keep their bytes.
   const bool may_keep = kSrc == kDst && !move.src.token_scale && !move.dst.token_scale;
+  const bool token_scale = move.dst.token_scale, with_digest = move.with_digest;
+  const int64_t dims = move.dims;
   const HeadStarts starts(move);
   DigestSum sum;
-  RowWalk<false> walk(move, boxes, num_boxes, false), scaling = walk;
+  RowWalk<false> walk(move, boxes, num_boxes, false);
   FetchAhead<false> ahead(walk);
-  while (!walk.done()) {
-    RowScales scales[kRows];
-    int count = 0;
-    for (; count < kRows && !scaling.done(); ++count, scaling.next()) {
-      if (!strided) ahead.bytes(scaling.src_bytes());
-      scales[count] = scale_row<kSrc, kDst>(move, scaling, strided);
-    }
-    for (int i = 0; i < count; ++i, walk.next()) {
-      RowLanes lanes;
-      if (may_keep && scales[i].src == scales[i].dst) {
-        lanes = keep_row(move, walk.src(), walk.dst());
-      } else if (strided) {
-        lanes = StridedRow(move).convert<kSrc, kDst>(walk.src(), scales[i].src, walk.dst(),
-                                                     scales[i].dst);
-      } else {
-        convert_run<kSrc, kDst>(walk.src(), scales[i].src, walk.dst(), scales[i].dst, move.dims,
-                                streaming, lanes);
+  for (; !walk.done(); walk.next_line()) {
+    Line line(move, walk, starts);
+    for (int64_t left = walk.line_rows(); left > 0; left -= kRows) {
+      const int64_t count = left < kRows ? left : kRows;
+      float dst_scales[kRows];
+      for (int64_t i = 0; i < count; ++i) {
+        if (!strided) ahead.run();
+        float* at = line.dst_scale + i * line.dst_scale_step;
+        if (!token_scale) {
+          dst_scales[i] = *at;
+          continue;
+        }
+        const char* src = line.src + i * line.src_step;
+        const float src_scale = line.src_scale[i * line.src_scale_step];
+        const uint32_t amax = strided ? StridedRow(move).amax_bits<kSrc>(src, src_scale)
+                                      : row_amax_bits<kSrc>(src, dims, src_scale);
+        *at = dst_scales[i] = dynamic_scale(float_from_bits(amax), kDst);
       }
-      if (move.with_digest) {
-        sum.add_row(lanes.acc(), starts[walk.head()], digest_shift(move, walk));
+      for (int64_t i = 0; i < count; ++i) {
+        RowLanes lanes;
+        const float src_scale = *line.src_scale, dst_scale = dst_scales[i];
+        if (may_keep && src_scale == dst_scale) {
+          lanes = keep_row(move, line.src, line.dst);
+        } else if (strided) {
+          lanes = StridedRow(move).convert<kSrc, kDst>(line.src, src_scale, line.dst, dst_scale);
+        } else {
+          convert_run<kSrc, kDst>(line.src, src_scale, line.dst, dst_scale, dims, streaming, lanes);
+        }
+        if (with_digest) {
+          const uint64_t scale = token_scale ? row_digest::scale_shift(float_bits(dst_scale)) : 0;
+          sum.add_row(lanes.acc(), *line.start, line.shift + scale);
+        }
+        line.skip(1);
       }
     }
   }

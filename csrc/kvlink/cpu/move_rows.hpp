@@ -10,7 +10,8 @@
 
 namespace kvlink::cpu {
 
-// num_tokens tokens, in consecutive slots of one page on either side.
+// num_tokens tokens, in consecutive slots of one page on either side, or of pages that continue
+// each other: slots past the page's end are then as far on as their number tells.
 struct RowBox {
   int64_t src_page = 0, src_slot = 0;
   int64_t dst_page = 0, dst_slot = 0;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kvlink/base/check.hpp"
+#include "kvlink/base/math.hpp"
 #include "kvlink/cpu/move_rows.hpp"
 #include "kvlink/params/plan_moves.hpp"
 
@@ -13,20 +14,38 @@ namespace {
 
 constexpr int64_t kStreamBytes = 16 << 20;
 
-// Pages that the run touches, sorted.
-std::vector<int32_t> used_pages(const TokenRun& run, int64_t num_tokens, int64_t page_size) {
-  const int64_t first = run.first_slot / page_size;
-  const int64_t last = (run.first_slot + num_tokens - 1) / page_size;
-  std::vector<int32_t> pages(run.pages + first, run.pages + last + 1);
-  std::sort(pages.begin(), pages.end());
-  return pages;
-}
+// A bit for every page of a pool that the run touches.
+class UsedPages {
+ public:
+  UsedPages(const TokenRun& run, int64_t num_tokens, const LayerView& layer)
+      : words_(ceil_div(layer.num_pages, 64)) {
+    first_ = run.pages + run.first_slot / layer.layout.page_size;
+    last_ = run.pages + (run.first_slot + num_tokens - 1) / layer.layout.page_size;
+  }
+  bool has(int32_t page) const { return words_[page / 64] >> page % 64 & 1; }
+  // The first page that is listed twice, -1 if there is none.
+  int32_t add_all() {
+    int32_t twice = -1;
+    for (const int32_t* page = first_; page <= last_; ++page) {
+      if (twice < 0 && has(*page)) twice = *page;
+      words_[*page / 64] |= uint64_t{1} << *page % 64;
+    }
+    return twice;
+  }
+  const int32_t* begin() const { return first_; }
+  const int32_t* end() const { return last_ + 1; }
+
+ private:
+  std::vector<uint64_t> words_;
+  const int32_t* first_;
+  const int32_t* last_;
+};
 
 // NOTE: this finds pages of one pool; pools that overlap in some other way are the caller's affair.
 void check_overlap(const RelayoutParams& params) {
-  const auto dst = used_pages(params.dst, params.num_tokens, params.dst_layers[0].layout.page_size);
-  const auto twice = std::adjacent_find(dst.begin(), dst.end());
-  KVLINK_CHECK(twice == dst.end(), "dst_pages: expected distinct pages; got ", *twice, " twice");
+  UsedPages dst(params.dst, params.num_tokens, params.dst_layers[0]);
+  const int32_t twice = dst.add_all();
+  KVLINK_CHECK(twice < 0, "dst_pages: expected distinct pages; got ", twice, " twice");
   bool same_pool = false;
   for (int32_t i = 0; i < params.num_layers; ++i) {
     for (int32_t j = 0; j < params.num_layers; ++j) {
@@ -34,29 +53,55 @@ void check_overlap(const RelayoutParams& params) {
     }
   }
   if (!same_pool) return;
-  const auto src = used_pages(params.src, params.num_tokens, params.src_layers[0].layout.page_size);
-  for (const int32_t page : dst) {
-    KVLINK_CHECK(!std::binary_search(src.begin(), src.end(), page),
+  for (const int32_t page : UsedPages(params.src, params.num_tokens, params.src_layers[0])) {
+    KVLINK_CHECK(page >= params.dst_layers[0].num_pages || !dst.has(page),
                  "dst_pages: expected no source page of the same pool; got ", page);
   }
 }
 
-// Cuts the run where either side changes its page.
-std::vector<RowBox> plan_boxes(const RelayoutParams& params, int64_t max_tokens) {
+// Whether the slots of a page continue those of the page before.
+bool pages_join(const Plane& plane, int64_t page_size) {
+  return plane.stride_page == page_size * plane.stride_slot;
+}
+
+bool pages_join(const RowPlane& rows, int64_t page_size) {
+  return pages_join(rows.at, page_size) && (!rows.scale || pages_join(rows.scale_at, page_size));
+}
+
+// Cuts the run where either side changes its page, unless both sides go on as if it did not.
+std::vector<RowBox> plan_boxes(const RelayoutParams& params, const std::vector<RowMove>& moves) {
+  const int64_t max_tokens = box_tokens(moves);
   const int64_t src_size = params.src_layers[0].layout.page_size;
   const int64_t dst_size = params.dst_layers[0].layout.page_size;
+  bool src_joins = true, dst_joins = true;
+  for (const RowMove& move : moves) {
+    src_joins = src_joins && pages_join(move.src, src_size);
+    dst_joins = dst_joins && pages_join(move.dst, dst_size);
+  }
   std::vector<RowBox> boxes;
   for (int64_t token = 0; token < params.num_tokens;) {
     const int64_t src = params.src.first_slot + token, dst = params.dst.first_slot + token;
-    const int64_t count = std::min({src_size - src % src_size, dst_size - dst % dst_size,
-                                    max_tokens, params.num_tokens - token});
-    boxes.push_back({.src_page = params.src.pages[src / src_size],
+    const RowBox box{.src_page = params.src.pages[src / src_size],
                      .src_slot = src % src_size,
                      .dst_page = params.dst.pages[dst / dst_size],
                      .dst_slot = dst % dst_size,
-                     .num_tokens = count,
-                     .token_position = params.token_position + token});
-    token += count;
+                     .num_tokens = std::min({src_size - src % src_size, dst_size - dst % dst_size,
+                                             max_tokens, params.num_tokens - token}),
+                     .token_position = params.token_position + token};
+    token += box.num_tokens;
+    if (!boxes.empty() && (src_joins || dst_joins)) {
+      RowBox& last = boxes.back();
+      const int64_t src_pages = box.src_page - last.src_page;
+      const int64_t dst_pages = box.dst_page - last.dst_page;
+      const bool goes_on = (src_joins || src_pages == 0) && (dst_joins || dst_pages == 0) &&
+                           src_pages * src_size + box.src_slot == last.src_slot + last.num_tokens &&
+                           dst_pages * dst_size + box.dst_slot == last.dst_slot + last.num_tokens;
+      if (goes_on && last.num_tokens + box.num_tokens <= max_tokens) {
+        last.num_tokens += box.num_tokens;
+        continue;
+      }
+    }
+    boxes.push_back(box);
   }
   return boxes;
 }
@@ -82,7 +127,7 @@ RelayoutResult relayout_pages(const RelayoutParams& params) {
     move.verbatim = moves_verbatim(move);
     move.streaming = streaming;
   }
-  const std::vector<RowBox> boxes = plan_boxes(params, box_tokens(moves));
+  const std::vector<RowBox> boxes = plan_boxes(params, moves);
   const uint64_t digest = for_each_box(moves, boxes, KVLINK_SIMD_PICK(move_rows));
   return {.rows = static_cast<uint64_t>(params.num_tokens) * params.num_heads * moves.size(),
           .digest = digest};

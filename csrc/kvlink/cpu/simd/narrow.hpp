@@ -1,11 +1,13 @@
 // Vectors of floats as one stripe of 64 stored bytes: the vector form of base/convert.hpp's
-// conversions from float32. Included by *_simd.cpp only.
+// conversions from float32, from AVX2 on. Included by *_simd.cpp only.
 #pragma once
 
 #include <type_traits>
 
 #include "kvlink/cpu/simd/rows.hpp"
 #include "kvlink/cpu/simd/words.hpp"
+
+#if defined(__AVX2__)
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
@@ -14,10 +16,8 @@ KVLINK_INLINE VecU min_bits(VecU a, uint32_t bound) {
   const VecU b = VecU{} + bound;
 #if defined(__AVX512F__)
   return (VecU)_mm512_min_epu32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (VecU)_mm256_min_epu32((__m256i)a, (__m256i)b);
 #else
-  return select((VecI)a < (VecI)b, a, b);
+  return (VecU)_mm256_min_epu32((__m256i)a, (__m256i)b);
 #endif
 }
 
@@ -25,10 +25,8 @@ KVLINK_INLINE VecU max_bits(VecU a, uint32_t bound) {
   const VecU b = VecU{} + bound;
 #if defined(__AVX512F__)
   return (VecU)_mm512_max_epu32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (VecU)_mm256_max_epu32((__m256i)a, (__m256i)b);
 #else
-  return select((VecI)a > (VecI)b, a, b);
+  return (VecU)_mm256_max_epu32((__m256i)a, (__m256i)b);
 #endif
 }
 
@@ -80,7 +78,7 @@ KVLINK_INLINE Words pack_halves(const VecU (&codes)[32 / kLanes]) {
   const __m512i mixed = _mm512_packus_epi32((__m512i)codes[0], (__m512i)codes[1]);
   const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
   return {{(WordPart)_mm512_permutexvar_epi64(order, mixed)}};
-#elif defined(__AVX2__)
+#else
   Words words;
   KVLINK_UNROLL
   for (int i = 0; i < 2; ++i) {
@@ -88,10 +86,6 @@ KVLINK_INLINE Words pack_halves(const VecU (&codes)[32 / kLanes]) {
     words.part[i] = (WordPart)_mm256_permute4x64_epi64(mixed, 0xd8);
   }
   return words;
-#else
-  uint16_t stored[32];
-  for (int i = 0; i < 32; ++i) stored[i] = static_cast<uint16_t>(codes[i / kLanes][i % kLanes]);
-  return Words::load(stored);
 #endif
 }
 
@@ -103,7 +97,7 @@ KVLINK_INLINE Words pack_bytes(const VecU (&codes)[64 / kLanes]) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i mixed = _mm512_packus_epi16(low, high);
   return {{(WordPart)_mm512_permutexvar_epi32(order, mixed)}};
-#elif defined(__AVX2__)
+#else
   Words words;
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   KVLINK_UNROLL
@@ -114,10 +108,6 @@ KVLINK_INLINE Words pack_bytes(const VecU (&codes)[64 / kLanes]) {
     words.part[i] = (WordPart)_mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
   }
   return words;
-#else
-  uint8_t stored[64];
-  for (int i = 0; i < 64; ++i) stored[i] = static_cast<uint8_t>(codes[i / kLanes][i % kLanes]);
-  return Words::load(stored);
 #endif
 }
 
@@ -126,7 +116,6 @@ KVLINK_INLINE VecU narrow_lanes(Vec value) {
   if constexpr (kDType == DType::kFloat8E4M3) return Float8E4M3::narrow(value);
   if constexpr (kDType == DType::kFloat8E5M2) return Float8E5M2::narrow(value);
   if constexpr (kDType == DType::kInt8) return narrow_to_int8(value);
-  if constexpr (kDType == DType::kFloat16) return narrow_to_float16(value);
   return narrow_to_bfloat16(value);
 }
 
@@ -144,7 +133,7 @@ KVLINK_INLINE Words narrow(const Vec (&values)[64 / Row<kDType>::kBytes / kLanes
     const __m256i high = _mm512_cvtps_ph((__m512)values[1], _MM_FROUND_TO_NEAREST_INT);
     words.part[0] = (WordPart)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
     return words;
-#elif defined(__F16C__)
+#else
   } else if constexpr (kDType == DType::kFloat16) {
     KVLINK_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -167,3 +156,5 @@ KVLINK_INLINE Words narrow(const Vec (&values)[64 / Row<kDType>::kBytes / kLanes
 }
 
 }  // namespace kvlink::cpu::KVLINK_SIMD_LEVEL
+
+#endif

@@ -17,7 +17,7 @@ class RowWalk {
   KVLINK_INLINE RowWalk(const RowMove& move, const RowBox* boxes, int64_t num_boxes, bool of_dst)
       : move_(&move), from_(of_dst ? &move.dst : &move.src), box_(boxes), end_(boxes + num_boxes) {
     of_dst_ = of_dst;
-    heads_inside_ = move.dst.at.stride_head < move.dst.at.stride_slot;
+    heads_inside_ = move.num_heads > 1 && move.dst.at.stride_head < move.dst.at.stride_slot;
     row_bytes_ = move.dims * dtype_bytes(move.dst.dtype);
     src_row_bytes_ = move.dims * dtype_bytes(from_->dtype);
     enter_box();
@@ -39,6 +39,16 @@ class RowWalk {
       dst_ += dst_inner_;
       return;
     }
+    next_line();
+  }
+
+  // Rows that follow each other by one step on either side: what next() goes through without going
+  // on to another token or head outside. The line begins at the walk's place.
+  KVLINK_INLINE bool heads_inside() const { return heads_inside_; }
+  KVLINK_INLINE int64_t line_rows() const { return num_inner_; }
+  KVLINK_INLINE int64_t src_step() const { return src_inner_; }
+  KVLINK_INLINE int64_t dst_step() const { return dst_inner_; }
+  KVLINK_INLINE void next_line() {
     inner_ = 0;
     if (++outer_ < num_outer_) {
       src_ = src_outer_begin_ += src_outer_;
@@ -116,6 +126,14 @@ class FetchAhead {
   }
   KVLINK_INLINE void bytes(int64_t num_bytes) {
     for (int64_t i = 0; i < num_bytes; i += row_digest::kStripeBytes) stripe();
+  }
+  // What is left of the run that is fetched now.
+  KVLINK_INLINE void run() {
+    do {
+      __builtin_prefetch(at_);
+      at_ += row_digest::kStripeBytes;
+    } while (at_ < end_);
+    next_run();
   }
 
  private:

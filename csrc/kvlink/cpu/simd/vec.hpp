@@ -24,6 +24,8 @@
 #define KVLINK_INLINE inline __attribute__((always_inline))
 // Before loops over arrays of vectors, which must become registers.
 #define KVLINK_UNROLL _Pragma("GCC unroll 32")
+#define KVLINK_PRAGMA(text) _Pragma(#text)
+#define KVLINK_UNROLL_BY(times) KVLINK_PRAGMA(GCC unroll times)
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 

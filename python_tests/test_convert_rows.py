@@ -1,0 +1,94 @@
+"""Rows between dtypes: the vectors of every level agree with the scalars of base/convert.hpp."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kvlink import _C, relayout_pages
+from kvlink.reference.append_kv import QUANT_MAX, TORCH_DTYPES, scale_plane
+from kvlink.testing.pools import DTYPES, make_pool, rows_of
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+SCALES = (1.0, 0.3, 7e-3, 1e30, 1e-30)
+
+
+def encodings(dtype: str) -> torch.Tensor:
+    """Every encoding; of float32 those around the ties of all types, and random ones."""
+    if dtype != "float32":
+        size = TORCH_DTYPES[dtype].itemsize
+        bits = np.arange(2 ** (8 * size), dtype=np.uint32).astype(f"<u{size}")
+        return torch.from_numpy(bits.view(np.uint8)).view(TORCH_DTYPES[dtype])
+    exponents = np.arange(512, dtype=np.uint32)[:, None] << 23
+    halves = np.arange(64, dtype=np.uint32) << 17
+    near = (halves[:, None] + np.array([-1, 0, 1])).ravel() & 0x7FFFFF
+    random = np.random.default_rng(0).integers(0, 2**32, 50_000, dtype=np.uint32)
+    bits = np.concatenate([(exponents | near[None].astype(np.uint32)).ravel(), random])
+    return torch.from_numpy(bits.view(np.float32))
+
+
+def converted(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Float32 to the bits of another dtype, one by one."""
+    out = torch.empty(values.shape, dtype=TORCH_DTYPES[dtype])
+    flat = values.contiguous().view(-1)
+    _C.convert(flat.view(torch.uint8), "float32", out.view(-1).view(torch.uint8), dtype)
+    return out.view(BITS[out.element_size()])
+
+
+def to_float(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    out = torch.empty(values.shape, dtype=torch.float32)
+    _C.convert(
+        values.contiguous().view(-1).view(torch.uint8), dtype, out.view(-1).view(torch.uint8),
+        "float32",
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("dst_dtype", DTYPES)
+@pytest.mark.parametrize("src_dtype", DTYPES)
+def test_every_encoding(simd_level: str, src_dtype: str, dst_dtype: str) -> None:
+    values = encodings(src_dtype)
+    dims = 200  # whole stripes and a part of one, of any dtype
+    num_rows = -(-values.numel() // dims)
+    rows = torch.zeros(num_rows * dims, dtype=values.dtype)
+    rows[: values.numel()] = values
+    shape = dict(head_dim=dims, head_dim_v=1, page_size=num_rows, num_pages=1)
+    src = make_pool("latent", dtype=src_dtype, **shape)  # type: ignore[arg-type]
+    stored = rows_of(src.pool, 0, "k")
+    stored.copy_(rows.view(stored.dtype).view(stored.shape))
+    floats = to_float(rows, src_dtype)
+    for scale in SCALES:
+        dst = make_pool("latent", dtype=dst_dtype, scale="tensor", **shape)  # type: ignore[arg-type]
+        scale_plane(dst.pool, 0, "k").fill_(scale)
+        relayout_pages(src.pool, [0], dst.pool, [0], num_tokens=num_rows)
+        if scale == 1.0 and src_dtype == dst_dtype:
+            expected = rows.view(stored.dtype)
+        else:
+            expected = converted(floats if scale == 1.0 else floats / scale, dst_dtype)
+        found = rows_of(dst.pool, 0, "k").reshape(-1)
+        different = (found != expected).nonzero()[:, 0]
+        assert not len(different), (scale, floats[different[0]], found[different[0]])
+
+
+@pytest.mark.parametrize("dst_dtype", QUANT_MAX)
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf"), 0.0])
+def test_special_values_do_not_disturb_their_row(
+    simd_level: str, dst_dtype: str, special: float
+) -> None:
+    dims = 192
+    values = torch.randn(dims, generator=torch.Generator().manual_seed(0)).bfloat16()
+    shape = dict(head_dim=dims, head_dim_v=1, page_size=dims + 1, num_pages=1)
+    src = make_pool("latent", dtype="bfloat16", **shape)  # type: ignore[arg-type]
+    dst = make_pool("latent", dtype=dst_dtype, scale="token_head", **shape)  # type: ignore[arg-type]
+    rows = values.repeat(dims + 1, 1)
+    rows[range(dims), range(dims)] = special  # another place in each row, none in the last
+    stored = rows_of(src.pool, 0, "k")
+    stored.copy_(rows.view(stored.dtype).view(stored.shape))
+    relayout_pages(src.pool, [0], dst.pool, [0], num_tokens=dims + 1)
+    finite = rows.float().abs()
+    finite[~finite.isfinite()] = 0
+    scales = finite.amax(-1) / torch.tensor(QUANT_MAX[dst_dtype])
+    assert torch.equal(scale_plane(dst.pool, 0, "k").reshape(-1), scales)
+    expected = converted(rows.float() / scales[:, None], dst_dtype)
+    assert torch.equal(rows_of(dst.pool, 0, "k").reshape(expected.shape), expected)
