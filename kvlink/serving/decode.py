@@ -21,8 +21,8 @@ from kvlink.transfer import TransferError
 _MAX_ATTEMPTS = 3
 _PROGRESS_S = 0.1
 # A step waits at most this long for layers that are still landing.
-_ALONE_S = 1.0
-_SHARED_S = 0.05  # while others wait for their next token
+_ALONE_S = 0.2
+_SHARED_S = 0.05  # while there are other requests
 
 
 class DecodeWorker(Worker):
@@ -113,7 +113,7 @@ class DecodeWorker(Worker):
 
     def early_step(self) -> EarlyStep:
         """Of the requests that can begin now."""
-        shared = bool(self.scheduler.running)
+        shared = len(self.scheduler.running) + len(self.scheduler.arriving) > 1
         jobs = [
             job
             for job in self.scheduler.early()

@@ -87,7 +87,7 @@ class DecodeJob:
     failure: str | None = None  # why prefill could not send the KV, if it told
     early_token: int | None = None  # computed from KV that is not verified yet
     early_hidden_s: float = 0.0
-    early_late: bool = False  # its layers were too late for a step that others waited in
+    early_late: bool = False  # its layers were too late for a step while there were others
 
     @property
     def num_kv_tokens(self) -> int:

@@ -111,7 +111,12 @@ class Serving:
 
 
 @pytest.fixture
-def serving(checkpoint: Callable[[str], tuple[Any, Path]]) -> Iterator[Serving]:
+def serving(
+    checkpoint: Callable[[str], tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Serving]:
+    # However slow the machine is; tests of late layers say otherwise.
+    monkeypatch.setattr("kvlink.serving.decode._ALONE_S", 20.0)
+    monkeypatch.setattr("kvlink.serving.decode._SHARED_S", 20.0)
     serving = Serving(checkpoint("llama3")[1])
     yield serving
     serving.close()
