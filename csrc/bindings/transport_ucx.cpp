@@ -110,6 +110,16 @@ void register_transport_ucx(py::module_& module) {
           py::arg("fault"), py::arg("count"),
           "The next `count` messages that this side sends; FLIP_BIT waits for those with KV.")
       .def(
+          "enter",
+          [](const UcxLink& self, SlotKind kind, SlotKey key, int32_t model_layer,
+             int32_t model_head, int64_t deadline_ns) {
+            py::gil_scoped_release release;
+            return self.link->enter(key, kind, model_layer, model_head, deadline_ns);
+          },
+          py::arg("kind"), py::arg("key"), py::arg("model_layer"), py::arg("model_head"),
+          py::arg("deadline_ns"), "Pins the pages and stays inside; for fault injection.")
+      .def("leave", [](const UcxLink& self) { self.link->leave(); })
+      .def(
           "close",
           [](const UcxLink& self, Status status) {
             py::gil_scoped_release release;

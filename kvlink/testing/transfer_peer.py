@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -25,7 +26,28 @@ from kvlink.transfer import Endpoint, Link, Transfer, errors
 from kvlink.transfer.descriptor import Descriptor
 
 SECRET = b"a secret of the transfer tests"
+# What an endpoint of a test is given so that its links take a path: ucx is tested as it is between
+# processes of one host, and (tcp) as it is between hosts.
+PATHS: dict[str, dict[str, Any]] = {
+    "host_shm": {"paths": ("host_shm",)},
+    "ucx": {"paths": ("ucx",)},
+    "ucx_tcp": {"paths": ("ucx",), "listen": "127.0.0.1:0"},
+}
 CALL_TIMEOUT = 30.0  # s
+
+
+def open_endpoint(
+    name: str, path: str | None, secret: bytes = SECRET, **arguments: Any
+) -> Endpoint:
+    """An endpoint whose links take one of `PATHS`, or by default whichever peers allow."""
+    return Endpoint(name, secret=secret, **(PATHS[path] if path else {}), **arguments)
+
+
+def reachable(endpoint: Endpoint) -> bytes:
+    """Its address, as a peer on another host would use it if it listens for such."""
+    head, *parts = endpoint.address.split(b";")
+    tcp = [part for part in parts if part.startswith(b"tcp=")]
+    return b";".join([head, *(tcp or parts)])
 
 
 @dataclass
@@ -34,11 +56,12 @@ class Body:
 
     spec: PoolSpec
     secret: bytes
+    path: str | None = None
     endpoint: Endpoint = field(init=False)
     pool: KVPool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.endpoint = Endpoint("peer", secret=self.secret)
+        self.endpoint = open_endpoint("peer", self.path, self.secret)
         self.pool = self.spec.build()
         self.endpoint.register(self.pool, self.spec.shard)
         self.link: Link | None = None
@@ -46,7 +69,7 @@ class Body:
         self.held: dict[bytes, Any] = {}  # grants, offers and leases, by transfer id
 
     def address(self) -> bytes:
-        return self.endpoint.address
+        return reachable(self.endpoint)
 
     def connect(self, address: bytes) -> str:
         if self.link is not None:
@@ -186,16 +209,22 @@ class Peer:
     """The other process. A context manager: at its end the process has gone.
 
     `make(spec, secret)` gives what runs there: a `Body`, or something else with `address`, `close`
-    and commands of its own.
+    and commands of its own. `path`: one of `PATHS`, for a `Body`; by default any.
     """
 
     def __init__(
-        self, spec: Any = None, secret: bytes = SECRET, make: Callable[[Any, bytes], Any] = Body
+        self,
+        spec: Any = None,
+        secret: bytes = SECRET,
+        make: Callable[[Any, bytes], Any] | None = None,
+        path: str | None = None,
     ) -> None:
         context = mp.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self.process = context.Process(
-            target=_main, args=(theirs, make, spec or PoolSpec(), secret), daemon=True
+            target=_main,
+            args=(theirs, make or partial(Body, path=path), spec or PoolSpec(), secret),
+            daemon=True,
         )
         self.process.start()
         theirs.close()

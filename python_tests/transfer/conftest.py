@@ -7,19 +7,25 @@ from collections.abc import Iterator
 import pytest
 from receiving import PAGES, SPEC, TOKENS, Receiver
 
-from kvlink.testing.transfer_peer import Peer
+from kvlink.testing.transfer_peer import PATHS, Peer
+
+
+@pytest.fixture(scope="module", params=PATHS)
+def path(request: pytest.FixtureRequest) -> str:
+    """Every path has the same contract."""
+    return str(request.param)
 
 
 @pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    receiver = Receiver()
+def receiver(path: str) -> Iterator[Receiver]:
+    receiver = Receiver(path)
     yield receiver
     receiver.endpoint.close()
 
 
 @pytest.fixture(scope="module")
-def sender() -> Iterator[Peer]:
+def sender(path: str) -> Iterator[Peer]:
     """A peer that outlives the tests; those that kill one make their own."""
-    with Peer(SPEC) as peer:
+    with Peer(SPEC, path=path) as peer:
         peer.call("fill", PAGES, TOKENS)
         yield peer

@@ -8,13 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from kvlink.testing.transfer_peer import SECRET, Peer
+from kvlink.testing.transfer_peer import Peer, open_endpoint, reachable
 from kvlink.testing.transfer_pool import PoolSpec, pool_bytes
-from kvlink.transfer import (
-    Arrival,
-    Endpoint,
-    Grant,
-)
+from kvlink.transfer import Arrival, Grant
 
 SPEC = PoolSpec()
 PAGES = [5, 3, 9]
@@ -24,8 +20,10 @@ TOKENS = 40
 class Receiver:
     """An endpoint with a pool, and how often each grant gave its pages back."""
 
-    def __init__(self) -> None:
-        self.endpoint = Endpoint("decode", secret=SECRET)
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+        self.endpoint = open_endpoint("decode", path)
+        self.address = reachable(self.endpoint)
         self.pool = SPEC.build()
         self.region = self.endpoint.register(self.pool)
         self.returned: list[bytes] = []
@@ -50,9 +48,9 @@ class Receiver:
 
 
 def new_sender(receiver: Receiver) -> Peer:
-    peer = Peer(SPEC)
+    peer = Peer(SPEC, path=receiver.path)
     peer.call("fill", PAGES, TOKENS)
-    peer.call("connect", receiver.endpoint.address)
+    peer.call("connect", receiver.address)
     return peer
 
 

@@ -7,9 +7,8 @@ import signal
 import pytest
 from receiving import PAGES, SPEC, TOKENS, Receiver, eventually, new_sender
 
-from kvlink.testing.transfer_peer import SECRET, Peer
+from kvlink.testing.transfer_peer import Peer, open_endpoint
 from kvlink.transfer import (
-    Endpoint,
     GrantExpired,
     GrantRevoked,
     LinkClosed,
@@ -48,13 +47,13 @@ def test_sender_dies(receiver: Receiver, step: str) -> None:
 
 
 @pytest.mark.parametrize("step", ["begun", "one layer", "finished"])
-def test_receiver_dies(step: str) -> None:
-    endpoint = Endpoint("prefill", secret=SECRET)
+def test_receiver_dies(step: str, path: str) -> None:
+    endpoint = open_endpoint("prefill", path)
     pool = SPEC.build()
     endpoint.register(pool)
     SPEC.fill(pool, PAGES, TOKENS)
     with endpoint:
-        with Peer(SPEC) as peer:
+        with Peer(SPEC, path=path) as peer:
             link = endpoint.connect(peer.address)
             transfer = link.begin(PAGES, peer.call("grant", PAGES, TOKENS))
             for layer in {"begun": (), "one layer": (0,), "finished": range(4)}[step]:
@@ -72,12 +71,13 @@ def test_receiver_dies(step: str) -> None:
         link.close()
         with pytest.raises(LinkClosed):
             link.begin(PAGES, b"")
-        with Peer(SPEC) as peer:
+        with Peer(SPEC, path=path) as peer:
             grant = peer.call("grant", PAGES, TOKENS)
             endpoint.connect(peer.address).push(PAGES, grant).wait_source_reusable(10)
             peer.call("wait", grant)
 
 
+@pytest.mark.parametrize("path", ["host_shm"], indirect=True, scope="module")
 def test_adopter_dies(receiver: Receiver) -> None:
     SPEC.fill(receiver.pool, PAGES, TOKENS)
     with new_sender(receiver) as peer:
@@ -94,8 +94,9 @@ def test_adopter_dies(receiver: Receiver) -> None:
         assert second.status == TransferStatus.PEER_LOST
 
 
-def test_owner_of_adopted_pages_dies(receiver: Receiver) -> None:
-    with Peer(SPEC) as peer:
+@pytest.mark.parametrize("path", ["host_shm"], indirect=True, scope="module")
+def test_owner_of_adopted_pages_dies(receiver: Receiver, path: str) -> None:
+    with Peer(SPEC, path=path) as peer:
         link = receiver.endpoint.connect(peer.address)
         lease = link.adopt(peer.call("offer", PAGES, TOKENS))
         assert lease.valid
@@ -107,8 +108,9 @@ def test_owner_of_adopted_pages_dies(receiver: Receiver) -> None:
         assert lease.pages.tolist() == PAGES  # still mapped: no crash
 
 
+@pytest.mark.parametrize("path", ["host_shm"], indirect=True, scope="module")
 def test_lease_ends_at_its_deadline(receiver: Receiver, sender: Peer) -> None:
-    sender.call("connect", receiver.endpoint.address)
+    sender.call("connect", receiver.address)
     offer = receiver.endpoint.offer(PAGES, TOKENS, ttl=0.2)
     sender.call("adopt", offer.to_bytes())
     sender.call("check_lease", offer.to_bytes())
@@ -118,6 +120,7 @@ def test_lease_ends_at_its_deadline(receiver: Receiver, sender: Peer) -> None:
         sender.call("check_lease", offer.to_bytes())
 
 
+@pytest.mark.parametrize("path", ["host_shm"], indirect=True, scope="module")
 def test_a_stopped_adopter_keeps_the_pages_quarantined(receiver: Receiver) -> None:
     with new_sender(receiver) as peer:
         offer = receiver.endpoint.offer(PAGES, TOKENS, ttl=0.3)

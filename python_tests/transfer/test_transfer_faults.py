@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.two_process, pytest.mark.timeout(60)]
 def test_a_flipped_bit_is_no_arrival(
     receiver: Receiver, sender: Peer, plane: str, at: tuple[int, int, int, int]
 ) -> None:
-    sender.call("connect", receiver.endpoint.address)
+    sender.call("connect", receiver.address)
     grant = receiver.grant()
     transfer = sender.call("push", PAGES, grant.to_bytes())
     sender.call("wait_source_reusable", transfer)
@@ -46,7 +46,7 @@ def test_a_flipped_bit_is_no_arrival(
 
 
 def test_slots_behind_the_request_do_not_matter(receiver: Receiver, sender: Peer) -> None:
-    sender.call("connect", receiver.endpoint.address)
+    sender.call("connect", receiver.address)
     grant = receiver.grant()
     transfer = sender.call("push", PAGES, grant.to_bytes())
     sender.call("wait_source_reusable", transfer)
@@ -55,7 +55,7 @@ def test_slots_behind_the_request_do_not_matter(receiver: Receiver, sender: Peer
 
 
 def test_page_reuse_during_a_transfer(receiver: Receiver, sender: Peer) -> None:
-    sender.call("connect", receiver.endpoint.address)
+    sender.call("connect", receiver.address)
     grant = receiver.grant()
     transfer = sender.call("push", PAGES, grant.to_bytes())
     sender.call("wait_source_reusable", transfer)
@@ -87,7 +87,7 @@ def test_page_reuse_during_a_pull(receiver: Receiver, sender: Peer) -> None:
 
 
 def test_the_same_rows_twice(receiver: Receiver, sender: Peer) -> None:
-    sender.call("connect", receiver.endpoint.address)
+    sender.call("connect", receiver.address)
     grant = receiver.grant()
     for _ in range(2):
         transfer = sender.call("push", PAGES, grant.to_bytes())
@@ -101,7 +101,7 @@ def test_the_same_rows_twice(receiver: Receiver, sender: Peer) -> None:
 
 @pytest.mark.parametrize("how", ["revoke", "expire", "commit", "reuse"])
 def test_a_stale_write_cannot_land(receiver: Receiver, sender: Peer, how: str) -> None:
-    sender.call("connect", receiver.endpoint.address)
+    sender.call("connect", receiver.address)
     grant = receiver.grant(ttl=0.2 if how == "expire" else 30.0)
     token = grant.to_bytes()
     late = sender.call("begin", PAGES, token)
@@ -164,7 +164,7 @@ def test_revoke_while_a_writer_is_stopped(receiver: Receiver) -> None:
 
 
 def test_a_writer_that_goes_on_ends_the_quarantine(receiver: Receiver, sender: Peer) -> None:
-    sender.call("connect", receiver.endpoint.address)
+    sender.call("connect", receiver.address)
     grant = receiver.grant(ttl=0.2)
     assert sender.call("enter", grant.to_bytes()) == "OK"
     with pytest.raises(GrantExpired):
@@ -179,7 +179,7 @@ def test_a_writer_that_goes_on_ends_the_quarantine(receiver: Receiver, sender: P
 def test_revoke_and_deadline_end_a_verification_that_waits(
     receiver: Receiver, sender: Peer
 ) -> None:
-    sender.call("connect", receiver.endpoint.address)
+    sender.call("connect", receiver.address)
     for error, ttl in ((GrantRevoked, 30.0), (GrantExpired, 0.3)):
         grant = receiver.grant(ttl=ttl)
         transfer = sender.call("push", PAGES, grant.to_bytes())
@@ -196,7 +196,7 @@ def test_revoke_and_deadline_end_a_verification_that_waits(
 
 
 def test_no_digest_while_a_writer_is_inside(receiver: Receiver, sender: Peer) -> None:
-    sender.call("connect", receiver.endpoint.address)
+    sender.call("connect", receiver.address)
     grant = receiver.grant()
     transfer = sender.call("push", PAGES, grant.to_bytes())
     sender.call("wait_source_reusable", transfer)

@@ -19,6 +19,12 @@ from kvlink.transfer.log import EVENTS, JsonFormatter, logger
 pytestmark = pytest.mark.two_process
 
 
+@pytest.fixture(scope="module")
+def path() -> str:
+    """What is told is the same for every path; this file names one."""
+    return "host_shm"
+
+
 class Lines:
     """What was logged: JSON objects."""
 

@@ -27,6 +27,12 @@ NUM_ROWS = TOKENS * 4 * 4 * 2  # layers, heads, planes
 NUM_BYTES = NUM_ROWS * 16 * 4
 
 
+@pytest.fixture(scope="module")
+def path() -> str:
+    """What is told is the same for every path; this file names one."""
+    return "host_shm"
+
+
 class Scrape:
     """The samples of one endpoint, by name and by what labels they are asked for."""
 

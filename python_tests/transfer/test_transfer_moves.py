@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from kvlink.reference.relayout_pages import relayout_pages
-from kvlink.testing.transfer_peer import SECRET, Peer
+from kvlink.testing.transfer_peer import Peer, open_endpoint, reachable
 from kvlink.testing.transfer_pool import PoolSpec, pool_bytes
-from kvlink.transfer import AlreadyWriting, Endpoint, TransferTimeout
+from kvlink.transfer import AlreadyWriting, TransferTimeout
 
 pytestmark = [pytest.mark.two_process, pytest.mark.timeout(60)]
 
@@ -48,20 +48,20 @@ def expected(dst: PoolSpec, pages: list[int], *sources: PoolSpec) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def source() -> Iterator[Peer]:
+def source(path: str) -> Iterator[Peer]:
     """A peer that holds the request."""
-    with Peer(SRC) as peer:
+    with Peer(SRC, path=path) as peer:
         peer.call("fill", SRC_PAGES, NUM_TOKENS)
         yield peer
 
 
 @pytest.mark.parametrize("name", DESTINATIONS)
-def test_push_of_a_whole_request(source: Peer, name: str) -> None:
+def test_push_of_a_whole_request(source: Peer, name: str, path: str) -> None:
     spec = DESTINATIONS[name]
-    with Endpoint("decode", secret=SECRET) as endpoint:
+    with open_endpoint("decode", path) as endpoint:
         pool = spec.build()
         endpoint.register(pool, spec.shard)
-        assert source.call("connect", endpoint.address) == "host_shm"
+        assert source.call("connect", reachable(endpoint)) == path.partition("_tcp")[0]
         pages = dst_pages(spec)
         grant = endpoint.grant(pages, NUM_TOKENS)
         transfer = source.call("push", SRC_PAGES, grant.to_bytes())
@@ -77,9 +77,9 @@ def test_push_of_a_whole_request(source: Peer, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["pages of 7, HND", "int8, scale per row"])
-def test_pull(source: Peer, name: str) -> None:
+def test_pull(source: Peer, name: str, path: str) -> None:
     spec = DESTINATIONS[name]
-    with Endpoint("decode", secret=SECRET) as endpoint:
+    with open_endpoint("decode", path) as endpoint:
         pool = spec.build()
         endpoint.register(pool, spec.shard)
         link = endpoint.connect(source.address)
@@ -98,11 +98,11 @@ def test_pull(source: Peer, name: str) -> None:
         assert source.call("wait_released", offer) == "OK"
 
 
-def test_layers_in_any_order_are_ready_one_by_one(source: Peer) -> None:
-    with Endpoint("decode", secret=SECRET) as endpoint:
+def test_layers_in_any_order_are_ready_one_by_one(source: Peer, path: str) -> None:
+    with open_endpoint("decode", path) as endpoint:
         pool = SRC.build()
         endpoint.register(pool)
-        source.call("connect", endpoint.address)
+        source.call("connect", reachable(endpoint))
         grant = endpoint.grant([1, 2, 4], NUM_TOKENS)
         transfer = source.call("begin", SRC_PAGES, grant.to_bytes())
         for layer in (2, 0, 3):
@@ -128,10 +128,10 @@ def test_layers_in_any_order_are_ready_one_by_one(source: Peer) -> None:
         assert pool_bytes(pool).tobytes() == expected(SRC, [1, 2, 4], SRC)
 
 
-def test_finish_needs_every_layer(source: Peer) -> None:
-    with Endpoint("decode", secret=SECRET) as endpoint:
+def test_finish_needs_every_layer(source: Peer, path: str) -> None:
+    with open_endpoint("decode", path) as endpoint:
         endpoint.register(SRC.build())
-        source.call("connect", endpoint.address)
+        source.call("connect", reachable(endpoint))
         grant = endpoint.grant([1, 2, 4], NUM_TOKENS)
         transfer = source.call("begin", SRC_PAGES, grant.to_bytes())
         source.call("push_layer", transfer, 0)
@@ -142,13 +142,13 @@ def test_finish_needs_every_layer(source: Peer) -> None:
         source.call("close_link")
 
 
-def test_two_ranks_fill_one_grant() -> None:
+def test_two_ranks_fill_one_grant(path: str) -> None:
     ranks = [replace(SRC, kv_heads=(0, 2)), replace(SRC, kv_heads=(2, 4), kind="hnd")]
     dst = DESTINATIONS["pages of 7, HND"]
     with (
-        Endpoint("decode", secret=SECRET) as endpoint,
-        Peer(ranks[0]) as first,
-        Peer(ranks[1]) as second,
+        open_endpoint("decode", path) as endpoint,
+        Peer(ranks[0], path=path) as first,
+        Peer(ranks[1], path=path) as second,
     ):
         pool = dst.build()
         endpoint.register(pool)
@@ -156,7 +156,7 @@ def test_two_ranks_fill_one_grant() -> None:
         grant = endpoint.grant(pages, NUM_TOKENS)
         for peer in (first, second):
             peer.call("fill", SRC_PAGES, NUM_TOKENS)
-            peer.call("connect", endpoint.address)
+            peer.call("connect", reachable(endpoint))
         one = first.call("push", SRC_PAGES, grant.to_bytes())
         first.call("wait_source_reusable", one)
         assert grant.poll() is None  # half of the rows
@@ -168,16 +168,16 @@ def test_two_ranks_fill_one_grant() -> None:
 
 
 @pytest.mark.parametrize("kind", ["latent", "opaque"])
-def test_other_forms(kind: str) -> None:
+def test_other_forms(kind: str, path: str) -> None:
     src = PoolSpec(kind=kind, kv_heads=(0, 1), page_size=1 if kind == "opaque" else 16)
     dst = src if kind == "opaque" else replace(src, page_size=5)
     tokens = 3 if kind == "opaque" else NUM_TOKENS
     pages = [7, 2, 6] if kind == "opaque" else dst_pages(dst)
-    with Endpoint("decode", secret=SECRET) as endpoint, Peer(src) as peer:
+    with open_endpoint("decode", path) as endpoint, Peer(src, path=path) as peer:
         pool = dst.build()
         endpoint.register(pool)
         peer.call("fill", SRC_PAGES, tokens)
-        peer.call("connect", endpoint.address)
+        peer.call("connect", reachable(endpoint))
         grant = endpoint.grant(pages, tokens)
         peer.call("push", SRC_PAGES, grant.to_bytes())
         grant.wait(10)
@@ -186,13 +186,13 @@ def test_other_forms(kind: str) -> None:
         assert pool_bytes(pool).tobytes() == pool_bytes(reference).tobytes()
 
 
-def test_layers_that_share_memory_move_once() -> None:
+def test_layers_that_share_memory_move_once(path: str) -> None:
     spec = replace(SRC, layers=(4, 5, 6, 7), layer_map=(0, 1, 0, 1))
-    with Endpoint("decode", secret=SECRET) as endpoint, Peer(spec) as peer:
+    with open_endpoint("decode", path) as endpoint, Peer(spec, path=path) as peer:
         pool = spec.build()
         endpoint.register(pool, spec.shard)
         peer.call("fill", SRC_PAGES, NUM_TOKENS)
-        peer.call("connect", endpoint.address)
+        peer.call("connect", reachable(endpoint))
         grant = endpoint.grant([1, 2, 4], NUM_TOKENS)
         transfer = peer.call("begin", SRC_PAGES, grant.to_bytes())
         peer.call("push_layer", transfer, 1)
@@ -206,8 +206,9 @@ def test_layers_that_share_memory_move_once() -> None:
         assert pool_bytes(pool).tobytes() == pool_bytes(reference).tobytes()
 
 
-def test_adopt_moves_nothing(source: Peer) -> None:
-    with Endpoint("decode", secret=SECRET) as endpoint:
+@pytest.mark.parametrize("path", ["host_shm"], indirect=True, scope="module")
+def test_adopt_moves_nothing(source: Peer, path: str) -> None:
+    with open_endpoint("decode", path) as endpoint:
         link = endpoint.connect(source.address)
         before = source.call("content")
         offer = source.call("offer", SRC_PAGES, NUM_TOKENS)
@@ -231,12 +232,12 @@ def test_adopt_moves_nothing(source: Peer) -> None:
         assert source.call("wait_released", offer) == "OK"
 
 
-def test_both_ends_of_a_link_move(source: Peer) -> None:
-    with Endpoint("decode", secret=SECRET) as endpoint:
+def test_both_ends_of_a_link_move(source: Peer, path: str) -> None:
+    with open_endpoint("decode", path) as endpoint:
         pool = SRC.build()
         endpoint.register(pool)
         SRC.fill(pool, SRC_PAGES, NUM_TOKENS, 3)
-        source.call("connect", endpoint.address)
+        source.call("connect", reachable(endpoint))
         link = endpoint.accept(5)
         grant = source.call("grant", [20, 21, 22], NUM_TOKENS)
         transfer = link.push(SRC_PAGES, grant)
@@ -249,9 +250,9 @@ def test_both_ends_of_a_link_move(source: Peer) -> None:
             assert (k[[30, 31, 1]].reshape(48, -1)[:40] == k[SRC_PAGES].reshape(48, -1)[:40]).all()
 
 
-def test_region_registered_after_the_link(source: Peer) -> None:
-    with Endpoint("decode", secret=SECRET) as endpoint:
-        source.call("connect", endpoint.address)
+def test_region_registered_after_the_link(source: Peer, path: str) -> None:
+    with open_endpoint("decode", path) as endpoint:
+        source.call("connect", reachable(endpoint))
         pool = SRC.build()
         endpoint.register(pool)
         grant = endpoint.grant([1, 2, 4], NUM_TOKENS)

@@ -217,6 +217,21 @@ class UcxLink:
         """No transport that this path uses lets a peer write without our worker."""
         return True
 
+    def enter(self, descriptor: Descriptor) -> str:
+        """Has the pages pinned for this side and stays inside, as a writer about to put: "OK", or
+        why not. For fault injection."""
+        region = self._regions[descriptor.region_id]
+        key = _C.SlotKey(descriptor.slot, descriptor.generation)
+        status = self._link.enter(
+            descriptor.kind, key, region.stored_model_layers[0], region.shard.kv_heads.start,
+            time.monotonic_ns() + _BEGIN_TIMEOUT_NS,
+        )  # fmt: skip
+        return str(status.name)
+
+    def leave(self, descriptor: Descriptor) -> None:
+        """Ends what `enter` began."""
+        self._link.leave()
+
     def inject(self, fault: str, count: int = 1) -> None:
         """For fault tests: "drop", "duplicate", "flip_bit" or "delay" the next messages."""
         self._link.inject(getattr(_C.UcxFault, fault.upper()), count)

@@ -40,6 +40,12 @@ std::unique_ptr<Api> try_load(const std::string& candidate, std::string* why) {
     dlclose(library);
     return nullptr;
   }
+  // What goes wrong between peers is told by kvlink, on its own channels.
+  using SetOption = ucs_status_t(const char*, const char*);
+  auto* set_option = reinterpret_cast<SetOption*>(dlsym(library, "ucs_global_opts_set_value"));
+  if (set_option != nullptr && std::getenv("UCX_LOG_LEVEL") == nullptr) {
+    set_option("LOG_LEVEL", "fatal");
+  }
   found->version = concat(major, ".", minor, ".", release);
   Dl_info info{};
   const bool known = dladdr(reinterpret_cast<void*>(found->ucp_init_version), &info) != 0;

@@ -17,6 +17,15 @@ namespace kvlink::transport::ucx {
 namespace {
 
 constexpr char kMagic[4] = {'K', 'V', 'U', 'X'};
+// For a pull that moves nothing.
+KVLayout no_layout() {
+  KVLayout layout;
+  layout.form = KVForm::kOpaque;
+  layout.dtype = DType::kUInt8;
+  layout.num_kv_heads = layout.head_dim = layout.page_size = 1;
+  return layout;
+}
+
 constexpr int64_t kCloseGraceNs = 20'000'000;
 constexpr int64_t kDelayNs = 50'000'000;  // of a message that a fault test delays
 
@@ -32,6 +41,7 @@ std::array<uint64_t, 2> random_session() {
 
 // A begin that waits for its answer.
 struct Link::Beginning {
+  Type expected = Type::kBegun;
   bool answered = false;
   Status status = Status::kPending;
   Status outcome = Status::kPending;  // when the slot ended meanwhile
@@ -248,48 +258,48 @@ void Link::on_message(std::string_view bytes, Payload payload) {
   const bool chunk = header.type == Type::kChunk || header.type == Type::kPulled;
   if (chunk && header.by_reference != 0 && !resolve(header, payload)) return;
   if (owner_->max_payload(header) >= 0) return owner_->on_message(header, std::move(payload));
-  if (header.type == Type::kBegun) {
-    Terms terms;
-    const auto content = payload.bytes();
-    if (!Terms::parse({reinterpret_cast<const char*>(content.data()), content.size()}, &terms) &&
-        header.status == Status::kOk) {
-      return breach("the terms of a slot are malformed");
-    }
-    {
-      std::lock_guard lock(mutex_);
-      const auto found = beginnings_.find(header.transfer);
-      if (found == beginnings_.end() || found->second->answered) {
-        ++num_dropped_;
-        return;
-      }
-      Beginning& beginning = *found->second;
-      beginning.answered = true;
-      beginning.status = header.status;
-      beginning.reply = header;
-      beginning.terms = std::move(terms);
-    }
-    changed_.notify_all();
-    return;
-  }
   std::shared_ptr<UcxTransfer> transfer;
   {
     std::lock_guard lock(mutex_);
     const auto found = transfers_.find(header.transfer);
     if (found != transfers_.end()) transfer = found->second.lock();
-    // It may have ended while its begin was still being answered.
-    const auto begins = beginnings_.find(header.transfer);
-    if (!transfer && begins != beginnings_.end() && header.type == Type::kOutcome) {
-      begins->second->outcome = header.status;
-    }
   }
-  if (!transfer) {
-    ++num_dropped_;
-    return;
-  }
+  if (!transfer) return on_begun(header, payload);
   if (header.type != Type::kPulled) return transfer->on_answer(header);
   hub_->mover.submit(this, [transfer = std::move(transfer), header, payload = std::move(payload)] {
     transfer->land(header, payload);
   });
+}
+
+// An answer to something that is no transfer yet, or no more.
+void Link::on_begun(const Header& header, const Payload& payload) {
+  Terms terms;
+  const auto bytes = payload.bytes();
+  const std::string_view content(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  const bool with_terms = header.type == Type::kBegun && header.status == Status::kOk;
+  if (with_terms && !Terms::parse(content, &terms)) {
+    return breach("the terms of a slot are malformed");
+  }
+  {
+    std::lock_guard lock(mutex_);
+    const auto found = beginnings_.find(header.transfer);
+    if (found == beginnings_.end()) {
+      ++num_dropped_;
+      return;
+    }
+    Beginning& beginning = *found->second;
+    if (header.type == Type::kOutcome) {
+      beginning.outcome = header.status;
+      return;
+    }
+    if (header.type != beginning.expected) return;
+    beginning.expected = Type::kAsk;  // none: the rest are duplicates
+    beginning.answered = true;
+    beginning.status = header.status;
+    beginning.reply = header;
+    beginning.terms = std::move(terms);
+  }
+  changed_.notify_all();
 }
 
 void Link::breach(const std::string& what) { fail("the peer broke the protocol: " + what); }
@@ -330,6 +340,68 @@ void Link::inject(Fault fault, int count) { faults_[static_cast<size_t>(fault)].
 
 // --- beginning and ending ------------------------------------------------------------------------
 
+Status Link::ask(Header question, std::string payload, const std::shared_ptr<Beginning>& beginning,
+                 int64_t deadline_ns) {
+  std::unique_lock lock(mutex_);
+  const auto over = [&] { return closing_ || !failed_.empty(); };
+  if (over()) return Status::kPeerLost;
+  beginning->answered = false;
+  beginning->expected = question.type == Type::kBegin ? Type::kBegun : Type::kEntered;
+  lock.unlock();
+  send_bytes(question, std::move(payload));
+  lock.lock();
+  while (!beginning->answered && !over() && now_ns() < deadline_ns) {
+    changed_.wait_for(lock, std::chrono::nanoseconds(deadline_ns - now_ns()));
+  }
+  if (beginning->answered) return beginning->status;
+  return over() ? Status::kPeerLost : Status::kTimeout;
+}
+
+Status Link::enter(SlotKey key, SlotKind kind, int32_t model_layer, int32_t model_head,
+                   int64_t deadline_ns) {
+  const auto beginning = std::make_shared<Beginning>();
+  Header header;
+  header.type = Type::kBegin;
+  header.slot = key.slot;
+  header.generation = key.generation;
+  header.kind = kind;
+  std::string payload;
+  if (kind == SlotKind::kOffer)
+    payload = Target{.layout = no_layout(), .num_layers = 1, .scales = {}}.bytes();
+  {
+    std::lock_guard lock(mutex_);
+    header.transfer = next_number_++;
+    beginnings_[header.transfer] = beginning;
+  }
+  Status status = ask(header, std::move(payload), beginning, deadline_ns);
+  if (status == Status::kOk) {
+    header.type = Type::kEnter;
+    header.seq = 1;
+    header.model_layer = model_layer;
+    header.model_head = model_head;
+    header.num_heads = 1;
+    header.count = 1;
+    status = ask(header, {}, beginning, deadline_ns);
+  }
+  std::lock_guard lock(mutex_);
+  beginnings_.erase(header.transfer);
+  entered_ = header;
+  return status;
+}
+
+void Link::leave() {
+  Header header;
+  {
+    std::lock_guard lock(mutex_);
+    header = entered_;
+  }
+  header.type = Type::kLeave;
+  header.status = Status::kCancelled;
+  send(header);
+  header.type = Type::kFinish;
+  send(header);
+}
+
 std::shared_ptr<PostedTransfer> Link::begin(TransferSpec spec, const RemotePool& peer,
                                             int64_t deadline_ns, Status* status) {
   const bool push = spec.kind == SlotKind::kGrant;
@@ -358,23 +430,13 @@ std::shared_ptr<PostedTransfer> Link::begin(TransferSpec spec, const RemotePool&
   const auto beginning = std::make_shared<Beginning>();
   {
     std::lock_guard lock(mutex_);
-    if (closing_ || !failed_.empty()) {
-      *status = Status::kPeerLost;
-      return nullptr;
-    }
     header.transfer = next_number_++;
     beginnings_[header.transfer] = beginning;
   }
-  send_bytes(header, std::move(payload));
+  *status = ask(header, std::move(payload), beginning, deadline_ns);
   std::shared_ptr<UcxTransfer> transfer;
   {
     std::unique_lock lock(mutex_);
-    while (!beginning->answered && !closing_ && failed_.empty() && now_ns() < deadline_ns) {
-      changed_.wait_for(lock, std::chrono::nanoseconds(deadline_ns - now_ns()));
-    }
-    *status = beginning->answered            ? beginning->status
-              : closing_ || !failed_.empty() ? Status::kPeerLost
-                                             : Status::kTimeout;
     if (*status == Status::kOk) {
       lock.unlock();
       transfer = UcxTransfer::create(shared_from_this(), header.transfer, std::move(spec),

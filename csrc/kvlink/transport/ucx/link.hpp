@@ -49,6 +49,10 @@ class Link : public std::enable_shared_from_this<Link> {
   void close(Status status);
   bool closed() const { return worker_->closed(); }
   void inject(Fault fault, int count);
+  // For fault tests: pins the pages of a slot, as a writer that is about to put, until leave().
+  Status enter(SlotKey key, SlotKind kind, int32_t model_layer, int32_t model_head,
+               int64_t deadline_ns);
+  void leave();
   // Messages of another session, or with another answer than was asked for, that were dropped.
   uint64_t num_dropped() const { return num_dropped_.load(); }
 
@@ -75,8 +79,12 @@ class Link : public std::enable_shared_from_this<Link> {
 
  private:
   struct Beginning;
+  // Sends a question and waits for its answer: the status of that, or why there is none.
+  Status ask(Header question, std::string payload, const std::shared_ptr<Beginning>& beginning,
+             int64_t deadline_ns);
   bool accept(std::string_view header, size_t payload_bytes);
   void on_message(std::string_view bytes, Payload payload);
+  void on_begun(const Header& header, const Payload& payload);
   std::shared_ptr<Mapping> take_room(size_t size);
   void fail(const std::string& why);
   bool take_fault(Fault fault);
@@ -96,6 +104,7 @@ class Link : public std::enable_shared_from_this<Link> {
   std::unordered_map<uint64_t, std::weak_ptr<UcxTransfer>> transfers_;  // by number
   std::unordered_map<uint64_t, std::shared_ptr<Beginning>> beginnings_;
   uint64_t next_number_ = 1;
+  Header entered_;  // for leave()
   std::map<std::string, uint32_t> block_numbers_;
   std::string failed_;
   bool closing_ = false;
