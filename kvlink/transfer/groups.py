@@ -113,9 +113,10 @@ class _Group(Generic[ReservationT]):
 
     def revoke(self) -> bool:
         """Takes all pages back. Does not wait. False when the group had ended already."""
+        if self.status != _PENDING:
+            return False
         revoked = [member.revoke() for member in self.members]
-        self.advance()
-        return any(revoked)
+        return any(revoked) and bool(self.status == _C.TransferStatus.REVOKED)
 
     def wait_released(self, timeout: float) -> None:
         """Until all have ended and the pages are the owner's alone. Raises TransferTimeout."""
