@@ -7,6 +7,7 @@
 #   make gpu       on a machine with an NVIDIA GPU: builds for it, runs the GPU tests and benchmarks
 #   make sanitize  operator and transfer tests under ASan and UBSan, transfer tests under TSan
 #   make faults    the fault campaign on every path: KVLINK_FAULTS faults from KVLINK_FAULT_SEED on
+#   make fuzz      KVLINK_FUZZ_FRAMES mutated control frames into a live endpoint
 #   make stubs     kvlink/_C.pyi from the built extension, after its bindings changed
 #   make clean     removes all of this
 # Variables: PYTHON (which makes .venv), CXX, MAX_JOBS and those of setup.py (KVLINK_CUDA, ...).
@@ -19,7 +20,7 @@ STAMP := $(VENV)/installed
 CXX_SOURCES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.cpp' 'csrc/*.hpp' \
 	'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inl')
 
-.PHONY: build demo test lint pytest sanitize faults stubs bench clean
+.PHONY: build demo test lint pytest sanitize faults fuzz stubs bench clean
 
 build: $(STAMP)
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -72,6 +73,11 @@ faults: build
 		$(BIN)/python -m kvlink.testing.faults --path $$path --faults $(KVLINK_FAULTS) \
 			--seed $(KVLINK_FAULT_SEED) || status=1; \
 	done; exit $$status
+
+KVLINK_FUZZ_FRAMES ?= 1000000
+
+fuzz: build
+	@$(BIN)/python -m kvlink.testing.fuzz --frames $(KVLINK_FUZZ_FRAMES) --seed $(KVLINK_FAULT_SEED)
 
 stubs: build
 	@$(BIN)/python tools/make_stubs.py

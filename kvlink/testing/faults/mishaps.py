@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+import os
 import random
+import re
+from collections import Counter
+from typing import Any
 
 from kvlink import _C
 from kvlink.testing.faults import frames
 from kvlink.testing.faults.party import NUM_SLOTS, Party
-from kvlink.testing.faults.watched import SPECS, TOKENS, eventually, write_kv
+from kvlink.testing.faults.watched import SPECS, TOKENS, eventually, holdings, write_kv
 from kvlink.transfer import Grant, TransferError, TransferTimeout
 from kvlink.transfer.descriptor import Descriptor
+
+logger = logging.getLogger("kvlink.transfer")
 
 
 class FaultyParty(Party):
@@ -73,3 +81,51 @@ class FaultyParty(Party):
         pool.give(held)
         self.pools["same"].give(page)
         return told
+
+    # --- under fuzzing ------------------------------------------------------------------------
+
+    def has_link(self) -> bool:
+        """There is one, and it is open."""
+        return self.link is not None and not self.link.closed
+
+    def watch_log(self) -> None:
+        """From now on refusals are counted rather than printed."""
+        self._log = CountingHandler()
+        logger.addHandler(self._log)
+        logger.propagate = False
+
+    def logged(self) -> dict[str, Any]:
+        """What was counted, and the first lines that no refusal explains."""
+        return {"refusals": dict(self._log.refusals), "unexpected": self._log.unexpected[:5]}
+
+    def held(self) -> dict[str, int]:
+        """Descriptors, threads, mapped segments and resident memory of this process."""
+        self.drain()
+        gc.collect()
+        with open("/proc/self/statm") as statm:
+            pages = int(statm.read().split()[1])
+        return holdings() | {"resident bytes": pages * os.sysconf("SC_PAGESIZE")}
+
+
+_KIND = re.compile(r"\b(\w*(?:Error|Mismatch|Refused|Unreachable|Unavailable))\b")
+
+
+class CountingHandler(logging.Handler):
+    """Refusals by the error that explains them; errors of any other kind as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refusals: Counter[str] = Counter()
+        self.unexpected: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """On the service thread."""
+        line = record.getMessage()
+        if record.levelno >= logging.ERROR or record.exc_info:
+            self.unexpected.append(self.format(record))
+        elif found := re.search(
+            r"\b(\w*(?:Error|Mismatch|Refused|Unreachable|Unavailable))\b", line
+        ):
+            self.refusals[found[1]] += 1
+        elif " dropped: " in line:
+            self.refusals["link dropped"] += 1

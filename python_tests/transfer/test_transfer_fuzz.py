@@ -1,0 +1,37 @@
+"""A slice of the fuzzing of the control plane: `make fuzz` sends a million frames."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from kvlink.testing.fuzz.campaign import run_fuzz
+from kvlink.testing.fuzz.client import STAGES
+from kvlink.testing.fuzz.mutations import MUTATIONS, corpus, hard, must_be_refused
+from kvlink.transfer import wire
+
+pytestmark = [pytest.mark.two_process, pytest.mark.timeout(200)]
+
+NUM_FRAMES = 5000
+
+
+def test_an_endpoint_under_mutated_frames() -> None:
+    found = run_fuzz(NUM_FRAMES)
+    assert not found.problems
+    assert found.counts.total() >= NUM_FRAMES
+    assert {name.split(",")[0] for name in found.counts} == set(STAGES)
+    assert found.refusals["ProtocolError"] > 100
+    assert found.num_good > 10
+
+
+def test_mutations_reach_every_type_and_most_are_refused() -> None:
+    choose = random.Random(1)
+    assert {frame.type for frame in corpus(choose)} == set(wire.FrameType)
+    refused = {name: 0 for name in MUTATIONS}
+    for _ in range(2000):
+        name, data = hard(choose, 7)
+        refused[name] += must_be_refused(data, 7)
+    assert all(refused.values()), refused
+    assert sum(refused.values()) > 1000
+    assert not any(must_be_refused(wire.pack_frame(each, 7), 7) for each in corpus(choose))
