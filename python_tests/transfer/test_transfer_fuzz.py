@@ -8,7 +8,7 @@ import pytest
 
 from kvlink.testing.fuzz.campaign import run_fuzz
 from kvlink.testing.fuzz.client import STAGES
-from kvlink.testing.fuzz.mutations import MUTATIONS, corpus, hard, must_be_refused
+from kvlink.testing.fuzz.mutations import MUTATIONS, PLACES, corpus, hard, must_be_refused
 from kvlink.transfer import wire
 
 pytestmark = [pytest.mark.two_process, pytest.mark.timeout(200)]
@@ -31,7 +31,10 @@ def test_mutations_reach_every_type_and_many_are_refused() -> None:
     refused = {name: 0 for name in MUTATIONS}
     for _ in range(2000):
         name, data = hard(choose, 7)
-        refused[name] += must_be_refused(data, 7)
+        refused[name] += must_be_refused(data, 7, "session")
     assert all(refused.values()), refused
     assert sum(refused.values()) > 600
-    assert not any(must_be_refused(wire.pack_frame(each, 7), 7) for each in corpus(choose))
+    for stage, places in PLACES.items():
+        for frame in corpus(choose):
+            refused_here = must_be_refused(wire.pack_frame(frame, 7), 7, stage)
+            assert refused_here == (frame.type not in places)

@@ -112,7 +112,7 @@ class Fuzzer:
         except PeerGone as error:
             self.problems.append(f"{stage}: gone before it was spoilt: {error}")
             return
-        if must_be_refused(data, sequence):
+        if must_be_refused(data, sequence, stage):
             self._refused(channel, f"{stage}, {name}: {data[:64].hex()}", told=stage != "session")
 
     def _softly(self, channel: Channel) -> int:

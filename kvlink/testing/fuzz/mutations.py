@@ -15,6 +15,16 @@ _LENGTH_AT = 4  # of the body, in the header
 _SEQUENCE_AT = 8
 
 
+# What may come next. A refusal ends a handshake, too, but nobody is told why.
+PLACES = {
+    "in TLS": {wire.FrameType.HELLO, wire.FrameType.REFUSE},
+    "after WELCOME": {wire.FrameType.DESCRIBE, wire.FrameType.REFUSE},
+    "session": {
+        wire.FrameType.REGION, wire.FrameType.UNREGION, wire.FrameType.QUERY, wire.FrameType.REPLY,
+    },
+}  # fmt: skip
+
+
 def corpus(choose: random.Random) -> list[wire.Frame]:
     """A good frame of each type."""
     layout = KVLayout.nhd(num_kv_heads=4, head_dim=16, page_size=16, dtype="float32")
@@ -123,8 +133,8 @@ def hard(choose: random.Random, sequence: int) -> tuple[str, bytes]:
     return name, bytes(data)
 
 
-def must_be_refused(data: bytes, sequence: int) -> bool:
-    """By the schema alone: whole, and not a frame that may follow."""
+def must_be_refused(data: bytes, sequence: int, stage: str) -> bool:
+    """By the schema and the order alone: whole, and not a frame that may follow."""
     if len(data) < wire.FrameHead.SIZE:
         return False
     try:
@@ -137,4 +147,4 @@ def must_be_refused(data: bytes, sequence: int) -> bool:
         wire.unpack_body(head.kind, body)
     except ProtocolError:
         return True
-    return False
+    return head.kind not in PLACES[stage]
