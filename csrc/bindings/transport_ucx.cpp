@@ -1,3 +1,5 @@
+#include <map>
+
 #include "kvlink/base/check.hpp"
 #include "kvlink/layout/serialise.hpp"
 #include "register.hpp"
@@ -102,8 +104,15 @@ void register_transport_ucx(py::module_& module) {
           "transports", [](const UcxLink& self) { return self.link->transports(); },
           py::call_guard<py::gil_scoped_release>())
       .def("failed", [](const UcxLink& self) { return self.link->failed(); })
-      .def_property_readonly("num_dropped",
-                             [](const UcxLink& self) { return self.link->num_dropped(); })
+      .def(
+          "counters",
+          [](const UcxLink& self) {
+            const ucx::Link& link = *self.link;
+            return std::map<std::string, uint64_t>{{"dropped_messages", link.num_dropped()},
+                                                   {"credit_waits", link.num_credit_waits.load()},
+                                                   {"asked_again", link.num_asked.load()}};
+          },
+          "What only this path counts.")
       .def(
           "inject",
           [](const UcxLink& self, ucx::Fault fault, int count) { self.link->inject(fault, count); },

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from receiving import PAGES, SPEC, TOKENS, Receiver, eventually, new_sender
 
 from kvlink.integrations.prometheus import EndpointCollector
-from kvlink.testing.transfer_peer import Peer
+from kvlink.testing.transfer_peer import SECRET, Peer
 from kvlink.transfer import (
     DigestMismatch,
     Endpoint,
@@ -21,6 +21,7 @@ from kvlink.transfer import (
     SecretMismatch,
     TransferCancelled,
 )
+from kvlink.transfer.paths import ucx
 
 pytestmark = pytest.mark.two_process
 NUM_ROWS = TOKENS * 4 * 4 * 2  # layers, heads, planes
@@ -214,3 +215,28 @@ def test_names_follow_the_conventions(receiver: Receiver, sender: Peer, scrape: 
             assert (kind == "counter") == name.endswith("_total")
             assert (kind == "histogram") == name.endswith("_seconds")
     sender.call("close_link")
+
+
+def test_the_ucx_path() -> None:
+    if not ucx.report()["available"]:
+        pytest.skip(f"ucx: {ucx.report()['why']}")
+    receiver = Receiver("ucx")
+    with receiver.endpoint, Endpoint("prefill", secret=SECRET, paths=("ucx",)) as endpoint:
+        scrape, pool = Scrape(endpoint), SPEC.build()
+        endpoint.register(pool)
+        SPEC.fill(pool, PAGES, TOKENS)
+        link = endpoint.connect(receiver.endpoint.address)
+        grant = receiver.grant()
+        transfer = link.push(PAGES, grant.to_bytes())
+        grant.wait(10)
+        transfer.wait_arrived(10)
+        labels = {"peer": "decode", "path": "ucx"}
+        assert scrape("kvlink_transfer_bytes_total", direction="push", **labels) == NUM_BYTES
+        assert scrape("kvlink_transfer_ended_total", outcome="ok", **labels) == 1
+        assert set(link.metrics()["path_events"]) == {
+            "asked_again", "credit_waits", "dropped_messages",
+        }  # fmt: skip
+        before = scrape("kvlink_path_events_total", **labels)
+        link.close()
+        assert scrape("kvlink_path_events_total", **labels) >= before
+        assert Scrape(receiver.endpoint)("kvlink_arrived_bytes_total") == NUM_BYTES

@@ -206,8 +206,10 @@ class UcxLink:
         return self._link.failed() or None
 
     def counters(self) -> dict[str, int]:
-        """Messages that were not meant for this session, or answered nothing, and were dropped."""
-        return {"dropped_messages": self._link.num_dropped}
+        """`credit_waits`: chunks that waited for room in the window; `asked_again`: questions to a
+        peer that had been silent; `dropped_messages`: of another session, or without a question."""
+        counters: dict[str, int] = self._link.counters()
+        return counters
 
     def close(self, status: Any) -> None:
         """Ends every transfer, and destroys the worker: nothing comes in through it any more."""

@@ -1,6 +1,7 @@
 // A link of this path: its port, who listens to which message, and what it takes to begin.
 #pragma once
 
+#include <atomic>
 #include <map>
 #include <unordered_map>
 
@@ -55,6 +56,8 @@ class Link : public std::enable_shared_from_this<Link> {
   void leave();
   // Messages of another session, or with another answer than was asked for, that were dropped.
   uint64_t num_dropped() const { return num_dropped_.load(); }
+  // Chunks that waited for room in the window, and questions to a peer that had been silent.
+  std::atomic<uint64_t> num_credit_waits{0}, num_asked{0};
 
   // --- for the owner's side and the transfers ---
   void send(Header header, Outgoing payload = {}, Done done = {});

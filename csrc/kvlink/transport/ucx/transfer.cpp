@@ -1,6 +1,7 @@
 #include "kvlink/transport/ucx/transfer.hpp"
 
 #include <algorithm>
+#include <utility>
 
 #include "kvlink/base/check.hpp"
 #include "kvlink/base/math.hpp"
@@ -144,14 +145,17 @@ void UcxTransfer::ask_now_and_then(int64_t* asked_ns) {
   if (*asked_ns == 0) *asked_ns = now;
   if (now - std::max(heard, *asked_ns) < kAskAgain) return;
   *asked_ns = now;
+  ++link_->num_asked;
   link_->send(message(Type::kAsk));
 }
 
 uint64_t UcxTransfer::open_chunk(const Chunk& chunk) {
   int64_t asked_ns = 0;
+  bool waited = false;
   while (!ended()) {
     {
       std::unique_lock lock(reply_mutex_);
+      if (!std::exchange(waited, true) && std::ssize(chunks_) >= kWindow) ++link_->num_credit_waits;
       replied_.wait_for(lock, std::chrono::nanoseconds(kWaitSlice),
                         [&] { return std::ssize(chunks_) < kWindow || ended_here_; });
       if (ended_here_) return 0;
@@ -318,7 +322,8 @@ Status UcxTransfer::finish_moves(std::string* message) {
 }
 
 Status UcxTransfer::consume() {
-  while (!ended()) {
+  for (bool again = false; !ended(); again = true) {
+    link_->num_asked += again;
     link_->send(message(Type::kConsume));
     std::unique_lock lock(reply_mutex_);
     replied_.wait_for(lock, std::chrono::nanoseconds(kAskAgain),
