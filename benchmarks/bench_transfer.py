@@ -39,10 +39,11 @@ from dataclasses import dataclass, field, replace
 import harness
 from harness import Figure
 from moves import NUM_BYTES, Kvlink, Memcpy, Peer, Shape, Stream, in_turns, medians
-from netns import ADDRESSES, NotPermitted, TwoHosts
 from overlap import overlap
 from perftest import line_rate
 from sides import Side
+
+from kvlink.testing.two_hosts import ADDRESSES, NotPermitted, TwoHosts
 
 PEERS = {"nixl": "ucx", "mooncake": "tcp"}  # name -> what moves its bytes
 

@@ -82,6 +82,32 @@ class FaultyParty(Party):
         self.pools["same"].give(page)
         return told
 
+    # --- between hosts ------------------------------------------------------------------------
+
+    def path(self) -> tuple[str, str]:
+        """How the link moves bytes, and over what."""
+        return self.open_link.path, self.open_link.path_detail
+
+    def wait_connected(self, timeout: float) -> int:
+        """Until there is a session; how many there were."""
+        self.open_link.wait_connected(timeout)
+        return self.open_link.num_sessions
+
+    def settle_pages(self) -> list[str]:
+        """As `settle`, but the link stays."""
+        link, self.link = self.link, None
+        try:
+            self.end_job()
+            if not eventually(lambda: self.pages_out() == 0):
+                self.problems.append("leak: pages are not back")
+            return self.audit()
+        finally:
+            self.link = link
+
+    def pages_out(self) -> int:
+        """Pages that are not back."""
+        return sum(pool.num_out for pool in self.pools.values())
+
     # --- under fuzzing ------------------------------------------------------------------------
 
     def has_link(self) -> bool:

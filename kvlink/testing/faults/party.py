@@ -47,9 +47,9 @@ class Job:
 class Party:
     """Not thread-safe, but for the pages that come back on the endpoint's own thread."""
 
-    def __init__(self, name: str, path: str) -> None:
+    def __init__(self, name: str, path: str, **options: Any) -> None:
         self.endpoint = Endpoint(
-            name, secret=SECRET, paths=(path,), num_slots=NUM_SLOTS, num_page_entries=512
+            name, secret=SECRET, paths=(path,), num_slots=NUM_SLOTS, num_page_entries=512, **options
         )
         self.pools = {shape: WatchedPool(spec, self.endpoint) for shape, spec in SPECS.items()}
         self.link: Link | None = None

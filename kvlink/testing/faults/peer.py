@@ -37,8 +37,8 @@ def _serve(connection: Any, name: str, path: str, options: dict[str, Any]) -> No
     from kvlink.testing.faults.mishaps import FaultyParty
     from kvlink.testing.faults.tuning import tune
 
-    tune(options)
-    party = FaultyParty(name, path)
+    tune()
+    party = FaultyParty(name, path, **options)
     connection.send(("ok", party.address()))
     while True:
         try:
@@ -58,9 +58,12 @@ def _serve(connection: Any, name: str, path: str, options: dict[str, Any]) -> No
 class PeerProcess:
     """A handle in the lane. Not thread-safe."""
 
-    def __init__(self, name: str, path: str, **options: Any) -> None:
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["kvlink.testing.faults.mishaps"])
+    def __init__(self, name: str, path: str, *, fork: bool = True, **options: Any) -> None:
+        """`fork`: from a server that has everything imported; without, by multiprocessing's
+        executable. `options`: for the endpoint."""
+        context: Any = mp.get_context("forkserver" if fork else "spawn")
+        if fork:
+            context.set_forkserver_preload(["kvlink.testing.faults.mishaps"])
         self._connection, theirs = context.Pipe()
         self.process = context.Process(
             target=_serve, args=(theirs, name, path, options), daemon=True
@@ -117,13 +120,12 @@ class PeerProcess:
 
     @property
     def pid(self) -> int:
-        assert self.process.pid is not None
-        return self.process.pid
+        return int(self.process.pid)
 
     @property
     def alive(self) -> bool:
         """Has not ended."""
-        return self.process.is_alive()
+        return bool(self.process.is_alive())
 
     def end(self) -> int:
         """Orderly when it can, by SIGKILL otherwise; its exit code."""

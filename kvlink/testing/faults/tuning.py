@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from kvlink.testing.faults import frames
 from kvlink.transfer import accepting
@@ -12,7 +11,7 @@ from kvlink.transfer.paths import ucx
 HANDSHAKE_TIMEOUT = 0.5  # s
 
 
-def tune(options: dict[str, Any] | None = None) -> None:
+def tune() -> None:
     """For a process of the campaign, before its endpoint is made."""
     os.environ.setdefault("UCX_LOG_LEVEL", "fatal")  # a peer that dies is what we are here for
     accepting._HANDSHAKE_TIMEOUT = HANDSHAKE_TIMEOUT
