@@ -14,7 +14,7 @@ from kvlink.transfer import handshake, wire
 from kvlink.transfer.address import Address
 from kvlink.transfer.channel import Channel, PeerGone, close_fds, require_no_fds
 from kvlink.transfer.connecting import Joined, OwnSide, join
-from kvlink.transfer.errors import LinkRefused, PeerUnreachable, TransferError
+from kvlink.transfer.errors import LinkRefused, PeerUnreachable, ProtocolError, TransferError
 from kvlink.transfer.paths import Peer
 from kvlink.transfer.service import Service
 
@@ -145,7 +145,7 @@ class Incoming:
         """Tells the peer and the log why there will be no link, and forgets it."""
         self._own.watch.turned_away(self._name, error)
         if self._secure:
-            with contextlib.suppress(PeerGone):
+            with contextlib.suppress(PeerGone, ProtocolError):
                 self.channel.send(handshake.refusal(error))
         self.drop()
 

@@ -45,10 +45,11 @@ class Channel:
         self._sent = self._received = 0
         self._backlog: deque[tuple[memoryview, list[int]]] = deque()
         self._backlog_bytes = 0
+        self.max_backlog = _MAX_BACKLOG
         self._plain = bytearray()
         self._fds: deque[int] = deque()
         self._ended = ""
-        self._deaf = False
+        self._deaf = self._shut = False
 
     # --- both ways ----------------------------------------------------------------------------
 
@@ -68,7 +69,7 @@ class Channel:
             return self._secure
 
     def send(self, frame: Frame, fds: tuple[int, ...] = ()) -> None:
-        """Sends a frame; raises PeerGone."""
+        """Sends a frame; raises PeerGone, or ProtocolError when the peer does not read."""
         with self._lock:
             message = pack_frame(frame, self._sent, len(fds))
             self._sent += 1
@@ -142,28 +143,34 @@ class Channel:
 
     def shut(self) -> None:
         """Tells the peer that nothing more will come; its end is still to be awaited."""
-        with contextlib.suppress(OSError, PeerGone):
-            self.flush()
-            self.sock.shutdown(socket.SHUT_WR)
+        with self._lock:
+            if self._shut:
+                return
+            with contextlib.suppress(PeerGone):
+                self._flush()
+            # What is left would fail from now on, and that is not the peer's end.
+            self._shut = True
+            self._drop_backlog()
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Closes the socket, what waited to be sent and what was not taken."""
         with self._lock:
-            for _, fds in self._backlog:
-                close_fds(fds)
+            self._drop_backlog()
             close_fds(self._fds)
-            self._backlog.clear()
             self._fds.clear()
             self.sock.close()
 
     # --- inside; with the lock held -------------------------------------------------------------
 
     def _send(self, message: bytes, fds: tuple[int, ...]) -> None:
-        if self.sock.fileno() < 0:
+        if self._shut or self.sock.fileno() < 0:
             raise PeerGone("the connection was closed on this side")
-        if self._backlog_bytes > _MAX_BACKLOG:
-            raise PeerGone(f"{self._backlog_bytes} bytes wait for a peer that does not read")
-        if self.sock.fileno() < 0:
+        if self._backlog_bytes > self.max_backlog:
+            # It is alive, and may be inside pages: this is not its end.
+            raise ProtocolError(f"{self._backlog_bytes} bytes wait for a peer that does not read")
+        if self._shut or self.sock.fileno() < 0:
             raise PeerGone("this side closed the connection")
         try:
             self._tls.write(message)
@@ -173,9 +180,15 @@ class Channel:
         self._enqueue([os.dup(fd) for fd in fds])
         self._flush()
 
+    def _drop_backlog(self) -> None:
+        for _, fds in self._backlog:
+            close_fds(fds)
+        self._backlog.clear()
+        self._backlog_bytes = 0
+
     def _enqueue(self, fds: list[int]) -> None:
         data = self._tls.pending()
-        if data:
+        if data and not self._shut:
             self._backlog.append((memoryview(data), fds))
             self._backlog_bytes += len(data)
 
@@ -231,8 +244,6 @@ class Channel:
     def _decrypt(self) -> None:
         while data := self._tls.read():
             self._plain += data
-        if data is None:
-            self._ended = self._ended or "the peer closed the connection"
         self._enqueue([])  # what TLS itself had to answer
 
     # --- inside; the receiving thread -----------------------------------------------------------

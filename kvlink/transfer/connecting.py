@@ -146,7 +146,7 @@ def _join(
         return joined
     except BaseException as error:
         if isinstance(error, (ProtocolError, ConnectError)):
-            with contextlib.suppress(PeerGone):
+            with contextlib.suppress(PeerGone, ProtocolError):
                 channel.send(handshake.refusal(error))
         if joined is not None:
             joined.path_link.close(_C.TransferStatus.CANCELLED)

@@ -96,7 +96,9 @@ class Link(MovesGroups):
             return "closed"
         if self._session is not None and not self._session.closed:
             return "connected"
-        why = self._reconnector.last_error if self._reconnector is not None else None
+        if self._reconnector is None:
+            return "closed"
+        why = self._reconnector.last_error
         return "reconnecting" + (f" ({type(why).__name__}: {why})" if why is not None else "")
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import threading
@@ -14,7 +15,13 @@ from kvlink import _C
 from kvlink.transfer import wire
 from kvlink.transfer.channel import PeerGone, close_fds
 from kvlink.transfer.connecting import Joined
-from kvlink.transfer.errors import LinkClosed, PeerLost, ProtocolError, TransferTimeout
+from kvlink.transfer.errors import (
+    LinkClosed,
+    PeerLost,
+    ProtocolError,
+    TransferError,
+    TransferTimeout,
+)
 from kvlink.transfer.log import logger
 
 if TYPE_CHECKING:
@@ -115,7 +122,7 @@ class Session:
                     self._take(frame, fds)
         except PeerGone as error:
             self.on_gone(str(error))
-        except ProtocolError as error:
+        except TransferError as error:
             self._drop(error)
 
     def _take(self, frame: wire.Frame, fds: list[int]) -> None:
@@ -137,8 +144,9 @@ class Session:
         else:
             raise ProtocolError(f"frame: {type(frame).__name__} has no place after the handshake")
 
-    def _drop(self, error: ProtocolError) -> None:
-        logger.warning("link to %r dropped: %s", self.peer.name, error)
+    def _drop(self, error: TransferError) -> None:
+        if not self.closed:
+            logger.warning("link to %r dropped: %s", self.peer.name, error)
         if self.peer.same_host:
             # No page is given back before the peer has ended: it may be writing.
             self.close()
@@ -150,6 +158,9 @@ class Session:
         try:
             self._channel.send(frame, fds)
         except PeerGone as error:
+            raise LinkClosed(f"the link to {self.peer.name!r} closed: {error}") from error
+        except ProtocolError as error:
+            self._peers.service.call(functools.partial(self._drop, error))
             raise LinkClosed(f"the link to {self.peer.name!r} closed: {error}") from error
         self._peers.service.wake()
 

@@ -62,14 +62,16 @@ class Tls:
         self._check()
         return True
 
-    def read(self) -> bytes | None:
-        """Decrypted bytes; empty when there are no more yet, None at the peer's end."""
+    def read(self) -> bytes:
+        """Decrypted bytes; empty when there are no more yet. Raises SecretMismatch (the peer's
+        verdict on our handshake), ProtocolError."""
         try:
-            return self._object.read(1 << 16) or None
+            data = self._object.read(1 << 16)
+            if not data:  # ends are told by sockets
+                raise ProtocolError("TLS: the peer ended it and went on")
+            return data
         except ssl.SSLWantReadError:
             return b""
-        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-            return None
         except ssl.SSLError as error:
             raise _explained(error) from error
 

@@ -65,7 +65,7 @@ def test_receiver_dies(step: str, path: str) -> None:
         with pytest.raises(PeerLost):
             transfer.wait_arrived(10)
         transfer.wait_source_reusable(1)
-        assert link.state.startswith("reconnecting")
+        eventually(lambda: link.state.startswith("reconnecting"))
         with pytest.raises(PeerLost):
             link.begin(PAGES, b"")
         link.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -14,9 +15,11 @@ import pytest
 from knocking import HELLO, closed, ended, knock, proven, receive
 from receiving import eventually
 
+from kvlink._C import SlotKind
 from kvlink.testing.transfer_peer import SECRET
 from kvlink.testing.transfer_pool import PoolSpec
-from kvlink.transfer import Endpoint, ProtocolError, wire
+from kvlink.transfer import Endpoint, LinkClosed, ProtocolError, wire
+from kvlink.transfer.descriptor import Descriptor
 from kvlink.transfer.wire import FrameHead, pack_frame, unpack_body
 
 pytestmark = pytest.mark.timeout(60)
@@ -209,3 +212,31 @@ def test_frames_behind_the_handshake_are_checked(
         first.wait_connected(10)  # who sent it finds back by itself
         assert first.query(bytes(16)) is None
         assert first.num_sessions == 2
+
+
+def test_a_peer_that_does_not_read(
+    server: Endpoint, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is dropped before it costs more memory; what it is inside of stays until its own end."""
+    server.register(PoolSpec().build())
+    grant = server.grant([1, 2, 3], 40)
+    with Endpoint("client", secret=SECRET) as client:
+        link = client.connect(server.address)
+        descriptor = Descriptor.from_bytes(grant.to_bytes(), client.descriptor_key, SlotKind.GRANT)
+        assert link.path_link.enter(descriptor) == "OK"
+        session = link._last
+        monkeypatch.setattr(session, "on_readable", lambda: None)
+        client.service.call(lambda: client.service.unwatch(session._channel.sock.fileno()))
+        other = server.accept(5)
+        other._last._channel.max_backlog = 1 << 12
+        end = time.monotonic() + 20
+        while other.state == "connected" and time.monotonic() < end:
+            with contextlib.suppress(LinkClosed):
+                session._send(wire.Query(1, bytes(16)))
+        told_once(caplog, "link to 'client' dropped: ")
+        assert "does not read" in caplog.records[0].getMessage()
+        grant.revoke()
+        assert not grant.released
+        link.path_link.leave(descriptor)
+        grant.wait_released(5)
+    works(server)
