@@ -17,6 +17,7 @@ from kvlink.transfer.errors import (
     status_error,
 )
 from kvlink.transfer.group_transfer import MovesGroups
+from kvlink.transfer.link_facts import LinkFacts
 from kvlink.transfer.offer import Lease
 from kvlink.transfer.region import Region, page_ids
 from kvlink.transfer.transfer import Transfer
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _WAIT_SLICE = 0.1  # s, so that signals are handled
 
 
-class Link(MovesGroups):
+class Link(LinkFacts, MovesGroups):
     """Made by `Endpoint.connect` on one side and by `Endpoint.accept` on the other; both may push,
     pull and adopt. Thread-safe. Not usable in a forked child.
 
@@ -51,66 +52,6 @@ class Link(MovesGroups):
         self._num_sessions = 0
         self._closed = False
         self._lost: PeerLost | None = None
-
-    # --- who and how --------------------------------------------------------------------------
-
-    @property
-    def path(self) -> str:
-        """How bytes move: "host_shm" or "ucx"; that of the last session while there is none."""
-        return self._last.path
-
-    @property
-    def path_detail(self) -> str:
-        """More about it: "mapped memory", or which of UCX's transports and devices."""
-        return self._last.path_link.detail
-
-    @property
-    def why_not(self) -> dict[str, str]:
-        """Why the paths that are faster than `path` were not chosen."""
-        return dict(self._last.why_not)
-
-    @property
-    def peer_name(self) -> str:
-        """What the peer calls itself."""
-        return self._last.peer.name
-
-    @property
-    def peer_epoch(self) -> bytes:
-        """16 bytes, new whenever the peer restarts; its grants and offers of before are gone."""
-        return self._last.peer.epoch
-
-    @property
-    def version(self) -> int:
-        """Of the control protocol."""
-        return self._last.peer.version
-
-    @property
-    def num_sessions(self) -> int:
-        """1, and one more for each time that it connected again."""
-        return self._num_sessions
-
-    @property
-    def state(self) -> str:
-        """ "connected", "reconnecting" (with the last reason why that failed), or "closed"."""
-        if self._closed:
-            return "closed"
-        if self._session is not None and not self._session.closed:
-            return "connected"
-        if self._reconnector is None:
-            return "closed"
-        why = self._reconnector.last_error
-        return "reconnecting" + (f" ({type(why).__name__}: {why})" if why is not None else "")
-
-    @property
-    def gone(self) -> PeerLost | None:
-        """Why there is no session now, when that was not this side's doing."""
-        return self._lost or (None if self._closed else self._last.gone)
-
-    def metrics(self) -> dict[str, Any]:
-        """What it has counted over all its sessions: plain nested dicts
-        (docs/transfer_contract.md, Observability)."""
-        about = {"detail": self.path_detail, "state": self.state, "sessions": self.num_sessions}
-        return {**about, **self.watch.snapshot()}
 
     # --- moving KV ----------------------------------------------------------------------------
 
@@ -213,12 +154,6 @@ class Link(MovesGroups):
         else:
             self._reconnector.begin(self)
 
-    @property
-    def closed(self) -> bool:
-        """No more transfers, ever: this side closed it, or its session is gone and the peer's next
-        one is another link."""
-        return self._closed
-
     def close(self) -> None:
         """Cancels what is under way, gives leases back, tells the peer, and connects no more.
         Idempotent. When it returns, this side touches no page of the peer any more."""
@@ -232,17 +167,7 @@ class Link(MovesGroups):
             self._session.close()
         self._peers.on_link_closed(self)
 
-    @property
-    def path_link(self) -> Any:
-        """The session's `PathLink`; for tests, which make it do what no transfer would."""
-        return self._last.path_link
-
     # --- inside -------------------------------------------------------------------------------
-
-    @property
-    def _last(self) -> Session:
-        assert self._session is not None
-        return self._session
 
     def _current(self) -> Session:
         session = self._last
