@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "kvlink/base/convert.hpp"
+#include "kvlink/base/math.hpp"
 #include "kvlink/cpu/move_rows.hpp"
 #include "kvlink/cpu/simd/quantise.hpp"
 #include "kvlink/cpu/simd/row_walk.hpp"
@@ -138,10 +139,10 @@ KVLINK_INLINE Words convert_stripe(const char* src, float src_scale, float dst_s
   }
 }
 
-// `count` elements that lie one after the other on both sides.
-template <DType kSrc, DType kDst>
+// `count` elements that lie one after the other on both sides; `sink` gets each stripe, too.
+template <DType kSrc, DType kDst, typename Sink>
 KVLINK_INLINE void convert_run(const char* src, float src_scale, char* dst, float dst_scale,
-                               int64_t count, bool streaming, RowLanes& lanes) {
+                               int64_t count, bool streaming, const Sink& sink) {
   const bool quantises = src_scale == 1.0f && quantises_by(dst_scale);
   int64_t i = 0;
   for (; i + kStripeElements<kDst> <= count; i += kStripeElements<kDst>) {
@@ -152,7 +153,7 @@ KVLINK_INLINE void convert_run(const char* src, float src_scale, char* dst, floa
     } else {
       words.store(dst + i * Row<kDst>::kBytes);
     }
-    lanes.stripe(words);
+    sink(words);
   }
   if (i == count) return;
   const int64_t num_bytes = (count - i) * Row<kDst>::kBytes;
@@ -160,7 +161,7 @@ KVLINK_INLINE void convert_run(const char* src, float src_scale, char* dst, floa
       convert_some<kSrc, kDst>(src + i * Row<kSrc>::kBytes, src_scale, dst_scale, count - i);
   const Words words = Words::load_some(last.bytes, num_bytes);
   words.store_some(dst + i * Row<kDst>::kBytes, num_bytes);
-  lanes.stripe(words);
+  sink(words);
 }
 
 // Rows whose elements do not lie one after the other, on one side or both.
@@ -256,14 +257,11 @@ struct Line {
     shift = row_digest::shift(box.token_position + token);
     shift_step = heads ? 0 : row_digest::shift(1);
   }
-  KVLINK_INLINE void skip(int64_t rows) {
-    src += rows * src_step;
-    dst += rows * dst_step;
-    src_scale += rows * src_scale_step;
-    dst_scale += rows * dst_scale_step;
-    start += rows * start_step;
-    shift += static_cast<uint64_t>(rows) * shift_step;
-  }
+
+  KVLINK_INLINE const char* src_row(int64_t i) const { return src + i * src_step; }
+  KVLINK_INLINE char* dst_row(int64_t i) const { return dst + i * dst_step; }
+  KVLINK_INLINE float src_scale_of(int64_t i) const { return src_scale[i * src_scale_step]; }
+  KVLINK_INLINE float* dst_scale_of(int64_t i) const { return dst_scale + i * dst_scale_step; }
 };
 
 template <DType kSrc>
@@ -277,53 +275,104 @@ KVLINK_INLINE uint32_t row_amax_bits(const char* src, int64_t count, float scale
   return finite_amax_bits<kSrc>(src, count, scale);
 }
 
+constexpr int64_t kGroup = 8;          // rows of a line that are taken together
+constexpr int64_t kStagedStripes = 8;  // of a row, at most
+
+// Takes a few rows through one step after the other, so that the CPU always has as many of them
+// under way as a step's latency asks for.
+template <DType kSrc, DType kDst>
+class GroupConverter {
+ public:
+  GroupConverter(const RowMove& move)
+      : move_(move),
+        strided_(is_strided(move.src, move.dims) || is_strided(move.dst, move.dims)),
+        // Rows whose static scales happen to agree keep their bytes.
+        may_keep_(kSrc == kDst && !move.src.token_scale && !move.dst.token_scale),
+        streaming_(can_stream(move)),
+        num_stripes_(ceil_div(move.dims, kStripeElements<kDst>)) {}
+
+  KVLINK_INLINE void convert(const Line& line, int64_t first, int64_t count,
+                             FetchAhead<false>& ahead, DigestSum& sum) {
+    for (int64_t i = 0; i < count; ++i) scales_[i] = scale_row(line, first + i);
+    if (strided_ || may_keep_ || !kStages || num_stripes_ > kStagedStripes) {
+      for (int64_t i = 0; i < count; ++i) {
+        if (!strided_) ahead.run();
+        digest(line, first, i, convert_any_row(line, first + i, scales_[i]).acc(), sum);
+      }
+      return;
+    }
+    char* staged = staged_;
+    const auto stage = [&](const Words& words) {
+      words.store(staged);
+      staged += sizeof(Words);
+    };
+    for (int64_t i = 0; i < count; ++i) {
+      ahead.run();
+      convert_run<kSrc, kDst>(line.src_row(first + i), line.src_scale_of(first + i),
+                              line.dst_row(first + i), scales_[i], move_.dims, streaming_, stage);
+    }
+    if (!move_.with_digest) return;
+    for (int64_t i = 0; i < count; ++i) {
+      RowLanes lanes;
+      lanes.bytes(staged_ + i * num_stripes_ * 64, num_stripes_ * 64);
+      digest(line, first, i, lanes.acc(), sum);
+    }
+  }
+
+ private:
+  // The destination's scale of a row, computed and stored if it is the row's own.
+  KVLINK_INLINE float scale_row(const Line& line, int64_t row) const {
+    float* at = line.dst_scale_of(row);
+    if (!move_.dst.token_scale) return *at;
+    const char* src = line.src_row(row);
+    const float src_scale = line.src_scale_of(row);
+    const uint32_t amax = strided_ ? StridedRow(move_).amax_bits<kSrc>(src, src_scale)
+                                   : row_amax_bits<kSrc>(src, move_.dims, src_scale);
+    return *at = dynamic_scale(float_from_bits(amax), kDst);
+  }
+
+  RowLanes convert_any_row(const Line& line, int64_t row, float dst_scale) const {
+    const char* src = line.src_row(row);
+    char* dst = line.dst_row(row);
+    const float src_scale = line.src_scale_of(row);
+    if (may_keep_ && src_scale == dst_scale) return keep_row(move_, src, dst);
+    if (strided_) return StridedRow(move_).convert<kSrc, kDst>(src, src_scale, dst, dst_scale);
+    RowLanes lanes;
+    convert_run<kSrc, kDst>(src, src_scale, dst, dst_scale, move_.dims, streaming_,
+                            [&](const Words& words) { lanes.stripe(words); });
+    return lanes;
+  }
+
+  KVLINK_INLINE void digest(const Line& line, int64_t first, int64_t i, const Words& acc,
+                            DigestSum& sum) const {
+    if (!move_.with_digest) return;
+    uint64_t shift = line.shift + static_cast<uint64_t>(first + i) * line.shift_step;
+    if (move_.dst.token_scale) shift += row_digest::scale_shift(float_bits(scales_[i]));
+    sum.add_row(acc, line.start[(first + i) * line.start_step], shift);
+  }
+
+  static constexpr bool kStages = Row<kDst>::kBytes == 1;
+
+  const RowMove& move_;
+  const bool strided_, may_keep_, streaming_;
+  const int64_t num_stripes_;
+  float scales_[kGroup];
+  alignas(64) char staged_[kGroup * kStagedStripes * 64];
+};
+
 template <DType kSrc, DType kDst>
 uint64_t convert_heads(const RowMove& move, const RowBox* boxes, int64_t num_boxes) {
-  constexpr int64_t kRows = 8;  // scaled before they are converted: a scale takes its time
-  const bool strided = is_strided(move.src, move.dims) || is_strided(move.dst, move.dims);
-  const bool streaming = can_stream(move);
-  // Rows whose static scales happen to agree keep their bytes.
-  const bool may_keep = kSrc == kDst && !move.src.token_scale && !move.dst.token_scale;
-  const bool token_scale = move.dst.token_scale, with_digest = move.with_digest;
-  const int64_t dims = move.dims;
+  GroupConverter<kSrc, kDst> converter(move);
   const HeadStarts starts(move);
   DigestSum sum;
   RowWalk<false> walk(move, boxes, num_boxes, false);
   FetchAhead<false> ahead(walk);
   for (; !walk.done(); walk.next_line()) {
-    Line line(move, walk, starts);
-    for (int64_t left = walk.line_rows(); left > 0; left -= kRows) {
-      const int64_t count = left < kRows ? left : kRows;
-      float dst_scales[kRows];
-      for (int64_t i = 0; i < count; ++i) {
-        if (!strided) ahead.run();
-        float* at = line.dst_scale + i * line.dst_scale_step;
-        if (!token_scale) {
-          dst_scales[i] = *at;
-          continue;
-        }
-        const char* src = line.src + i * line.src_step;
-        const float src_scale = line.src_scale[i * line.src_scale_step];
-        const uint32_t amax = strided ? StridedRow(move).amax_bits<kSrc>(src, src_scale)
-                                      : row_amax_bits<kSrc>(src, dims, src_scale);
-        *at = dst_scales[i] = dynamic_scale(float_from_bits(amax), kDst);
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        RowLanes lanes;
-        const float src_scale = *line.src_scale, dst_scale = dst_scales[i];
-        if (may_keep && src_scale == dst_scale) {
-          lanes = keep_row(move, line.src, line.dst);
-        } else if (strided) {
-          lanes = StridedRow(move).convert<kSrc, kDst>(line.src, src_scale, line.dst, dst_scale);
-        } else {
-          convert_run<kSrc, kDst>(line.src, src_scale, line.dst, dst_scale, dims, streaming, lanes);
-        }
-        if (with_digest) {
-          const uint64_t scale = token_scale ? row_digest::scale_shift(float_bits(dst_scale)) : 0;
-          sum.add_row(lanes.acc(), *line.start, line.shift + scale);
-        }
-        line.skip(1);
-      }
+    const Line line(move, walk, starts);
+    const int64_t num_rows = walk.line_rows();
+    for (int64_t first = 0; first < num_rows; first += kGroup) {
+      const int64_t count = num_rows - first < kGroup ? num_rows - first : kGroup;
+      converter.convert(line, first, count, ahead, sum);
     }
   }
   return sum.total();
