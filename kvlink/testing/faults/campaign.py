@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from kvlink.testing.faults.lane import Verdict, run_lane
-from kvlink.testing.faults.scenario import draw
+from kvlink.testing.faults.scenario import draw, world_of
 
 HANG = 40.0  # s without a verdict
 
@@ -20,11 +20,12 @@ HANG = 40.0  # s without a verdict
 class _LaneProcess:
     """A lane, and the seed it is at."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, world: int) -> None:
         context = mp.get_context("spawn")
+        self.world = world
         self.connection: Connection
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=run_lane, args=(theirs, path))
+        self.process = context.Process(target=run_lane, args=(theirs, path, world))
         self.process.start()
         theirs.close()
         self.seed: int | None = None
@@ -62,10 +63,16 @@ def run_campaign(
 
     A lane that dies or hangs is a verdict of its seed, and another lane takes its place.
     """  # fmt: skip
-    todo = list(seeds)[::-1]
+    todo: dict[int, list[int]] = {}
+    for seed in list(seeds)[::-1]:
+        todo.setdefault(world_of(path, seed), []).append(seed)
     verdicts: list[Verdict] = []
-    num_lanes = min(num_lanes or 2 * len(os.sched_getaffinity(0)), len(todo))
-    lanes = [_LaneProcess(path) for _ in range(num_lanes)]
+    num_lanes = num_lanes or 2 * len(os.sched_getaffinity(0))
+    lanes = [
+        _LaneProcess(path, world)
+        for world, own in todo.items()
+        for _ in range(min(max(1, num_lanes // len(todo)), len(own)))
+    ]
     try:
         while lanes:
             # A lane that ended is readable, too.
@@ -80,7 +87,7 @@ def run_campaign(
                         lane.process.join(10)
                         found, replace = _broken(lane, path), True
                     else:
-                        found = _take(lane, message, todo)
+                        found = _take(lane, message, todo[lane.world])
                 elif time.monotonic() - lane.since > HANG:
                     found, replace = _broken(lane, path), True
                 if found is not None:
@@ -88,8 +95,8 @@ def run_campaign(
                     on_verdict(found)
                 if replace or not lane.process.is_alive():
                     lanes.remove(lane)
-                    if replace and todo:
-                        lanes.append(_LaneProcess(path))
+                    if replace and todo[lane.world]:
+                        lanes.append(_LaneProcess(path, lane.world))
     finally:
         for lane in lanes:
             lane.process.kill()

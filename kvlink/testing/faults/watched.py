@@ -21,7 +21,7 @@ SAME = PoolSpec(num_pages=48)
 SPECS = {
     "same": SAME,
     "relayout": replace(SAME, kind="hnd", page_size=7, num_pages=96),
-    "large": replace(SAME, head_dim=64, num_pages=80),
+    "large": replace(SAME, head_dim=64, page_size=64, num_pages=24),  # runs of 64 KiB
 }
 TOKENS = {"same": 40, "relayout": 40, "large": 500}
 
