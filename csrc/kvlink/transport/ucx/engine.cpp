@@ -51,6 +51,9 @@ std::shared_ptr<Engine> Engine::create() {
   // NOTE: a stopped process can later go on writing through cma, xpmem and knem whatever its peer
   // does, so no memory of ours may be reached that way.
   set_default(config, "TLS", "^cma,xpmem,knem");
+  // What TCP sends at once; UCX's own 8 KiB are too little for long runs.
+  set_default(config, "TCP_TX_SEG_SIZE", "512k");
+  set_default(config, "TCP_RX_SEG_SIZE", "512k");
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME;
   params.features = UCP_FEATURE_AM | UCP_FEATURE_RMA | UCP_FEATURE_WAKEUP;
