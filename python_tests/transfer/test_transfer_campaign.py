@@ -6,7 +6,7 @@ import pytest
 
 from kvlink.testing.faults.campaign import run_campaign
 from kvlink.testing.faults.report import counts, table
-from kvlink.testing.faults.scenario import KINDS, draw
+from kvlink.testing.faults.scenario import _NOT_ON, KINDS, draw
 
 pytestmark = [pytest.mark.two_process, pytest.mark.timeout(300)]
 
@@ -26,5 +26,5 @@ def test_a_seed_always_draws_the_same() -> None:
         drawn = [draw(seed, path) for seed in range(500)]
         assert drawn == [draw(seed, path) for seed in range(500)]
         kinds = {scenario.kind for scenario in drawn}
-        assert kinds >= {kind for kind in KINDS if not kind.endswith("inside")}
+        assert kinds >= {kind for kind in KINDS if kind not in _NOT_ON[path]}
         assert {scenario.owner for scenario in drawn} == {"survivor", "peer"}

@@ -12,6 +12,7 @@ from kvlink.testing.faults import frames
 from kvlink.testing.faults.party import Party
 from kvlink.testing.faults.peer import PeerDied, PeerFailed, PeerProcess, Remote
 from kvlink.testing.faults.scenario import Scenario
+from kvlink.testing.faults.tap import Tap
 from kvlink.transfer import TransferError
 
 CONNECT_TIMEOUT = 0.7  # s
@@ -39,8 +40,19 @@ class Dance:
         self.problems: list[str] = []
         self.token = b""
         # The survivor asks each time: a peer that restarts is somewhere else.
-        self.address = {"survivor": survivor.address(), "peer": lambda: whereabouts["peer"]}
+        self.address: dict[str, Any] = {
+            "survivor": survivor.address(), "peer": lambda: whereabouts["peer"],
+        }  # fmt: skip
         whereabouts["peer"] = peer.address
+        self.tap: Tap | None = None
+        if scenario.kind.startswith("wire "):
+            end = self._other(scenario.dialer)
+            target = peer.address if end == "peer" else survivor.address()
+            self.tap = Tap(
+                target, scenario.kind[5:], scenario.offset,
+                of_dialer=scenario.spoiler == scenario.dialer,
+            )  # fmt: skip
+            self.address[end] = self.tap.address
         self.late = False  # a slow machine: the deadline passed before the outcome was there
         self.epoch = b""  # of the peer
         self._lent_at = time.monotonic()

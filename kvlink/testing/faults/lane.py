@@ -70,6 +70,8 @@ class Lane:
         problems = dance.problems
         problems += self._token_of_a_dead_session(scenario, dance)
         problems += self._settle(dead=scenario.deadly)
+        if dance.tap is not None:
+            dance.tap.close()
         problems += check_outcomes(scenario, dance.outcomes, late=dance.late)
         problems += self._serve("push", scenario.owner, "same", seed)
         problems += self._hold_nothing()

@@ -32,6 +32,9 @@ KINDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "frame delay": (4, MOVES),
     "frame reorder": (4, MOVES),
     "frame corrupt": (4, MOVES),
+    "wire flip": (4, MOVES),
+    "wire stall": (2, MOVES),
+    "wire cut": (5, MOVES),
     "flip": (6, ("push", "pull")),
     "full": (3, MOVES),
     "expire": (5, MOVES),
@@ -41,7 +44,9 @@ KINDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "close": (3, MOVES),
 }
 _TTL = {"none": 20, "full": 20, "flip": 5, "reuse": 5, "late": 5}  # nothing waits for these
-_HOST_SHM_ONLY = {"kill inside", "stop inside"}  # both name what a mapping allows
+# Only a mapping lets a peer be inside at will; and on one host only the end of a peer, or of its
+# part, ends a connection: a cut that the peer does not know of is between hosts.
+_NOT_ON = {"host_shm": {"wire cut"}, "ucx": {"kill inside", "stop inside"}}
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Scenario:
     brief: bool  # a stopped peer goes on within the deadline
     spoiler: str  # whose frames are spoilt
     nth: int  # which frame
+    offset: int  # which byte of the connection
 
     @property
     def mover(self) -> str:
@@ -84,11 +90,7 @@ def world_of(path: str, seed: int) -> int:
 def draw(seed: int, path: str) -> Scenario:
     """The scenario of a seed."""
     choose = random.Random(f"{path} {seed}")
-    kinds = {
-        kind: weight
-        for kind, (weight, _) in KINDS.items()
-        if path == "host_shm" or kind not in _HOST_SHM_ONLY
-    }
+    kinds = {kind: weight for kind, (weight, _) in KINDS.items() if kind not in _NOT_ON[path]}
     kind = choose.choices(list(kinds), list(kinds.values()))[0]
     moves = [move for move in KINDS[kind][1] if path == "host_shm" or move != "adopt"]
     move = choose.choice(moves)
@@ -111,6 +113,7 @@ def draw(seed: int, path: str) -> Scenario:
         ttl=choose.choice((0.2, 0.3, 0.5)) * _TTL.get(kind, 1),
         layers=tuple(layers), brief=choose.random() < 0.5,
         spoiler=choose.choice(("survivor", "peer")), nth=choose.choice((0, 0, 1, 1, 2, 3, 4, 5)),
+        offset=choose.randrange(choose.choice((200, 1200, 2500, 4000))),
     )  # fmt: skip
 
 
