@@ -2,51 +2,79 @@
 
     python benchmarks/bench_cache_ops.py [--device cpu|cuda] [--case NAME ...] [--json]
 
-Bytes counted: the larger of what is read and what is written (the smaller one overlaps with it),
-against the copy limit; for a digest alone, what is read, against the read limit. `torch_copy`
-copies the same bytes from one tensor to another.
+Bytes counted: (bytes read + bytes written) / 2, as a copied byte counts once. The limit is a memcpy
+of 256 MiB with as many threads, which takes turns with the case: bandwidth changes from one moment
+to the next. For a digest alone, bytes read, against the read limit.
+
+same_*    the same layout in shuffled pages of 4 KiB, 64 KiB and 32 KiB
+relayout  heads 4 to 8 of 8, page 16 -> 64, NHD -> HND; to_*: the same, converted on the way
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import harness
 import torch
 
-from kvlink import KVPool, append_kv, digest_pages, relayout_pages
+from kvlink import _C, KVPool, Shard, append_kv, digest_pages, relayout_pages
 
-NUM_TOKENS = 8192
+NUM_BYTES = 256 << 20  # of bfloat16, at the destination
 NUM_LAYERS = 4
-NUM_KV_HEADS = 8
 HEAD_DIM = 128
 
 
 @dataclass(frozen=True)
 class Case:
-    """Moves a request from `src` to `dst`: (order, page size, dtype, scale)."""
+    """Moves a request from `src` to `dst`: (order, page size, dtype, scale, heads).
 
-    src: tuple[str, int, str, str] = ("nhd", 16, "bfloat16", "none")
-    dst: tuple[str, int, str, str] = ("nhd", 16, "bfloat16", "none")
+    A destination of fewer heads than the source holds the last of them.
+    """
+
+    src: tuple[str, int, str, str, int] = ("nhd", 16, "bfloat16", "none", 8)
+    dst: tuple[str, int, str, str, int] = ("nhd", 16, "bfloat16", "none", 8)
     op: str = "relayout_pages"
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def num_tokens(self) -> int:
+        return NUM_BYTES // (NUM_LAYERS * 2 * self.dst[4] * HEAD_DIM * 2)
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_tokens * NUM_LAYERS * 2 * self.dst[4]
+
+
+def same(page_size: int, num_heads: int) -> Case:
+    shape = ("nhd", page_size, "bfloat16", "none", num_heads)
+    return Case(src=shape, dst=shape)
+
+
+def relayout(dtype: str = "bfloat16", scale: str = "none") -> Case:
+    return Case(dst=("hnd", 64, dtype, scale, 4))
+
 
 DIGEST = {"digest": True}
+MOVES = {
+    "same_4k": same(8, 1),
+    "same_64k": same(16, 8),
+    "same_32k": same(16, 4),
+    "relayout": relayout(),
+    "to_fp8_head": relayout("float8_e4m3", "head"),
+    "to_fp8_token": relayout("float8_e4m3", "token_head"),
+    "to_int8_head": relayout("int8", "head"),
+    "to_int8_token": relayout("int8", "token_head"),
+    "from_fp8_token": Case(src=("nhd", 16, "float8_e4m3", "token_head", 8)),
+}
 CASES = {
     "append": Case(op="append_kv"),
-    "append_fp32": Case(src=("nhd", 16, "float32", "none"), op="append_kv"),
-    "same": Case(),
-    "same_digest": Case(options=DIGEST),
-    "nhd16_hnd64": Case(dst=("hnd", 64, "bfloat16", "none")),
-    "nhd16_hnd64_digest": Case(dst=("hnd", 64, "bfloat16", "none"), options=DIGEST),
-    "to_fp8_tensor": Case(dst=("nhd", 16, "float8_e4m3", "tensor")),
-    "to_fp8_token": Case(dst=("nhd", 16, "float8_e4m3", "token_head")),
-    "to_int8_token": Case(dst=("nhd", 16, "int8", "token_head")),
-    "from_fp8_token": Case(src=("nhd", 16, "float8_e4m3", "token_head")),
+    "append_fp32": Case(src=("nhd", 16, "float32", "none", 8), op="append_kv"),
+    **MOVES,
+    **{f"{name}_digest": replace(case, options=DIGEST) for name, case in MOVES.items()},
     "digest": Case(op="digest_pages"),
 }
 
@@ -61,14 +89,16 @@ def main() -> None:
     harness.report(figures, options.json, options.device)
 
 
-def make_pool(order: str, page_size: int, dtype: str, scale: str, device: str) -> KVPool:
+def make_pool(
+    order: str, page_size: int, dtype: str, scale: str, num_heads: int, num_tokens: int, device: str
+) -> KVPool:
     """A pool over tensors on `device`, as an engine would have them."""
-    num_pages = NUM_TOKENS // page_size
-    size = {"slot": page_size, "head": NUM_KV_HEADS}
+    num_pages = num_tokens // page_size
+    size = {"slot": page_size, "head": num_heads}
     inner = ("slot", "head") if order == "nhd" else ("head", "slot")
     shape = [num_pages, 2, *(size[axis] for axis in inner), HEAD_DIM]
     storage = {"bfloat16": torch.bfloat16, "int8": torch.int8}.get(dtype, torch.uint8)
-    scale_shapes = {"tensor": [1], "token_head": [num_pages, page_size, NUM_KV_HEADS]}
+    scale_shapes = {"head": [num_heads], "token_head": [num_pages, page_size, num_heads]}
     scales = None
     if scale in scale_shapes:
         scales = [
@@ -80,46 +110,82 @@ def make_pool(order: str, page_size: int, dtype: str, scale: str, device: str) -
     return KVPool.wrap(layers, axes, dtype=dtype, scale=scale, scales=scales)
 
 
+def row_bytes(side: tuple[str, int, str, str, int]) -> int:
+    """A row's bytes and those of its own scale."""
+    size = {"float32": 4, "bfloat16": 2}.get(side[2], 1)
+    return HEAD_DIM * size + (4 if side[3] == "token_head" else 0)
+
+
 def run(name: str, device: str, seconds: float) -> Iterator[harness.Figure]:
-    """One case, and a copy of as many bytes where the case only copies."""
     case = CASES[name]
-    dst = make_pool(*case.dst, device)
+    dst = make_pool(*case.dst, case.num_tokens, device)
     random = torch.Generator().manual_seed(0)
     dst_pages = shuffled(dst, random, device)
-    written = NUM_TOKENS * dst.layout.token_bytes() * NUM_LAYERS
-    limit, num_bytes = "copy", written
+    num_bytes = case.num_rows * (row_bytes(case.src) + row_bytes(case.dst)) / 2
     if case.op == "append_kv":
-        rows = torch.randn(NUM_TOKENS, NUM_KV_HEADS, HEAD_DIM, device=device)
+        rows = torch.randn(case.num_tokens, case.dst[4], HEAD_DIM, device=device)
         rows = rows.to(getattr(torch, case.src[2]))
-        num_bytes = max(written, NUM_LAYERS * 2 * rows.nbytes)
         work = partial(append, rows, dst)
     elif case.op == "digest_pages":
-        limit = "read"
-        work = partial(digest_pages, dst, dst_pages, num_tokens=NUM_TOKENS)
+        work = partial(digest_pages, dst, dst_pages, num_tokens=case.num_tokens)
     else:
-        src = make_pool(*case.src, device)
-        append(torch.randn(NUM_TOKENS, NUM_KV_HEADS, HEAD_DIM, device=device), src)
+        src = make_pool(*case.src, case.num_tokens, device)
+        append(torch.randn(case.num_tokens, case.src[4], HEAD_DIM, device=device), src)
         src_pages = shuffled(src, random, device)
-        num_bytes = max(written, NUM_TOKENS * src.layout.token_bytes() * NUM_LAYERS)
-        work = partial(
-            relayout_pages, src, src_pages, dst, dst_pages, num_tokens=NUM_TOKENS, **case.options
+        layers, heads = range(NUM_LAYERS), range(case.src[4])
+        shards = dict(
+            src_shard=Shard(layers, heads), dst_shard=Shard(layers, heads[-case.dst[4] :])
         )
-    dtype, page_size = case.dst[2], case.dst[1]
-    needs = {limit: float(num_bytes)}
-
-    def figure(work: Callable[[], object], peer: str) -> harness.Figure:
+        work = partial(
+            relayout_pages, src, src_pages, dst, dst_pages, num_tokens=case.num_tokens, **shards,
+            **case.options,
+        )  # fmt: skip
+    limit = "read" if case.op == "digest_pages" else "copy"
+    copied = None
+    if device == "cpu" and limit == "copy":
+        elapsed, copied = beside_memcpy(work, seconds)
+    else:
         elapsed = harness.measure(work, seconds, device=device)
-        return harness.figure(case.op, name, device, dtype, page_size, elapsed, needs, peer, device)
+    figure = harness.figure(
+        case.op,
+        name,
+        device,
+        case.dst[2],
+        case.dst[1],
+        elapsed,
+        {limit: num_bytes},
+        "kvlink",
+        device,
+    )
+    if copied is not None:
+        fraction = copied * num_bytes / NUM_BYTES / elapsed
+        figure = replace(
+            figure,
+            limit_fraction=round(fraction, 4),
+            note=f"memcpy of 256 MiB {copied * 1e3:.2f} ms",
+        )
+    yield figure
 
-    yield figure(work, "kvlink")
-    if name in ("append", "same"):
-        a, b = (torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
-        yield figure(lambda: a.copy_(b), "torch_copy")
+
+def beside_memcpy(work: Callable[[], object], seconds: float) -> tuple[float, float]:
+    """Median seconds of `work`, and of a copy of NUM_BYTES that takes turns with it."""
+    torch.set_num_threads(_C.num_threads())
+    source, target = (torch.ones(NUM_BYTES, dtype=torch.uint8) for _ in range(2))
+    times: tuple[list[float], list[float]] = ([], [])
+    end = time.perf_counter() + seconds
+    while len(times[0]) < 6 or time.perf_counter() < end:
+        for each, call in zip(times, (work, lambda: target.copy_(source)), strict=True):
+            call()  # what the other one left in the caches is written back
+            begin = time.perf_counter()
+            call()
+            each.append(time.perf_counter() - begin)
+    work_s, copy_s = (sorted(each)[len(each) // 2] for each in times)
+    return work_s, copy_s
 
 
 def append(rows: torch.Tensor, pool: KVPool) -> None:
     """The same rows as K and V of every layer."""
-    slots = torch.arange(NUM_TOKENS, device=rows.device)
+    slots = torch.arange(len(rows), device=rows.device)
     for layer in range(NUM_LAYERS):
         append_kv(rows, rows, pool, layer, slots)
 
