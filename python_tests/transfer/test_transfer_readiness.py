@@ -15,8 +15,8 @@ from receiving import PAGES, SPEC, TOKENS, Receiver, new_sender
 
 import kvlink
 from kvlink.errors import InvalidArgument, NeverReady, NotReady
-from kvlink.testing.transfer_peer import SECRET, Peer
-from kvlink.transfer import Endpoint, Grant, GrantRevoked, Transfer
+from kvlink.testing.transfer_peer import Peer, open_endpoint, reachable
+from kvlink.transfer import Grant, GrantRevoked, Transfer
 
 SECONDS = 20.0  # bound of waits that are to end well before
 
@@ -59,7 +59,7 @@ class Waiting:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_attention_waits_for_its_layer(receiver: Receiver, sender: Peer, backend: str) -> None:
-    sender.call("connect", receiver.endpoint.address)
+    sender.call("connect", receiver.address)
     grant = receiver.grant()
     transfer = sender.call("begin", PAGES, grant.to_bytes())
     # The pool holds NaN: whoever does not wait shows it.
@@ -88,7 +88,7 @@ def test_attention_waits_for_its_layer(receiver: Receiver, sender: Peer, backend
 
 
 def test_several_are_awaited_together(receiver: Receiver, sender: Peer) -> None:
-    sender.call("connect", receiver.endpoint.address)
+    sender.call("connect", receiver.address)
     grants = [receiver.grant(), receiver.grant([1, 2, 4])]
     ready = [grant.readiness(0) for grant in grants]
     for pages, grant in zip(([5, 3, 9], [5, 3, 9]), grants, strict=True):
@@ -146,11 +146,13 @@ def test_a_peer_that_dies_ends_the_wait(receiver: Receiver) -> None:
 
 
 @pytest.mark.parametrize("arrives", [True, False])
-def test_a_reused_slot_means_nothing_to_the_earlier_grant(sender: Peer, arrives: bool) -> None:
-    with Endpoint("decode", secret=SECRET, num_slots=1) as endpoint:
+def test_a_reused_slot_means_nothing_to_the_earlier_grant(
+    sender: Peer, path: str, arrives: bool
+) -> None:
+    with open_endpoint("decode", path, num_slots=1) as endpoint:
         pool = SPEC.build()
         endpoint.register(pool)
-        sender.call("connect", endpoint.address)
+        sender.call("connect", reachable(endpoint))
 
         def grant_and(push: bool) -> Grant:
             grant = endpoint.grant(PAGES, TOKENS)
@@ -176,11 +178,11 @@ def test_a_reused_slot_means_nothing_to_the_earlier_grant(sender: Peer, arrives:
                     attend(pool, 2, ready=grant.readiness(3), ready_timeout=0)
 
 
-def test_layers_that_share_memory_are_ready_together(sender: Peer) -> None:
+def test_layers_that_share_memory_are_ready_together(path: str) -> None:
     shared = replace(SPEC, layer_map=(0, 1, 1, 2))
-    with Endpoint("decode", secret=SECRET) as endpoint, Peer(shared) as peer:
+    with open_endpoint("decode", path) as endpoint, Peer(shared, path=path) as peer:
         endpoint.register(shared.build(), shared.shard)
-        peer.call("connect", endpoint.address)
+        peer.call("connect", reachable(endpoint))
         grant = endpoint.grant(PAGES, TOKENS)
         assert grant.readiness(1) is grant.readiness(2)
         transfer = peer.call("begin", PAGES, grant.to_bytes())
@@ -191,23 +193,28 @@ def test_layers_that_share_memory_are_ready_together(sender: Peer) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nhd", "hnd", "packed"])
-def test_the_next_token_may_be_appended_while_pages_land(kind: str) -> None:
-    """Slots past the granted tokens are never written by the peer."""
-    spec = replace(SPEC, kind=kind)
-    with Endpoint("decode", secret=SECRET) as endpoint, Peer(spec) as peer:
+@pytest.mark.parametrize(("page_size", "head_dim"), [(16, 16), (512, 128)])
+def test_the_next_token_may_be_appended_while_pages_land(
+    path: str, kind: str, page_size: int, head_dim: int
+) -> None:
+    """Slots past the granted tokens are never written by the peer, in short runs or long ones."""
+    spec = replace(SPEC, kind=kind, page_size=page_size, head_dim=head_dim, num_pages=12)
+    num_tokens = 2 * page_size + 8
+    with open_endpoint("decode", path) as endpoint, Peer(spec, path=path) as peer:
         pool = spec.build()
         endpoint.register(pool)
-        peer.call("fill", PAGES, TOKENS)
-        peer.call("connect", endpoint.address)
-        grant = endpoint.grant(PAGES, TOKENS)
-        token = np.full((1, 4, spec.head_dim), 3, np.float32)
-        slot = PAGES[TOKENS // spec.page_size] * spec.page_size + TOKENS % spec.page_size
-        kvlink.append_kv(token, token, pool, 0, np.array([slot]))
+        peer.call("fill", PAGES, num_tokens)
+        peer.call("connect", reachable(endpoint))
+        grant = endpoint.grant(PAGES, num_tokens)
+        token = np.full((1, 4, head_dim), 3, np.float32)
+        kvlink.append_kv(token, token, pool, 0, np.array([PAGES[2] * page_size + 8]))
         peer.call("push", PAGES, grant.to_bytes())
         grant.wait(10)
-        page, at = divmod(slot, spec.page_size)
         for plane in (pool.k(0), pool.v(0)):
-            assert (np.from_dlpack(plane)[page, at] == 3).all()
+            last_page = np.from_dlpack(plane)[PAGES[2]]
+            assert (last_page[8] == 3).all()
+            assert np.isfinite(last_page[:8]).all()
+            assert np.isnan(last_page[9:]).all()
 
 
 def test_attention_over_a_pull_that_lands(receiver: Receiver, sender: Peer) -> None:
@@ -239,9 +246,9 @@ def test_a_pull_that_fails_ends_the_wait(
     assert "layer 3: will not arrive: it was cancelled" in str(waiting.error)
 
 
-def test_readiness_of_a_part_of_the_layers(receiver: Receiver) -> None:
+def test_readiness_of_a_part_of_the_layers(receiver: Receiver, path: str) -> None:
     upper = replace(SPEC, layers=(2, 3))
-    with Peer(upper) as peer:
+    with Peer(upper, path=path) as peer:
         peer.call("fill", PAGES, TOKENS)
         link = receiver.endpoint.connect(peer.address)
         transfer = link.pull(peer.call("offer", PAGES, TOKENS), PAGES)
