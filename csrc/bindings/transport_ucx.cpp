@@ -107,10 +107,13 @@ void register_transport_ucx(py::module_& module) {
       .def(
           "counters",
           [](const UcxLink& self) {
-            const ucx::Link& link = *self.link;
-            return std::map<std::string, uint64_t>{{"dropped_messages", link.num_dropped()},
-                                                   {"credit_waits", link.num_credit_waits.load()},
-                                                   {"asked_again", link.num_asked.load()}};
+            const auto& counts = self.link->counts;
+            return std::map<std::string, uint64_t>{{"dropped_messages", counts.dropped.load()},
+                                                   {"credit_waits", counts.credit_waits.load()},
+                                                   {"asked_again", counts.asked.load()},
+                                                   {"copied_chunks", counts.copied.load()},
+                                                   {"in_place_chunks", counts.in_place.load()},
+                                                   {"direct_chunks", counts.direct.load()}};
           },
           "What only this path counts.")
       .def(

@@ -174,6 +174,22 @@ class Body:
     def leave(self) -> None:
         self.open_link.path_link.leave(self.inside)
 
+    def inject(self, fault: str, count: int) -> None:
+        """ucx: drops, doubles, delays or damages the next messages that this side sends."""
+        self.open_link.path_link.inject(fault, count)
+
+    def counters(self) -> dict[str, int]:
+        """ucx: how chunks went."""
+        return dict(self.open_link.path_link.counters())
+
+    def settle(self, idx: int, timeout: float = 0.1) -> None:
+        """Until everything that was posted has been moved, or has had the time."""
+        end = time.monotonic() + timeout
+        rows = -1
+        while time.monotonic() < end or rows != self.transfers[idx].progress().num_rows:
+            rows = self.transfers[idx].progress().num_rows
+            time.sleep(0.01)
+
     def num_fds(self) -> int:
         """Descriptors open once nothing of earlier links is used any more."""
         for link in self.endpoint.links:

@@ -206,8 +206,10 @@ class UcxLink:
         return self._link.failed() or None
 
     def counters(self) -> dict[str, int]:
-        """`credit_waits`: chunks that waited for room in the window; `asked_again`: questions to a
-        peer that had been silent; `dropped_messages`: of another session, or without a question."""
+        """`copied_chunks` went through a buffer, `in_place_chunks` were read by a peer on this host
+        where they were packed, `direct_chunks` were put or got; `credit_waits`: chunks that waited
+        for room in the window; `asked_again`: questions to a peer that had been silent;
+        `dropped_messages`: of another session, or without a question."""
         counters: dict[str, int] = self._link.counters()
         return counters
 

@@ -2,10 +2,10 @@
 
 #include <dlfcn.h>
 
-#include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <sstream>
 
 #include "kvlink/base/check.hpp"
 
@@ -79,6 +79,20 @@ void check(ucs_status_t status, const char* call) {
   throw std::runtime_error(concat(call, ": ", api().ucs_status_string(status)));
 }
 
+std::vector<std::string> printed(const std::function<void(FILE*)>& print) {
+  std::vector<std::string> lines;
+  char* text = nullptr;
+  size_t size = 0;
+  FILE* stream = open_memstream(&text, &size);
+  if (stream == nullptr) return lines;
+  print(stream);
+  std::fclose(stream);
+  std::istringstream all(std::string(text, size));
+  std::free(text);
+  for (std::string line; std::getline(all, line);) lines.push_back(line);
+  return lines;
+}
+
 std::vector<std::string> available_transports() {
   const Api& ucx = api();
   ucp_params_t params{};
@@ -86,25 +100,14 @@ std::vector<std::string> available_transports() {
   params.features = UCP_FEATURE_AM | UCP_FEATURE_RMA;
   ucp_context_h context = nullptr;
   check(ucx.ucp_init_version(kApiMajor, kApiMinor, &params, nullptr, &context), "ucp_init");
-  char* text = nullptr;
-  size_t size = 0;
   std::vector<std::string> found;
-  if (FILE* stream = open_memstream(&text, &size); stream != nullptr) {
-    ucx.ucp_context_print_info(context, stream);
-    std::fclose(stream);
-    // "#     resource 0  :  md 0  dev 0  flags -- tcp/eth0"
-    const std::string all(text, size);
-    std::free(text);
-    for (size_t at = 0; at < all.size();) {
-      size_t end = all.find('\n', at);
-      if (end == std::string::npos) end = all.size();
-      const std::string line = all.substr(at, end - at);
-      const size_t last = line.find_last_of(' ');
-      if (line.find("resource ") != std::string::npos && last != std::string::npos &&
-          line.find('/', last) != std::string::npos) {
-        found.push_back(line.substr(last + 1));
-      }
-      at = end + 1;
+  // "#     resource 0  :  md 0  dev 0  flags -- tcp/eth0"
+  for (const std::string& line :
+       printed([&](FILE* stream) { ucx.ucp_context_print_info(context, stream); })) {
+    const size_t last = line.find_last_of(' ');
+    if (line.find("resource ") != std::string::npos && last != std::string::npos &&
+        line.find('/', last) != std::string::npos) {
+      found.push_back(line.substr(last + 1));
     }
   }
   ucx.ucp_cleanup(context);

@@ -4,6 +4,8 @@
 
 #include <ucp/api/ucp.h>
 
+#include <cstdio>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -25,6 +27,7 @@ inline constexpr unsigned kApiMajor = 1, kApiMinor = 13;
   X(ucp_ep_close_nbx)               \
   X(ucp_ep_create)                  \
   X(ucp_ep_flush_nbx)               \
+  X(ucp_ep_print_info)              \
   X(ucp_ep_query)                   \
   X(ucp_ep_rkey_unpack)             \
   X(ucp_get_nbx)                    \
@@ -66,6 +69,9 @@ const Api& api();
 
 // The transports and devices that a context of this library sees here ("tcp/eth0", "posix/memory").
 std::vector<std::string> available_transports();
+
+// What `print` writes, line by line.
+std::vector<std::string> printed(const std::function<void(FILE*)>& print);
 
 // Throws std::runtime_error that names the call.
 void check(ucs_status_t status, const char* call);

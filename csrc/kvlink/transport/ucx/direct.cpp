@@ -100,6 +100,7 @@ void UcxTransfer::on_entered(const Header& header) {
     self->release_source();
     self->leave(seq, chunk, status == UCS_OK ? Status::kOk : Status::kPeerLost);
   };
+  ++link_->counts.direct;
   if (push) {
     link_->port().put(std::move(runs), self, done);
   } else {

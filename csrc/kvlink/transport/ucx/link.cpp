@@ -17,17 +17,9 @@ namespace kvlink::transport::ucx {
 namespace {
 
 constexpr char kMagic[4] = {'K', 'V', 'U', 'X'};
-// For a pull that moves nothing.
-KVLayout no_layout() {
-  KVLayout layout;
-  layout.form = KVForm::kOpaque;
-  layout.dtype = DType::kUInt8;
-  layout.num_kv_heads = layout.head_dim = layout.page_size = 1;
-  return layout;
-}
-
 constexpr int64_t kCloseGraceNs = 20'000'000;
-constexpr int64_t kDelayNs = 50'000'000;  // of a message that a fault test delays
+constexpr int64_t kProbeNs = 500'000'000;  // until the first transfer does without the answer
+constexpr int64_t kDelayNs = 50'000'000;   // of a message that a fault test delays
 
 std::array<uint64_t, 2> random_session() {
   std::array<uint64_t, 2> session;
@@ -38,16 +30,6 @@ std::array<uint64_t, 2> random_session() {
 }
 
 }  // namespace
-
-// A begin that waits for its answer.
-struct Link::Beginning {
-  Type expected = Type::kBegun;
-  bool answered = false;
-  Status status = Status::kPending;
-  Status outcome = Status::kPending;  // when the slot ended meanwhile
-  Header reply;
-  Terms terms;
-};
 
 std::shared_ptr<Link> Link::open(std::shared_ptr<Hub> hub, uint32_t bit) {
   KVLINK_CHECK(bit < kMaxLinks, "bit: expected below ", kMaxLinks, "; got ", bit);
@@ -118,12 +100,13 @@ void Link::connect(std::string_view description, bool same_host) {
 bool Link::direct_allowed() {
   // A process that was stopped can go on writing through these, whatever its peer has done since.
   constexpr std::string_view kOutliving[] = {"cma", "xpmem", "knem", "cuda_ipc"};
-  for (const std::string& name : port_->transports()) {
+  const std::vector<std::string> names = port_->transports();
+  for (const std::string& name : names) {
     for (const std::string_view kind : kOutliving) {
       if (name.starts_with(kind)) return false;
     }
   }
-  return true;
+  return !names.empty();
 }
 
 std::shared_ptr<Mapping> Link::take_reply(size_t size) {
@@ -135,14 +118,6 @@ std::shared_ptr<Mapping> Link::take_room(size_t size) {
 }
 
 // --- messages ------------------------------------------------------------------------------------
-
-bool Link::take_fault(Fault fault) {
-  std::atomic<int>& left = faults_[static_cast<size_t>(fault)];
-  int seen = left.load();
-  while (seen > 0 && !left.compare_exchange_weak(seen, seen - 1)) {
-  }
-  return seen > 0;
-}
 
 void Link::send(Header header, Outgoing payload, Done done) {
   {
@@ -165,6 +140,7 @@ void Link::send(Header header, Outgoing payload, Done done) {
 bool Link::send_chunk(Header header, const std::shared_ptr<Mapping>& buffer, size_t size) {
   if (take_fault(Fault::kFlipBit)) buffer->data()[size / 2] ^= std::byte{0x10};
   header.by_reference = peer_maps_.load() && size <= kChunkBytes;
+  ++(header.by_reference != 0 ? counts.in_place : counts.copied);
   if (header.by_reference == 0) {
     send(header,
          {.header = {}, .data = buffer->data(), .size = size, .mapping = buffer, .keep = buffer});
@@ -186,13 +162,17 @@ void Link::send_bytes(const Header& header, std::string bytes) {
 
 // Asks whether the peer can read buffers of ours in place, by one that begins with our session.
 void Link::probe() {
-  probed_ = outgoing_->try_take();
-  std::memcpy(probed_->data(), session_.data(), sizeof session_);
+  const auto probed = outgoing_->try_take();
+  std::memcpy(probed->data(), session_.data(), sizeof session_);
+  {
+    std::lock_guard lock(mutex_);
+    probed_ = probed;
+  }
   Header header;
   header.type = Type::kProbe;
-  send_bytes(header, Reference{.address = reinterpret_cast<uint64_t>(probed_->data()),
+  send_bytes(header, Reference{.address = reinterpret_cast<uint64_t>(probed->data()),
                                .size = sizeof session_,
-                               .key = probed_->rkey()}
+                               .key = probed->rkey()}
                          .bytes());
 }
 
@@ -215,7 +195,7 @@ bool Link::resolve(Header& header, Payload& payload) {
 bool Link::accept(std::string_view bytes, size_t payload_bytes) {
   Header header;
   if (!Header::parse(bytes, &header) || header.session != session_) {
-    ++num_dropped_;
+    ++counts.dropped;
     return false;
   }
   int64_t most = owner_->max_payload(header);
@@ -251,8 +231,12 @@ void Link::on_message(std::string_view bytes, Payload payload) {
     return send(header);
   }
   if (header.type == Type::kProbed) {
-    peer_maps_ = header.status == Status::kOk;
-    probed_.reset();
+    {
+      std::lock_guard lock(mutex_);
+      peer_maps_ = header.status == Status::kOk;
+      probed_.reset();
+    }
+    changed_.notify_all();
     return;
   }
   const bool chunk = header.type == Type::kChunk || header.type == Type::kPulled;
@@ -284,7 +268,7 @@ void Link::on_begun(const Header& header, const Payload& payload) {
     std::lock_guard lock(mutex_);
     const auto found = beginnings_.find(header.transfer);
     if (found == beginnings_.end()) {
-      ++num_dropped_;
+      ++counts.dropped;
       return;
     }
     Beginning& beginning = *found->second;
@@ -336,8 +320,6 @@ uint32_t Link::number_of(const RemoteBlock& block) {
   return number;
 }
 
-void Link::inject(Fault fault, int count) { faults_[static_cast<size_t>(fault)].store(count); }
-
 // --- beginning and ending ------------------------------------------------------------------------
 
 Status Link::ask(Header question, std::string payload, const std::shared_ptr<Beginning>& beginning,
@@ -357,51 +339,6 @@ Status Link::ask(Header question, std::string payload, const std::shared_ptr<Beg
   return over() ? Status::kPeerLost : Status::kTimeout;
 }
 
-Status Link::enter(SlotKey key, SlotKind kind, int32_t model_layer, int32_t model_head,
-                   int64_t deadline_ns) {
-  const auto beginning = std::make_shared<Beginning>();
-  Header header;
-  header.type = Type::kBegin;
-  header.slot = key.slot;
-  header.generation = key.generation;
-  header.kind = kind;
-  std::string payload;
-  if (kind == SlotKind::kOffer)
-    payload = Target{.layout = no_layout(), .num_layers = 1, .scales = {}}.bytes();
-  {
-    std::lock_guard lock(mutex_);
-    header.transfer = next_number_++;
-    beginnings_[header.transfer] = beginning;
-  }
-  Status status = ask(header, std::move(payload), beginning, deadline_ns);
-  if (status == Status::kOk) {
-    header.type = Type::kEnter;
-    header.seq = 1;
-    header.model_layer = model_layer;
-    header.model_head = model_head;
-    header.num_heads = 1;
-    header.count = 1;
-    status = ask(header, {}, beginning, deadline_ns);
-  }
-  std::lock_guard lock(mutex_);
-  beginnings_.erase(header.transfer);
-  entered_ = header;
-  return status;
-}
-
-void Link::leave() {
-  Header header;
-  {
-    std::lock_guard lock(mutex_);
-    header = entered_;
-  }
-  header.type = Type::kLeave;
-  header.status = Status::kCancelled;
-  send(header);
-  header.type = Type::kFinish;
-  send(header);
-}
-
 std::shared_ptr<PostedTransfer> Link::begin(TransferSpec spec, const RemotePool& peer,
                                             int64_t deadline_ns, Status* status) {
   const bool push = spec.kind == SlotKind::kGrant;
@@ -417,6 +354,13 @@ std::shared_ptr<PostedTransfer> Link::begin(TransferSpec spec, const RemotePool&
   header.slot = spec.key.slot;
   header.generation = spec.key.generation;
   header.kind = spec.kind;
+  {
+    std::unique_lock lock(mutex_);
+    const int64_t until = std::min(deadline_ns, now_ns() + kProbeNs);
+    while (probed_ && !closing_ && failed_.empty() && now_ns() < until) {
+      changed_.wait_for(lock, std::chrono::nanoseconds(until - now_ns()));
+    }
+  }
   // What the peer reads in place is packed once and scattered once; a put would be copied, too.
   header.direct = !peer_maps_ && direct_pays(spec, hub_->direct_bytes);
   std::string payload;

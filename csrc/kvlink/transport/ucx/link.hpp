@@ -54,10 +54,15 @@ class Link : public std::enable_shared_from_this<Link> {
   Status enter(SlotKey key, SlotKind kind, int32_t model_layer, int32_t model_head,
                int64_t deadline_ns);
   void leave();
-  // Messages of another session, or with another answer than was asked for, that were dropped.
-  uint64_t num_dropped() const { return num_dropped_.load(); }
-  // Chunks that waited for room in the window, and questions to a peer that had been silent.
-  std::atomic<uint64_t> num_credit_waits{0}, num_asked{0};
+  struct Counts {
+    // Messages of another session, or the answer to nothing, that were dropped.
+    std::atomic<uint64_t> dropped{0};
+    // Chunks that waited for room in the window, and questions to a peer that had been silent.
+    std::atomic<uint64_t> credit_waits{0}, asked{0};
+    // Chunks that this side sent: through a buffer, read there by the peer, put or got.
+    std::atomic<uint64_t> copied{0}, in_place{0}, direct{0};
+  };
+  Counts counts;
 
   // --- for the owner's side and the transfers ---
   void send(Header header, Outgoing payload = {}, Done done = {});
@@ -81,7 +86,15 @@ class Link : public std::enable_shared_from_this<Link> {
   void on_closed(SlotKey key, Status status) { owner_->on_closed(key, status); }
 
  private:
-  struct Beginning;
+  // A begin that waits for its answer.
+  struct Beginning {
+    Type expected = Type::kBegun;
+    bool answered = false;
+    Status status = Status::kPending;
+    Status outcome = Status::kPending;  // when the slot ended meanwhile
+    Header reply;
+    Terms terms;
+  };
   // Sends a question and waits for its answer: the status of that, or why there is none.
   Status ask(Header question, std::string payload, const std::shared_ptr<Beginning>& beginning,
              int64_t deadline_ns);
@@ -113,7 +126,6 @@ class Link : public std::enable_shared_from_this<Link> {
   bool closing_ = false;
   std::atomic<bool> peer_maps_{false};  // it can read our buffers in place
   std::shared_ptr<Mapping> probed_;
-  std::atomic<uint64_t> num_dropped_{0};
   std::array<std::atomic<int>, kNumFaults> faults_{};
 };
 

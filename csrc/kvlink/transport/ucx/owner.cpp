@@ -116,6 +116,14 @@ void Owner::begin(const Header& header, const Payload& payload) {
     destination->layers =
         scale_layers(target.layout, target.num_layers, 1, destination->scales.data());
   }
+  {
+    std::lock_guard lock(mutex_);
+    const auto found = sessions_.find(key.slot);
+    const bool known = found != sessions_.end() && found->second->active &&
+                       found->second->key.generation == key.generation &&
+                       found->second->transfer == header.transfer;
+    if (known) return;  // a duplicate
+  }
   const auto own = control.own(key);
   Status status = own ? control.begin(key, bit_) : control.status(key);
   if (status == Status::kOk && !own) status = Status::kStale;
@@ -300,6 +308,7 @@ void Owner::pack(const Header& header) {
   std::shared_ptr<Destination> destination;
   {
     std::lock_guard lock(mutex_);
+    if (session->lent.contains(header.seq)) return;  // a duplicate
     destination = session->destination;
   }
   const std::vector<LayerView>& target = destination->layers;
@@ -350,9 +359,13 @@ void Owner::pack(const Header& header) {
   }
   unpin(*session);
   if (reply.status != Status::kOk) return answer(header, Type::kDone, reply.status);
-  if (!link_.send_chunk(reply, buffer, size)) return;
+  {
+    std::lock_guard lock(mutex_);
+    if (session->active) session->lent[header.seq] = buffer;
+  }
+  if (link_.send_chunk(reply, buffer, size)) return;  // until the puller has read it there
   std::lock_guard lock(mutex_);
-  if (session->active) session->lent[header.seq] = buffer;
+  session->lent.erase(header.seq);
 }
 
 void Owner::enter(const Header& header) {

@@ -322,16 +322,28 @@ void Port::fail(const std::string& why) {
 
 std::vector<std::string> Port::transports() {
   std::vector<std::string> found;
+  const auto add = [&](const std::string& name) {
+    if (std::find(found.begin(), found.end(), name) == found.end()) found.push_back(name);
+  };
   engine_->call([&] {
     if (endpoint_ == nullptr || failed_) return;
-    ucp_transport_entry_t entries[32];
+    ucp_transport_entry_t entries[32] = {};
     ucp_ep_attr_t attr{};
     attr.field_mask = UCP_EP_ATTR_FIELD_TRANSPORTS;
     attr.transports = {.entries = entries, .num_entries = 32, .entry_size = sizeof entries[0]};
     if (api().ucp_ep_query(endpoint_, &attr) != UCS_OK) return;
-    for (unsigned i = 0; i < attr.transports.num_entries; ++i) {
-      const std::string name = concat(entries[i].transport_name, "/", entries[i].device_name);
-      if (std::find(found.begin(), found.end(), name) == found.end()) found.push_back(name);
+    for (unsigned i = 0; i < attr.transports.num_entries && entries[i].transport_name; ++i) {
+      add(concat(entries[i].transport_name, "/", entries[i].device_name));
+    }
+    if (!found.empty()) return;
+    // UCX 1.13 tells it in words alone: "lane[0]:  2:tcp/eth0.0 md[1] ..."
+    for (const std::string& line :
+         printed([&](FILE* stream) { api().ucp_ep_print_info(endpoint_, stream); })) {
+      const size_t lane = line.find("lane[");
+      const size_t slash = lane == std::string::npos ? lane : line.find('/', lane);
+      if (slash == std::string::npos) continue;
+      const size_t first = line.find_last_of(": ", slash) + 1;
+      add(line.substr(first, line.find_first_of(". ", slash) - first));
     }
   });
   return found;

@@ -129,33 +129,41 @@ void UcxTransfer::on_outcome(Status status) {
     if (outcome_ == Status::kPending) outcome_ = status;
   }
   replied_.notify_all();
-  if (status == Status::kOk) return;  // pulls of others ended the offer; the chunks tell
-  fail(status);
+  if (status != Status::kOk) return fail(status);
+  if (spec_.kind == SlotKind::kOffer) return;  // others have pulled it; our chunks tell of ours
+  // Every row has arrived, ours among them: the answers that are missing were lost.
+  std::vector<std::pair<uint64_t, Chunk>> left;
+  {
+    std::lock_guard lock(reply_mutex_);
+    for (const auto& [seq, chunk] : chunks_) {
+      if (chunk.step != Step::kMoving) left.emplace_back(seq, chunk);
+    }
+  }
+  for (auto& [seq, chunk] : left) {
+    if (claim(seq, chunk.step, Step::kMoving, &chunk)) close_chunk(seq, chunk, Status::kOk);
+  }
 }
 
 // --- chunks --------------------------------------------------------------------------------------
 
-void UcxTransfer::ask_now_and_then(int64_t* asked_ns) {
+void UcxTransfer::ask_now_and_then() {
   const int64_t now = now_ns();
-  int64_t heard;
   {
     std::lock_guard lock(reply_mutex_);
-    heard = heard_ns_;
+    if (now - std::max(heard_ns_, asked_ns_) < kAskAgain) return;
+    asked_ns_ = now;
   }
-  if (*asked_ns == 0) *asked_ns = now;
-  if (now - std::max(heard, *asked_ns) < kAskAgain) return;
-  *asked_ns = now;
-  ++link_->num_asked;
+  ++link_->counts.asked;
   link_->send(message(Type::kAsk));
 }
 
 uint64_t UcxTransfer::open_chunk(const Chunk& chunk) {
-  int64_t asked_ns = 0;
   bool waited = false;
   while (!ended()) {
     {
       std::unique_lock lock(reply_mutex_);
-      if (!std::exchange(waited, true) && std::ssize(chunks_) >= kWindow) ++link_->num_credit_waits;
+      if (!std::exchange(waited, true) && std::ssize(chunks_) >= kWindow)
+        ++link_->counts.credit_waits;
       replied_.wait_for(lock, std::chrono::nanoseconds(kWaitSlice),
                         [&] { return std::ssize(chunks_) < kWindow || ended_here_; });
       if (ended_here_) return 0;
@@ -165,7 +173,7 @@ uint64_t UcxTransfer::open_chunk(const Chunk& chunk) {
         return seq;
       }
     }
-    ask_now_and_then(&asked_ns);
+    ask_now_and_then();
   }
   return 0;
 }
@@ -225,10 +233,9 @@ bool UcxTransfer::stage(uint64_t seq, Chunk chunk) {
   std::shared_ptr<Mapping> buffer;
   try {
     if (size > kChunkBytes) buffer = link_->hub().engine->map(nullptr, size);
-    int64_t asked_ns = 0;
     while (!buffer && !ended()) {
       buffer = link_->outgoing().take(now_ns() + kWaitSlice);
-      if (!buffer) ask_now_and_then(&asked_ns);
+      if (!buffer) ask_now_and_then();
     }
     if (!buffer) return false;
     const LayerView staged =
@@ -306,7 +313,6 @@ Status UcxTransfer::finish_moves(std::string* message) {
     draining_ = true;
     return chunks_.empty() ? Status::kOk : Status::kPending;
   }
-  int64_t asked_ns = 0;
   while (!ended()) {
     {
       std::unique_lock lock(reply_mutex_);
@@ -314,7 +320,7 @@ Status UcxTransfer::finish_moves(std::string* message) {
                         [&] { return chunks_.empty() || ended_here_; });
       if (chunks_.empty() || ended_here_) break;
     }
-    ask_now_and_then(&asked_ns);
+    ask_now_and_then();
   }
   if (ended()) return Status::kPending;
   const Status landed = verify_landed(message);
@@ -323,7 +329,7 @@ Status UcxTransfer::finish_moves(std::string* message) {
 
 Status UcxTransfer::consume() {
   for (bool again = false; !ended(); again = true) {
-    link_->num_asked += again;
+    link_->counts.asked += again;
     link_->send(message(Type::kConsume));
     std::unique_lock lock(reply_mutex_);
     replied_.wait_for(lock, std::chrono::nanoseconds(kAskAgain),
@@ -364,7 +370,6 @@ Status UcxTransfer::wait_arrived(int64_t deadline_ns) {
     if (!wait_source_reusable(deadline_ns)) return Status::kPending;
     return progress().status;
   }
-  int64_t asked_ns = 0;
   while (true) {
     {
       std::unique_lock lock(reply_mutex_);
@@ -380,7 +385,7 @@ Status UcxTransfer::wait_arrived(int64_t deadline_ns) {
     if (left <= 0) return Status::kPending;
     replied_.wait_for(lock, std::chrono::nanoseconds(std::min(left, kWaitSlice)));
     lock.unlock();
-    ask_now_and_then(&asked_ns);
+    ask_now_and_then();
   }
 }
 

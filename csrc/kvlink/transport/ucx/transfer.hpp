@@ -69,7 +69,8 @@ class UcxTransfer final : public PostedTransfer {
   void leave(uint64_t seq, const Chunk& chunk, Status status);
   void finish_if_over();
   Status consume();
-  void ask_now_and_then(int64_t* asked_ns);
+  // After some silence, whether the slot has ended.
+  void ask_now_and_then();
 
   const std::shared_ptr<Link> link_;
   const uint64_t number_;
@@ -86,7 +87,7 @@ class UcxTransfer final : public PostedTransfer {
   bool ended_here_ = false;
   Status outcome_ = Status::kPending;   // of the slot, as its owner told it
   Status consumed_ = Status::kPending;  // pulls
-  int64_t heard_ns_ = 0;
+  int64_t heard_ns_ = now_ns(), asked_ns_ = 0;
 };
 
 }  // namespace kvlink::transport::ucx

@@ -1,0 +1,77 @@
+"""ucx: which way chunks take, and that each brings the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from kvlink.testing.transfer_peer import Peer, open_endpoint, reachable
+from kvlink.testing.transfer_pool import PoolSpec, pool_bytes
+
+pytestmark = [pytest.mark.two_process, pytest.mark.timeout(60)]
+
+# Whole pages are runs of 32 KiB, in either order: long enough to be put and got.
+LONG = PoolSpec(page_size=128, num_pages=12)
+PAGES, OTHERS, TOKENS = [5, 3, 9], [1, 2, 4], 300
+LAYERS = 4
+
+
+@pytest.fixture(scope="module", params=["ucx", "ucx_tcp"])
+def path(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=["nhd", "hnd"])
+def source(path: str, request: pytest.FixtureRequest) -> Iterator[tuple[PoolSpec, Peer]]:
+    spec = replace(LONG, kind=request.param)
+    with Peer(spec, path=path) as peer:
+        peer.call("fill", PAGES, TOKENS)
+        yield spec, peer
+
+
+def way(path: str, long_runs: bool) -> str:
+    """How the chunks of a transfer go."""
+    if path == "ucx":
+        return "in_place_chunks"
+    return "direct_chunks" if long_runs else "copied_chunks"
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same layout", "other pages"])
+def test_push(source: tuple[PoolSpec, Peer], path: str, same: bool) -> None:
+    spec, peer = source
+    dst = spec if same else replace(spec, page_size=10, num_pages=60)
+    pages = OTHERS if same else list(range(31, 1, -1))
+    with open_endpoint("decode", path) as endpoint:
+        pool = dst.build()
+        endpoint.register(pool)
+        peer.call("connect", reachable(endpoint))
+        grant = endpoint.grant(pages, TOKENS)
+        transfer = peer.call("push", PAGES, grant.to_bytes())
+        grant.wait(10)
+        peer.call("wait_arrived", transfer)
+        counters = peer.call("counters")
+        want = dst.build()
+        dst.fill(want, pages, TOKENS)
+        assert pool_bytes(pool).tobytes() == pool_bytes(want).tobytes()
+        taken = {name for name, count in counters.items() if count}
+        assert taken == {way(path, same)}
+        assert counters[way(path, same)] >= LAYERS
+        peer.call("close_link")
+
+
+def test_pull(source: tuple[PoolSpec, Peer], path: str) -> None:
+    spec, peer = source
+    with open_endpoint("decode", path) as endpoint:
+        pool = spec.build()
+        endpoint.register(pool)
+        link = endpoint.connect(peer.address)
+        offer = peer.call("offer", PAGES, TOKENS)
+        link.pull(offer, OTHERS).wait_arrived(10)
+        assert peer.call("wait_released", offer) == "OK"
+        want = spec.build()
+        spec.fill(want, OTHERS, TOKENS)
+        assert pool_bytes(pool).tobytes() == pool_bytes(want).tobytes()
+        counters = link.path_link.counters()
+        assert (counters["direct_chunks"] >= LAYERS) == (path == "ucx_tcp")
