@@ -123,15 +123,19 @@ void UcxTransfer::on_answer(const Header& header) {
 
 void UcxTransfer::on_outcome(Status status) {
   if (status == Status::kPending) return;
+  // Every row has arrived, ours among them: the answers that are missing were lost, or come last.
+  if (status == Status::kOk && spec_.kind == SlotKind::kGrant) close_answered();
   {
     std::lock_guard lock(reply_mutex_);
     heard_ns_ = now_ns();
     if (outcome_ == Status::kPending) outcome_ = status;
   }
   replied_.notify_all();
-  if (status != Status::kOk) return fail(status);
-  if (spec_.kind == SlotKind::kOffer) return;  // others have pulled it; our chunks tell of ours
-  // Every row has arrived, ours among them: the answers that are missing were lost.
+  // Of an offer: others have pulled it, and our chunks tell of ours.
+  if (status != Status::kOk) fail(status);
+}
+
+void UcxTransfer::close_answered() {
   std::vector<std::pair<uint64_t, Chunk>> left;
   {
     std::lock_guard lock(reply_mutex_);

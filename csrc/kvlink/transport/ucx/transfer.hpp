@@ -63,6 +63,7 @@ class UcxTransfer final : public PostedTransfer {
   // From one step to the next; false for a duplicate, or one that nobody waits for any more.
   bool claim(uint64_t seq, Step from, Step to, Chunk* chunk);
   void close_chunk(uint64_t seq, const Chunk& chunk, Status status);
+  void close_answered();
   bool stage(uint64_t seq, Chunk chunk);
   bool begin_direct(Chunk chunk);
   void on_entered(const Header& header);
