@@ -31,6 +31,7 @@ class Acceptor:
         self._own = own
         self._done = done
         self._incoming: dict[Incoming, None] = {}  # the oldest first
+        self._shut = False
         sock, unix = addresses.listen_unix()
         self._listeners = [sock]
         tcp = None
@@ -58,8 +59,20 @@ class Acceptor:
                 incoming.flush()
         return bool(self._incoming)
 
+    def shut(self) -> None:
+        """Nobody is let in from now on, and who knocks finds nobody."""
+        self._shut = True
+        self._service.call(self._stop)
+
+    def _stop(self) -> None:
+        for listener in self._listeners:
+            self._service.unwatch(listener.fileno())
+        for incoming in self._incoming:
+            self._service.unwatch(incoming.channel.sock.fileno())
+        self.close()
+
     def close(self) -> None:
-        """Ends everything; the service has stopped."""
+        """Ends everything; the service has stopped, or this is its thread."""
         for listener in self._listeners:
             listener.close()
         for incoming in self._incoming:
@@ -80,6 +93,9 @@ class Acceptor:
             self._on_connection(sock)
 
     def _on_connection(self, sock: socket.socket) -> None:
+        if self._shut:
+            sock.close()
+            return
         if len(self._incoming) >= _MAX_INCOMING:
             oldest = next(iter(self._incoming))
             self._forget(oldest, f"{_MAX_INCOMING} others knock, and it is the slowest")
@@ -90,6 +106,10 @@ class Acceptor:
         def on_readable() -> None:
             # A session that is made watches the same descriptor, so ours goes first.
             self._service.unwatch(fd)
+            if self._shut:
+                self._incoming.pop(incoming, None)
+                incoming.drop()
+                return
             if incoming.on_readable():
                 self._service.watch(fd, on_readable)
                 return

@@ -135,6 +135,7 @@ class Peers:
         """No link and no session from now on; the peers' ends are still to be awaited."""
         with self._lock:
             self._closed = True
+            self._acceptor.shut()
             links, sessions = dict(self._links), list(self._sessions)
         for link in links:
             link.close()
