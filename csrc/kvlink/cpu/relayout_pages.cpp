@@ -68,6 +68,27 @@ bool pages_join(const RowPlane& rows, int64_t page_size) {
   return pages_join(rows.at, page_size) && (!rows.scale || pages_join(rows.scale_at, page_size));
 }
 
+// A place in a run.
+struct Cursor {
+  Cursor(const TokenRun& run, int64_t size)
+      : page(run.pages + run.first_slot / size), slot(run.first_slot % size), page_size(size) {}
+
+  int64_t left() const { return page_size - slot; }  // tokens in this page
+  void skip(int64_t count) {                         // no more than are left
+    slot += count;
+    if (slot < page_size) return;
+    slot = 0;
+    ++page;
+  }
+  // Whether this is the slot that comes `slots` after the first one of `from`.
+  bool follows(int64_t from, int64_t slots, bool joins) const {
+    return (joins || *page == from) && (*page - from) * page_size + slot == slots;
+  }
+
+  const int32_t* page;
+  int64_t slot, page_size;
+};
+
 // Cuts the run where either side changes its page, unless both sides go on as if it did not.
 std::vector<RowBox> plan_boxes(const RelayoutParams& params, const std::vector<RowMove>& moves) {
   const int64_t max_tokens = box_tokens(moves);
@@ -78,30 +99,30 @@ std::vector<RowBox> plan_boxes(const RelayoutParams& params, const std::vector<R
     src_joins = src_joins && pages_join(move.src, src_size);
     dst_joins = dst_joins && pages_join(move.dst, dst_size);
   }
+  // NOTE: a few divisions for a box would take as long as the copy of one of 2 KiB.
+  Cursor src(params.src, src_size), dst(params.dst, dst_size);
   std::vector<RowBox> boxes;
+  boxes.reserve(params.num_tokens / std::min({src_size, dst_size, max_tokens}) + 2);
   for (int64_t token = 0; token < params.num_tokens;) {
-    const int64_t src = params.src.first_slot + token, dst = params.dst.first_slot + token;
-    const RowBox box{.src_page = params.src.pages[src / src_size],
-                     .src_slot = src % src_size,
-                     .dst_page = params.dst.pages[dst / dst_size],
-                     .dst_slot = dst % dst_size,
-                     .num_tokens = std::min({src_size - src % src_size, dst_size - dst % dst_size,
-                                             max_tokens, params.num_tokens - token}),
-                     .token_position = params.token_position + token};
-    token += box.num_tokens;
-    if (!boxes.empty() && (src_joins || dst_joins)) {
-      RowBox& last = boxes.back();
-      const int64_t src_pages = box.src_page - last.src_page;
-      const int64_t dst_pages = box.dst_page - last.dst_page;
-      const bool goes_on = (src_joins || src_pages == 0) && (dst_joins || dst_pages == 0) &&
-                           src_pages * src_size + box.src_slot == last.src_slot + last.num_tokens &&
-                           dst_pages * dst_size + box.dst_slot == last.dst_slot + last.num_tokens;
-      if (goes_on && last.num_tokens + box.num_tokens <= max_tokens) {
-        last.num_tokens += box.num_tokens;
-        continue;
-      }
+    const int64_t count = std::min({src.left(), dst.left(), max_tokens, params.num_tokens - token});
+    const auto continues = [&](const RowBox& last) {
+      return src.follows(last.src_page, last.src_slot + last.num_tokens, src_joins) &&
+             dst.follows(last.dst_page, last.dst_slot + last.num_tokens, dst_joins) &&
+             last.num_tokens + count <= max_tokens;
+    };
+    if (!boxes.empty() && continues(boxes.back())) {
+      boxes.back().num_tokens += count;
+    } else {
+      boxes.push_back({.src_page = *src.page,
+                       .src_slot = src.slot,
+                       .dst_page = *dst.page,
+                       .dst_slot = dst.slot,
+                       .num_tokens = count,
+                       .token_position = params.token_position + token});
     }
-    boxes.push_back(box);
+    token += count;
+    src.skip(count);
+    dst.skip(count);
   }
   return boxes;
 }
