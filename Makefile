@@ -50,7 +50,7 @@ pytest: build
 
 # A second build beside the first: nothing that other targets use is touched.
 SANITIZED_TESTS ?= $(wildcard $(patsubst %,python_tests/test_%.py,layout pool pool_wrap pages append_kv \
-	relayout_pages paged_attention paged_attention_bits paged_attention_api merge_states))
+	relayout_pages relayout_large convert_rows digest_pages paged_attention paged_attention_bits paged_attention_api merge_states))
 
 # Of the transport, a quick part: all but the fault campaign and the fuzzing, whose waits would tell
 # of a slow build only.
