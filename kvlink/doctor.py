@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.peer, arguments.secret_file, arguments.require, arguments.timeout,
             arguments.json,
         )  # fmt: skip
+    if arguments.secret_file is not None or arguments.require is not None:
+        parser.error("--secret-file, --require: name the --peer, too")
     found = report()
     print(json.dumps(found, indent=2) if arguments.json else _text(found))
     return 0

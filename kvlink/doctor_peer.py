@@ -78,7 +78,10 @@ def address_of(peer: str) -> bytes:
     """An address as text, or the file that has one (`FileDiscovery`)."""
     if peer.startswith("kvlink:"):
         return peer.encode()
-    return Path(peer).read_bytes().strip()
+    try:
+        return Path(peer).read_bytes().strip()
+    except OSError as error:
+        raise InvalidArgument(f"--peer: expected kvlink:... or a file with it; {error}") from error
 
 
 def secret_of(secret_file: str) -> bytes:

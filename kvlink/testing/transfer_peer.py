@@ -128,11 +128,6 @@ class Body:
             assert time.monotonic() < end, "the worker is still inside"
             time.sleep(0.001)
 
-    def span(self, idx: int) -> float:
-        """Seconds from the first layer posted to the last one moved."""
-        parts = self.transfers[idx].progress().parts
-        return (max(p.done_ns for p in parts) - min(p.posted_ns for p in parts)) * 1e-9
-
     def offer(self, pages: list[int], num_tokens: int, ttl: float = 30.0, pulls: int = 1) -> bytes:
         offer = self.endpoint.offer(pages, num_tokens, ttl, pulls=pulls)
         self.held[offer.transfer_id] = offer

@@ -63,7 +63,7 @@ def join_host_port(host: str, port: int) -> str:
 
 def split_host_port(text: str, argument: str) -> HostPort:
     """Inverse of `join_host_port`; raises InvalidArgument, naming `argument`."""
-    host, colon, port = text.rpartition(":")
+    host, colon, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise InvalidArgument(f"{argument}: expected HOST:PORT; got {text!r}")
     return host.removeprefix("[").removesuffix("]"), int(port)

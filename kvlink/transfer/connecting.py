@@ -94,7 +94,8 @@ def dial(
             addresses.end_connect(sock)
         except (OSError, PeerGone) as error:
             sock.close()
-            reasons.append("no answer in time" if isinstance(error, TimeoutError) else str(error))
+            what = "no answer in time" if isinstance(error, TimeoutError) else str(error)
+            reasons.append(f"{'unix' if addresses.same_host(sock) else 'tcp'}: {what}")
             continue
         addresses.tune(sock, own.peer_timeout)
         channel = Channel(sock, own.credentials.begin(server_side=False))

@@ -66,7 +66,7 @@ class Descriptor:
         if magic != _MAGIC or version != _VERSION or reserved != 0:
             raise InvalidDescriptor(f"descriptor: expected version {_VERSION}; got {version}")
         if _KINDS.get(kind_number) != kind:
-            raise InvalidDescriptor(
-                f"descriptor: expected a {kind.name.lower()}; got kind {kind_number}"
-            )
+            names = {1: "a grant", 2: "an offer"}
+            got = names.get(kind_number, f"kind {kind_number}")
+            raise InvalidDescriptor(f"descriptor: expected {names[kind.value]}; got {got}")
         return cls(kind, *fields)

@@ -13,7 +13,9 @@ from kvlink import _C
 from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.layout import Shard
 from kvlink.pool import KVPool
+from kvlink.transfer.arguments import is_integer, is_number
 from kvlink.transfer.descriptor import descriptor_key
+from kvlink.transfer.errors import LinkClosed
 from kvlink.transfer.grant import Grant
 from kvlink.transfer.groups import LendsGroups, ReservationT
 from kvlink.transfer.link import Link
@@ -56,10 +58,11 @@ class Endpoint(LendsGroups):
         if not isinstance(name, str) or not 1 <= len(name.encode()) <= 255:
             raise InvalidArgument(f"name: expected 1 to 255 bytes of text; got {name!r}")
         if not isinstance(secret, bytes) or len(secret) < _MIN_SECRET_BYTES:
-            raise InvalidArgument(f"secret: expected at least {_MIN_SECRET_BYTES} bytes")
+            got = f"{len(secret)} bytes" if isinstance(secret, bytes) else type(secret).__name__
+            raise InvalidArgument(f"secret: expected at least {_MIN_SECRET_BYTES} bytes; got {got}")
         if isinstance(paths, str) or not paths or not set(paths) <= set(BUILT_PATHS):
             raise InvalidArgument(f"paths: expected some of {BUILT_PATHS}; got {paths!r}")
-        if not 1.0 <= peer_timeout <= 3600.0:
+        if not is_number(peer_timeout) or not 1.0 <= peer_timeout <= 3600.0:
             raise InvalidArgument(f"peer_timeout: expected 1 to 3600 s; got {peer_timeout!r}")
         self.name = name
         self.descriptor_key = descriptor_key(secret)
@@ -87,7 +90,10 @@ class Endpoint(LendsGroups):
         Peers can only reach pools made with `shared=True`; any CPU pool can be the near side of a
         push or a pull. `generations`: a live uint32 array [num_pages] that changes where a page is
         freed (`PageAllocator.generations`); without it, `Region.bump_generations` tells of reuse.
+        Raises InvalidArgument, Unsupported (not CPU memory), LinkClosed.
         """
+        if self._closed:
+            raise LinkClosed("the endpoint is closed")
         region = self._regions.add(pool, shard, generations)
         self._peers.tell_regions()
         return region
@@ -97,7 +103,8 @@ class Endpoint(LendsGroups):
         from or to it, and tells the peers. When it returns, nobody touches its memory any more.
 
         Raises TransferTimeout when a peer is still inside its pages after `timeout` seconds (it is
-        stopped there): the region is unregistered then, but its memory must stay.
+        stopped there): the region is unregistered then, but its memory must stay. InvalidArgument
+        when it is not registered.
         """
         end = time.monotonic() + timeout
         found = self._regions.remove(region)
@@ -111,10 +118,6 @@ class Endpoint(LendsGroups):
         for reservation in lent:
             reservation.wait_released(max(end - time.monotonic(), 0.0))
         self._peers.forget_region(found)
-
-    def region_of(self, region: Region | KVPool | None) -> Region:
-        """A region given as itself, as its pool, or left out when there is only one."""
-        return self._regions.of(region)
 
     # --- lending pages ------------------------------------------------------------------------
 
@@ -153,8 +156,8 @@ class Endpoint(LendsGroups):
         `pulls`: how many pulls end the offer. `on_release(offer)` is called once, on any thread,
         when the pages are the owner's alone again. Raises as `grant`.
         """
-        if not 1 <= pulls <= _C.MAX_LINKS:
-            raise InvalidArgument(f"pulls: expected 1 to {_C.MAX_LINKS}; got {pulls}")
+        if not is_integer(pulls) or not 1 <= pulls <= _C.MAX_LINKS:
+            raise InvalidArgument(f"pulls: expected 1 to {_C.MAX_LINKS}; got {pulls!r}")
         return self.lend(Offer, ttl, digest, pulls, region, pages, num_tokens, on_release)
 
     def lend(
@@ -200,11 +203,13 @@ class Endpoint(LendsGroups):
         return self._peers.connect(address, require, timeout)
 
     def accept(self, timeout: float) -> Link:
-        """The next link that a peer made to this endpoint. Raises TransferTimeout.
+        """The next link that a peer made to this endpoint. Raises TransferTimeout, LinkClosed.
 
         Only needed to use the link from this side: the peer's pushes need no call here. A peer that
         connects again comes as a new link.
         """
+        if self._closed:
+            raise LinkClosed("the endpoint is closed")
         return self._peers.accept(timeout)
 
     @property

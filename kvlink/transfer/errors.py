@@ -109,7 +109,7 @@ class RowCountMismatch(TransferFailed):
 
 
 class StaleTransfer(TransferFailed):
-    """The slot serves another transfer by now and the peer no longer knows how this one ended."""
+    """It had ended before, or the owner of the pages no longer knows how."""
 
 
 class MoveFailed(TransferFailed):

@@ -23,6 +23,10 @@ class Regions:
 
     def add(self, pool: KVPool, shard: Shard | None, generations: Any) -> Region:
         """See `Endpoint.register`."""
+        if not isinstance(pool, KVPool):
+            raise InvalidArgument(f"pool: expected a KVPool; got {pool!r}")
+        if shard is not None and not isinstance(shard, Shard):
+            raise InvalidArgument(f"shard: expected a Shard; got {shard!r}")
         if pool.device[0] != 1:
             raise Unsupported(f"pool: expected CPU memory; got device {pool.device}")
         if shard is None:
@@ -41,6 +45,8 @@ class Regions:
 
     def remove(self, region: Region | KVPool) -> Region:
         """It is found no more."""
+        if region is None:
+            raise InvalidArgument("region: expected a Region or its KVPool; got None")
         found = self.of(region)
         with self._lock:
             self._regions.pop(found.region_id, None)
@@ -52,7 +58,8 @@ class Regions:
         if region is None:
             if len(regions) == 1:
                 return next(iter(regions.values()))
-            raise InvalidArgument(f"region: {len(regions)} are registered; name one")
+            which = "name one" if regions else "register a pool first"
+            raise InvalidArgument(f"region: {len(regions)} are registered; {which}")
         for candidate in regions.values():
             if region is candidate or region is candidate.pool:
                 return candidate

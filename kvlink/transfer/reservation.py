@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvlink import _C
 from kvlink.errors import InvalidArgument
+from kvlink.transfer.arguments import is_integer, is_number
 from kvlink.transfer.descriptor import Descriptor
 from kvlink.transfer.errors import (
     LinkClosed,
@@ -36,6 +37,9 @@ class SlotTable:
     """The owner's side of a control segment: free slots, room for page lists, what is open."""
 
     def __init__(self, num_slots: int, num_page_entries: int, watch: EndpointWatch) -> None:
+        for name, number in (("num_slots", num_slots), ("num_page_entries", num_page_entries)):
+            if not is_integer(number) or number < 1:
+                raise InvalidArgument(f"{name}: expected a positive integer; got {number!r}")
         self.control = _C.Control.create(num_slots, num_page_entries)
         self.watch = watch
         self.lock = threading.RLock()
@@ -269,6 +273,6 @@ class Reservation:
 
 
 def _ttl_ns(ttl: float) -> int:
-    if not 0 < ttl <= 7 * 24 * 3600:
+    if not is_number(ttl) or not 0 < ttl <= 7 * 24 * 3600:
         raise InvalidArgument(f"ttl: expected seconds in (0, 604800]; got {ttl!r}")
     return int(ttl * 1e9)

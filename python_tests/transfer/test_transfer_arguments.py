@@ -10,7 +10,7 @@ from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.layout import Shard
 from kvlink.testing.transfer_peer import SECRET
 from kvlink.testing.transfer_pool import PoolSpec
-from kvlink.transfer import Endpoint, TransferError
+from kvlink.transfer import Endpoint, InvalidDescriptor, LinkClosed, TransferError
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -56,7 +56,7 @@ def test_wrong_arguments_are_named(client: Endpoint, server: Endpoint) -> None:
         client.register(pool, Shard(range(3), range(4)))
     with pytest.raises(InvalidArgument, match="expected 4 KV heads, as the layout has; got 2"):
         client.register(pool, Shard(range(4), range(2)))
-    with pytest.raises(InvalidArgument, match="0 are registered; name one"):
+    with pytest.raises(InvalidArgument, match="0 are registered; register a pool first"):
         server.grant([1], 1)
     server.register(PoolSpec().build())
     for pages, tokens, message in (
@@ -68,15 +68,28 @@ def test_wrong_arguments_are_named(client: Endpoint, server: Endpoint) -> None:
     ):
         with pytest.raises(InvalidArgument, match=message):
             server.grant(pages, tokens)
-    with pytest.raises(InvalidArgument, match="ttl"):
-        server.grant([1], 1, ttl=0)
+    for ttl in (0, "1", float("nan")):
+        with pytest.raises(InvalidArgument, match="ttl: expected seconds"):
+            server.grant([1], 1, ttl=ttl)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="pulls: expected 1 to 64; got '1'"):
+        server.offer([1], 1, pulls="1")  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="pool: expected a KVPool; got None"):
+        server.register(None)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="shard: expected a Shard"):
+        server.register(pool, (4, 4))  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="region: expected a Region or its KVPool; got None"):
+        server.unregister(None)  # type: ignore[arg-type]
+    link = client.connect(server.address)
+    with pytest.raises(InvalidDescriptor, match="expected an offer; got a grant"):
+        link.pull(server.grant([1], 1).to_bytes(), [1])
     with Endpoint("alone", secret=SECRET, paths=("host_shm",)) as alone:
         alone.register(PoolSpec(shared=False).build())
         with pytest.raises(Unsupported, match="shared=True"):
             alone.grant([1], 1)
     for wrong in (
         {"secret": b"short"}, {"listen": "nowhere"}, {"listen": "0.0.0.0:0"}, {"paths": ("tcp",)},
-        {"paths": "ucx"}, {"paths": ()}, {"peer_timeout": 0.1},
+        {"paths": "ucx"}, {"paths": ()}, {"peer_timeout": 0.1}, {"peer_timeout": "1"},
+        {"secret": "text" * 8}, {"listen": 80}, {"num_slots": "1"}, {"num_page_entries": -1},
     ):  # fmt: skip
         with pytest.raises(InvalidArgument, match=next(iter(wrong))):
             Endpoint("x", **{"secret": SECRET, **wrong})  # type: ignore[arg-type]
@@ -86,3 +99,16 @@ def test_wrong_arguments_are_named(client: Endpoint, server: Endpoint) -> None:
     for address in (b"kvlink:2;tcp=here", b"kvlink:2;tcp=example.org:80"):
         with pytest.raises(InvalidArgument, match="address"):
             client.connect(address)
+
+
+def test_a_closed_endpoint_says_so(client: Endpoint) -> None:
+    pool = PoolSpec().build()
+    client.close()
+    for call in (
+        lambda: client.register(pool),
+        lambda: client.grant([1], 1),
+        lambda: client.accept(0.01),
+        lambda: client.connect(client.address),
+    ):
+        with pytest.raises(LinkClosed, match="the endpoint is closed"):
+            call()
