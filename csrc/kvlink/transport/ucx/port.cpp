@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "kvlink/base/check.hpp"
@@ -13,7 +14,9 @@ namespace kvlink::transport::ucx {
 namespace {
 
 constexpr unsigned kMessageId = 0;
-constexpr size_t kRendezvousBytes = 64 << 10;  // from here on the receiver says when and where to
+// From here on the receiver says when and where to, if the network can write there by itself. TCP
+// cannot: fetching costs it a round trip and two copies more.
+constexpr size_t kRendezvousBytes = 64 << 10;
 
 std::string describe(ucs_status_t status) { return api().ucs_status_string(status); }
 
@@ -91,6 +94,11 @@ void Port::connect(const std::string& address, bool same_host) {
     };
     params.err_handler.arg = this;
     check(api().ucp_ep_create(worker_, &params, &endpoint_), "ucp_ep_create");
+    const auto names = transports();
+    const bool all_tcp = std::all_of(names.begin(), names.end(), [](const std::string& name) {
+      return name.starts_with("tcp/");
+    });
+    rendezvous_bytes_ = all_tcp ? SIZE_MAX : kRendezvousBytes;
     // Only now: what the peer says before could not be answered, and waits where it is.
     engine_->add(this);
     for (auto& [message, done] : unsent_) do_send(std::move(message), std::move(done));
@@ -152,7 +160,7 @@ void Port::do_send(Outgoing message, Done done) {
   operation->mapping = message.mapping;
   operation->done = std::move(done);
   param.op_attr_mask |= UCP_OP_ATTR_FIELD_FLAGS;
-  param.flags = message.size >= kRendezvousBytes ? UCP_AM_SEND_FLAG_RNDV : UCP_AM_SEND_FLAG_EAGER;
+  param.flags = message.size >= rendezvous_bytes_ ? UCP_AM_SEND_FLAG_RNDV : UCP_AM_SEND_FLAG_EAGER;
   if (message.mapping) {
     param.op_attr_mask |= UCP_OP_ATTR_FIELD_MEMH;
     param.memh = message.mapping->memh();
@@ -265,7 +273,12 @@ ucs_status_t Port::on_active_message(void* self, const void* header, size_t head
     port.on_message_(view, {});
     return UCS_OK;
   }
-  // Short, or from a sender with other thresholds: a copy, so that UCX's memory is not kept.
+  // A copy, so that UCX's memory is not kept; where there are buffers for it, into one.
+  if (const auto room = size >= kRendezvousBytes ? port.take_room_(size) : nullptr) {
+    std::memcpy(room->data(), data, size);
+    port.on_message_(view, Payload({room->data(), size}, room));
+    return UCS_OK;
+  }
   const auto copy = std::make_shared<std::vector<std::byte>>(
       static_cast<const std::byte*>(data), static_cast<const std::byte*>(data) + size);
   port.on_message_(view, Payload({copy->data(), size}, copy));

@@ -116,6 +116,7 @@ class Port : public std::enable_shared_from_this<Port> {
   std::vector<std::pair<Outgoing, Done>> unsent_;            // before connect
   std::deque<Arrival> waiting_;                              // for room
   Operation* operations_ = nullptr;                          // under way: a list
+  size_t rendezvous_bytes_ = 0;
   bool failed_ = false, closing_ = false, same_host_ = false;
 };
 

@@ -257,11 +257,11 @@ bool UcxTransfer::stage(uint64_t seq, Chunk chunk) {
   {
     std::lock_guard lock(reply_mutex_);
     if (ended_here_) return false;
+    // Until it was answered: what a link has under way is bounded by its buffers.
+    chunk.buffer = buffer;
     chunks_[seq] = chunk;
   }
-  if (!link_->send_chunk(chunk_message(Type::kChunk, seq, chunk), buffer, size)) return true;
-  std::lock_guard lock(reply_mutex_);
-  if (const auto found = chunks_.find(seq); found != chunks_.end()) found->second.buffer = buffer;
+  link_->send_chunk(chunk_message(Type::kChunk, seq, chunk), buffer, size);
   return true;
 }
 

@@ -53,7 +53,7 @@ class UcxTransfer final : public PostedTransfer {
     RelayoutResult moved;
     int64_t started_ns = 0;
     Step step = Step::kAsked;
-    std::shared_ptr<Mapping> buffer;  // that the owner reads in place
+    std::shared_ptr<Mapping> buffer;  // staged: its bytes
   };
 
   Header message(Type type) const;
