@@ -259,6 +259,8 @@ class UcxHub:
         """Runs from this length on are put and got, where bytes are the same on both sides."""
     @direct_bytes.setter
     def direct_bytes(self, value: int) -> None: ...
+    def forget(self, pool: PoolView) -> None:
+        """Its memory is mapped for peers no more."""
     def open_link(self, bit: int) -> UcxLink: ...
 
 class UcxLink:

@@ -152,6 +152,14 @@ void register_transport_ucx(py::module_& module) {
           [](const UcxHub& self, int64_t bytes) { self.hub->direct_bytes = bytes; },
           "Runs from this length on are put and got, where bytes are the same on both sides.")
       .def(
+          "forget",
+          [](const UcxHub& self, const PoolView& pool) {
+            const std::vector<LayerView>& layers = pool.stored_layers;
+            py::gil_scoped_release release;
+            self.hub->forget_layers(layers);
+          },
+          py::arg("pool"), "Its memory is mapped for peers no more.")
+      .def(
           "close", [](const UcxHub& self) { self.hub->close(); },
           py::call_guard<py::gil_scoped_release>());
 }

@@ -107,7 +107,11 @@ class Ucx:
         return b"", ()
 
     def forget_region(self, region: Region) -> None:
-        """Nothing was kept of it."""
+        """Its memory is registered no more, if it was for a put or a get."""
+        with self._lock:
+            hub = self._hub
+        if hub is not None:
+            hub.forget(region.pool.view)
 
     def connect(self, peer: Peer, bit: int, peer_bit: int, blob: bytes, fds: list[int]) -> UcxLink:
         """Connects the worker that was described to the peer's."""

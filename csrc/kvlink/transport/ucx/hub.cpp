@@ -7,6 +7,20 @@
 
 namespace kvlink::transport::ucx {
 
+namespace {
+
+// What tells one pool's memory from another's.
+std::vector<const void*> planes_of(const std::vector<LayerView>& layers) {
+  std::vector<const void*> planes;
+  for (const LayerView& layer : layers) {
+    planes.push_back(layer.k);
+    if (num_planes(layer.layout) > 1) planes.push_back(layer.v);
+  }
+  return planes;
+}
+
+}  // namespace
+
 std::shared_ptr<Hub> Hub::create(std::shared_ptr<Control> control, const Executor& executor) {
   auto hub = std::make_shared<Hub>(std::move(control), executor, Engine::create());
   hub->control->set_on_closed([weak = hub->weak_from_this()](SlotKey key, Status status) {
@@ -55,7 +69,7 @@ void Hub::on_closed(SlotKey key, Status status) {
 std::vector<std::shared_ptr<Mapping>> Hub::map_layers(const OwnPages& own) {
   // Extents of all planes, those that touch each other as one.
   std::vector<std::pair<uint64_t, uint64_t>> extents;
-  std::vector<const void*> name;
+  const std::vector<const void*> name = planes_of(own.layers);
   for (const LayerView& layer : own.layers) {
     for (int plane = 0; plane < num_planes(layer.layout); ++plane) {
       const Plane& at = plane == 0 ? layer.layout.k : layer.layout.v;
@@ -66,7 +80,6 @@ std::vector<std::shared_ptr<Mapping>> Hub::map_layers(const OwnPages& own) {
       const auto first = reinterpret_cast<uint64_t>(base);
       extents.emplace_back(
           first, first + static_cast<uint64_t>(last + 1) * dtype_bytes(layer.layout.dtype));
-      name.push_back(base);
     }
   }
   std::lock_guard lock(mutex_);
@@ -82,6 +95,15 @@ std::vector<std::shared_ptr<Mapping>> Hub::map_layers(const OwnPages& own) {
   }
   mapped_[name] = {blocks, own.keep_alive};
   return blocks;
+}
+
+void Hub::forget_layers(const std::vector<LayerView>& layers) {
+  Mapped last;  // dropped after the lock
+  std::lock_guard lock(mutex_);
+  const auto found = mapped_.find(planes_of(layers));
+  if (found == mapped_.end()) return;
+  last = std::move(found->second);
+  mapped_.erase(found);
 }
 
 }  // namespace kvlink::transport::ucx

@@ -26,6 +26,8 @@ class Hub : public std::enable_shared_from_this<Hub> {
   void add(const std::shared_ptr<Link>& link);
   // Registered memory that covers the planes of these layers; mapped when it is first asked for.
   std::vector<std::shared_ptr<Mapping>> map_layers(const OwnPages& own);
+  // Unmaps it: peers reach it no more.
+  void forget_layers(const std::vector<LayerView>& layers);
   void close();
 
   const std::shared_ptr<Control> control;
