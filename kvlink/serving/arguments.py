@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 
+from kvlink import _C
 from kvlink.serving.options import (
     DTYPES,
     KV_DTYPES,
@@ -78,7 +79,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grant-ttl", type=_number(0.001, 86400.0), default=60.0, metavar="S",
         help="seconds without a sign of life of prefill after which decode takes back the pages "
         "that it granted")  # fmt: skip
-    add("--prefill-ranks", type=positive, default=1, metavar="N",
+    add("--prefill-ranks", type=_integer(1, _C.MAX_LINKS), default=1, metavar="N",
         help="prefill processes, each of which sends its part of the KV heads")  # fmt: skip
     add("--path", choices=PATHS, default="auto", help="how the KV cache moves; auto is the fastest "
         "that there is")  # fmt: skip

@@ -136,6 +136,8 @@ class MovesGroups:
 
     def _start_group(self, kind: Any, token: Any, members: Sequence[Any]) -> GroupTransfer:
         group = self.parse_group(kind, token)
+        if not isinstance(members, Sequence):
+            raise InvalidArgument(f"members: expected a list of them; got {members!r}")
         if len(members) != len(group.members):
             raise InvalidArgument(
                 f"members: expected {len(group.members)}, as the group has; got {len(members)}"

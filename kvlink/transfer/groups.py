@@ -216,6 +216,8 @@ class OfferGroup(_Group[Offer]):
 
 def _checked(members: Sequence[Any]) -> list[Member]:
     """Members with the fields of one."""
+    if not isinstance(members, Sequence):
+        raise InvalidArgument(f"members: expected a list of them; got {members!r}")
     if not 1 <= len(members) <= MAX_MEMBERS:
         raise InvalidArgument(f"members: expected 1 to {MAX_MEMBERS}; got {len(members)}")
     try:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
+from kvlink import _C
 from kvlink.layout import LAYOUT_BYTES
 from kvlink.transfer.errors import ProtocolError
 from kvlink.transfer.fields import Pairs, Reader, pack_blob, pack_pairs, pack_text
@@ -26,7 +27,7 @@ TRANSFER_ID_BYTES = 16
 MAC_BYTES = 32  # of the descriptors of grants and offers
 MAX_LAYERS = 4096
 MAX_PATHS = 16
-NUM_STATUSES = 13
+NUM_STATUSES = len(_C.TransferStatus.__members__)
 
 _MAGIC = b"KV"
 _HEADER = struct.Struct("<2sBBIQ")  # magic, type, descriptors, body bytes, sequence number

@@ -197,7 +197,8 @@ def test_wrong_options(capsys: pytest.CaptureFixture[str]) -> None:
 
     for option, reason in (
         ("--path=pigeon", "invalid choice: 'pigeon'"),
-        ("--prefill-ranks=0", "expected 1 to"),
+        ("--prefill-ranks=0", "expected 1 to 64; got 0"),
+        ("--prefill-ranks=65", "expected 1 to 64; got 65"),
     ):
         with pytest.raises(SystemExit):
             main(["generate", "--model=.", option])

@@ -377,6 +377,8 @@ def test_bytes_that_are_no_group(decode: Decode, prefill: Peer) -> None:
             prefill.call("push_group", SENT, bad)
     with pytest.raises(InvalidDescriptor):
         decode.endpoint.connect(prefill.address).pull_group(token, decode.members(RECEIVED))
+    with pytest.raises(InvalidArgument, match="members: expected a list of them; got 5"):
+        decode.endpoint.connect(prefill.address).pull_group(offers, 5)  # type: ignore[arg-type]
     prefill.call("push_group", SENT, token)
     group.wait(10)
 
@@ -384,6 +386,7 @@ def test_bytes_that_are_no_group(decode: Decode, prefill: Peer) -> None:
 def test_what_cannot_be_granted(decode: Decode) -> None:
     attention, conv = decode.regions["attention"], decode.regions["conv"]
     for members, message in (
+        (5, "members: expected a list of them; got 5"),
         ([], "members: expected 1 to 64; got 0"),
         ([(conv, [1], 1)] * 65, "members: expected 1 to 64; got 65"),
         ([(conv, [1])], "members: expected"),

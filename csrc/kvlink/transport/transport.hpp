@@ -34,7 +34,6 @@ enum class Status : uint8_t {
   kTimeout = 11,            // of a wait only: the transfer goes on
   kBusy = 12,               // of begin only: this link already writes, or the offer is taken
 };
-inline constexpr int kNumStatuses = 13;
 
 enum class SlotKind : uint32_t { kGrant = 1, kOffer = 2 };
 
