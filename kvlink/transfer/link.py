@@ -56,7 +56,7 @@ class Link(LinkFacts, MovesGroups):
     # --- moving KV ----------------------------------------------------------------------------
 
     def push(self, src_pages: Any, grant: Any, *, region: Region | None = None) -> Transfer:
-        """Pushes a whole request: `begin`, every layer, `finish`. Returns at once."""
+        """Pushes a whole request: `begin`, every layer, `finish`. Does not wait for the bytes."""
         transfer = self.begin(src_pages, grant, region=region)
         for layer in range(len(transfer.plan.parts_of_layer)):
             transfer.push_layer(layer)
@@ -69,9 +69,10 @@ class Link(LinkFacts, MovesGroups):
         `src_pages`: page ids in token order that hold the granted number of tokens, in the pool of
         `region` (by default the endpoint's only one). `grant`: the peer's `Grant.to_bytes()`. What
         both pools hold is moved, converted on the way; several links may fill one grant with
-        different layers or heads. O(layers + pages). Raises InvalidDescriptor, UnknownRegion,
-        Unconvertible, AlreadyWriting, GrantExpired, GrantRevoked, StaleTransfer, PeerLost (at once,
-        while it reconnects), LinkClosed, InvalidArgument.
+        different layers or heads. O(layers + pages); over ucx it asks the peer, too. Raises
+        InvalidDescriptor, UnknownRegion, Unconvertible, AlreadyWriting, GrantExpired, GrantRevoked,
+        StaleTransfer, PeerLost (at once, while it reconnects), TransferTimeout (ucx: no answer
+        within 5 s), LinkClosed, InvalidArgument.
         """
         return self._start(_C.SlotKind.GRANT, grant, src_pages, region)
 

@@ -241,3 +241,20 @@ def test_the_ucx_path() -> None:
         link.close()
         assert scrape("kvlink_path_events_total", **labels) >= before
         assert Scrape(receiver.endpoint)("kvlink_arrived_bytes_total") == NUM_BYTES
+
+
+@pytest.mark.parametrize("name", ["host_shm", "ucx"])
+def test_what_has_arrived_was_counted(name: str) -> None:
+    """Whoever learns of an arrival finds all of its bytes in the counters."""
+    with Endpoint("a", secret=SECRET) as receiver, Endpoint("b", secret=SECRET) as sender:
+        for endpoint in (receiver, sender):
+            endpoint.register(SPEC.build())
+        link = sender.connect(receiver.address, require=name)
+        for num_arrived in range(1, 101):
+            grant = receiver.grant(PAGES, TOKENS)
+            transfer = link.push(PAGES, grant.to_bytes())
+            grant.wait(10)
+            transfer.wait_arrived(10)
+            pushed = link.metrics()["push"]
+            assert pushed["bytes"] == num_arrived * NUM_BYTES
+            assert pushed["layers"] == num_arrived * 4

@@ -24,12 +24,12 @@ bool ShmTransfer::move_chunk(int32_t part, int64_t first, int64_t count) {
     fail(Status::kMoveFailed, error.what());
     return false;
   }
-  const int64_t done = now_ns();
+  // NOTE: counted before the owner can see it: whoever learns of the arrival finds all of it.
+  count_moved(part, count, moved, started, now_ns());
   if (spec_.kind == SlotKind::kGrant) {
     control_->add_rows(spec_.key, spec_.plan.parts[part].dst_layer, moved);
   }
   control_->leave(spec_.key, bit_);
-  count_moved(part, count, moved, started, done);
   return true;
 }
 
