@@ -32,6 +32,12 @@ def link(receiver: Receiver, sender: Peer) -> Iterator[Link]:
     """From the sender to the receiver; this is the receiver's end."""
     assert sender.call("connect", receiver.address) == "ucx"
     link = receiver.endpoint.accept(5)
+    # What the two sides ask each other once, before their first transfers, is over.
+    grant = receiver.grant()
+    transfer = sender.call("push", PAGES, grant.to_bytes())
+    grant.wait(10)
+    sender.call("wait_arrived", transfer)
+    link.pull(sender.call("offer", PAGES, TOKENS), [20, 21, 22]).wait_arrived(10)
     yield link
     receiver.arrive(sender)  # nothing that happened before is in the way
     sender.call("close_link")
