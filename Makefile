@@ -52,11 +52,11 @@ pytest: build
 SANITIZED_TESTS ?= $(wildcard $(patsubst %,python_tests/test_%.py,layout pool pool_wrap pages append_kv \
 	relayout_pages relayout_large convert_rows digest_pages paged_attention paged_attention_bits paged_attention_api merge_states))
 
-# Of the transport, a quick part: all but the fault campaign and the fuzzing, whose waits would tell
-# of a slow build only.
+# A quick part of the transfer tests, on every path; SANITIZED_TRANSPORT=* takes all of them.
+SANITIZED_TRANSPORT ?= threads moves faults ends sessions deaths
 SANITIZED_TRANSPORT_TESTS ?= $(filter-out $(patsubst %,%.py,$(addprefix \
-	python_tests/transfer/test_transfer_,campaign fuzz two_hosts)),$(wildcard \
-	python_tests/transfer/test_*.py))
+	python_tests/transfer/test_transfer_,campaign fuzz two_hosts doctor)),$(wildcard $(patsubst \
+	%,python_tests/transfer/test_transfer_%.py,$(SANITIZED_TRANSPORT))))
 
 sanitize: build
 	@$(BIN)/python python_tests/run_sanitized.py address,undefined build/sanitized \
