@@ -12,7 +12,7 @@ namespace kvlink::transport {
 namespace {
 
 // Bounds how long an owner waits for a writer that runs: the bytes written between enter and leave.
-constexpr int64_t kChunkBytes = int64_t{4} << 20;
+constexpr int64_t kChunkBytes = int64_t{16} << 20;
 
 int64_t row_bytes(const KVLayout& layout) {
   const int64_t dims = layout.head_dim + (layout.has_v_plane() ? layout.head_dim_v : 0);
