@@ -30,8 +30,6 @@ OPTIONS = {
     # UCX's hooks in madvise run in threads that have ended as far as the sanitizer knows.
     "UCX_MEM_EVENTS": "n",
     "TSAN_OPTIONS": f"halt_on_error=1:history_size=4:suppressions={SUPPRESSIONS}",
-    # UCX's hook of madvise takes a lock where TSan has already left a thread that ends.
-    "UCX_MEM_EVENTS": "no",
 }
 
 
