@@ -14,7 +14,7 @@ void register_pool(pybind11::module_& module);       // Layout, PoolView
 void register_transport(pybind11::module_& module);  // slots and transfers, then each path
 void register_transport_host_shm(pybind11::module_& module);
 void register_transport_ucx(pybind11::module_& module);  // the same over UCX, if it was built
-void register_probes(pybind11::module_& module);     // limits that benchmarks measure
-void register_runtime(pybind11::module_& module);    // threads, SIMD level, build report
+void register_probes(pybind11::module_& module);         // limits that benchmarks measure
+void register_runtime(pybind11::module_& module);        // threads, SIMD level, build report
 
 }  // namespace kvlink::bindings
