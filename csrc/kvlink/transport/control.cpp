@@ -327,6 +327,8 @@ Status Control::commit(SlotKey key, const Executor& executor, OwnPages& own, int
     if (now >= deadline_ns) return leave_with(Status::kPending, Phase::kOpen);
     futex_wait(slot.changes, seen, std::min(deadline_ns - now, kMaxWaitSlice));
   }
+  // Whoever looks first after the deadline: the reaper, or we.
+  if (now_ns() > slot.deadline_ns.load()) return leave_with(Status::kExpired, Phase::kClosed);
   Status result = Status::kOk;
   const std::atomic<uint64_t>* rows = slot.layer_rows;
   const bool exact = std::all_of(rows, rows + slot.num_layers, [&](const auto& layer_rows) {

@@ -60,10 +60,11 @@ class Dance:
         self._unread = 0  # results that a stopped peer has not given yet
         self._dead = False
         timeout = scenario.ttl + 0.5
+        patience = 10.0 if scenario.kind == "none" else CONNECT_TIMEOUT
         pending = scenario.kind in ("flip", "reuse", "cancel")  # an offer stays for the next reader
         self._args: dict[str, Callable[[], tuple[Any, ...]]] = {
-            "connect": lambda: (self.address[self._other(scenario.dialer)], CONNECT_TIMEOUT),
-            "accept": lambda: (CONNECT_TIMEOUT,),
+            "connect": lambda: (self.address[self._other(scenario.dialer)], patience),
+            "accept": lambda: (patience,),
             "lend": lambda: (scenario.shapes[scenario.owner], scenario.seed, scenario.ttl),
             "begin": lambda: (self.token, scenario.shapes[scenario.mover], scenario.seed),
             "wait": lambda: (timeout,),

@@ -183,9 +183,12 @@ class Lane:
             now = holdings()
             return self._most is None or all(now[k] <= self._most[k] for k in now)
 
+        def collected() -> bool:
+            gc.collect()  # each time: what ends late is garbage late
+            return back()
+
         if not eventually(back, 0.1):
-            gc.collect()
-            eventually(back)
+            eventually(collected)
         if self._most is None:
             gc.collect()
             self._most = holdings()
