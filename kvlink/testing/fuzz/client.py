@@ -15,17 +15,22 @@ from kvlink.testing.transfer_peer import SECRET
 from kvlink.transfer import wire
 from kvlink.transfer.address import Address
 from kvlink.transfer.channel import Channel, PeerGone, close_fds
-from kvlink.transfer.errors import TransferError
+from kvlink.transfer.errors import ProtocolError, TransferError
 from kvlink.transfer.paths import host_shm
 from kvlink.transfer.tls import Credentials
 
 STAGES = {"before TLS": 15, "in TLS": 20, "after WELCOME": 15, "session": 50}
 _PATIENCE = 5.0  # s
 _MAX_SOFT = 40
+_MAX_SHED = 1e-3  # of the frames
 
 
 def _never() -> bool:
     return False
+
+
+class _Shed(Exception):
+    """The endpoint ended a handshake in which nothing was wrong yet."""
 
 
 class Fuzzer:
@@ -39,6 +44,7 @@ class Fuzzer:
         self._path = host_shm.HostShm(self._control)
         self.counts: Counter[str] = Counter()
         self.problems: list[str] = []
+        self.num_shed = 0
 
     def run(self, num_frames: int) -> None:
         """Until that many mutated frames were sent."""
@@ -50,10 +56,18 @@ class Fuzzer:
                     self._before_tls(sock)
                 else:
                     self._inside(sock, stage)
+            except _Shed as error:
+                self._count_shed(stage, error)
             except PeerGone as error:
                 self.problems.append(f"{stage}: a good frame was refused: {error}")
             finally:
                 sock.close()
+
+    def _count_shed(self, stage: str, error: Exception) -> None:
+        """An endpoint at which many knock may end a handshake that is under way; not often."""
+        self.num_shed += 1
+        if self.num_shed > 1 + self.counts.total() * _MAX_SHED:
+            self.problems.append(f"{stage}: {self.num_shed} good handshakes were ended: {error}")
 
     def _knock(self) -> socket.socket:
         end = time.monotonic() + _PATIENCE
@@ -89,27 +103,37 @@ class Fuzzer:
             sock.sendall(data)
         self.counts[f"before TLS, {what}"] += 1
 
-    def _inside(self, sock: socket.socket, stage: str) -> None:
-        channel = Channel(sock, self._credentials.begin(server_side=False))
+    def _greet(self, channel: Channel, stage: str) -> int:
+        """A good handshake, as far as the stage goes; the next frame's sequence number."""
         channel.shake_until(time.monotonic() + _PATIENCE, _never)
-        sequence = 0
-        if stage != "in TLS":
-            channel.send(wire.Hello(2, 2, bytes(16), "fuzz", (("host_shm", ""),)))
-            wire.expect(self._receive(channel), wire.Welcome)
-            describe = wire.expect(self._receive(channel), wire.Describe)
-            for _ in range(describe.num_regions):
-                wire.expect(self._receive(channel), wire.RegionFrame)
-            sequence = 1
+        if stage == "in TLS":
+            return 0
+        channel.send(wire.Hello(2, 2, bytes(16), "fuzz", (("host_shm", ""),)))
+        wire.expect(self._receive(channel), wire.Welcome)
+        describe = wire.expect(self._receive(channel), wire.Describe)
+        for _ in range(describe.num_regions):
+            wire.expect(self._receive(channel), wire.RegionFrame)
         if stage == "session":
             blob, fds = self._path.describe(0)
             channel.send(wire.Describe(describe.bit, 0, blob), fds)
             wire.expect(self._receive(channel), wire.Ready)
+        return 1
+
+    def _inside(self, sock: socket.socket, stage: str) -> None:
+        channel = Channel(sock, self._credentials.begin(server_side=False))
+        try:
+            sequence = self._greet(channel, stage)
+        except (PeerGone, ProtocolError) as error:
+            raise _Shed(str(error)) from error
+        if stage == "session":
             sequence = self._softly(channel)
         name, data = hard(self._choose, sequence)
         self.counts[f"{stage}, {name}"] += 1
         try:
             channel.send_bytes(data)
         except PeerGone as error:
+            if stage != "session":
+                raise _Shed(str(error)) from error
             self.problems.append(f"{stage}: gone before it was spoilt: {error}")
             return
         if must_be_refused(data, sequence, stage):
