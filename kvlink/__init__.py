@@ -6,6 +6,7 @@ from kvlink.attention import merge_states, paged_attention
 from kvlink.cache_ops import append_kv, copy_pages, digest_pages, relayout_pages
 from kvlink.layout import KVLayout, Shard
 from kvlink.pool import KVPool
+from kvlink.rope import Rope, apply_rope, rope_table
 
 if TYPE_CHECKING:
     from kvlink.pages import PageAllocator
@@ -16,13 +17,16 @@ __all__ = [
     "KVLayout",
     "KVPool",
     "PageAllocator",
+    "Rope",
     "Shard",
     "append_kv",
+    "apply_rope",
     "copy_pages",
     "digest_pages",
     "merge_states",
     "paged_attention",
     "relayout_pages",
+    "rope_table",
 ]
 
 # Imported on first use, so that `import kvlink` loads neither numpy nor anything it does not need.

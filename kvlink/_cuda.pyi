@@ -8,7 +8,7 @@ from kvlink._C import PoolView
 architectures: str
 runtime_version: int
 
-def append_kv(k: Any, v: Any, pool: PoolView, layer: int, slots: Any, stream: int) -> None: ...
+def append_kv(k: Any, v: Any, pool: PoolView, layers: Any, slots: Any, stream: int) -> None: ...
 
 def check_errors(device: int) -> None:
     """Waits for the device and raises what its kernels recorded."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvlink import _C
 from kvlink._arrays import as_int32, as_reference, dtype_of, empty_like, from_reference
-from kvlink.backends import Capabilities, Choice, choose
+from kvlink.backends import FLOATS, STORED, Capabilities, Choice, choose
 from kvlink.errors import InvalidArgument
 from kvlink.pool import KVPool
 
@@ -17,13 +17,11 @@ _FEATURES = frozenset(
         "alibi_slopes", "lse", "out", "csr_page_table", "head_dim_v", "latent", "ready",
     }
 )  # fmt: skip
-_FLOATS = frozenset({"float32", "float16", "bfloat16"})
-_STORED = _FLOATS | {"float8_e4m3", "float8_e5m2", "int8"}
 
 # In order of preference.
 BACKENDS = (
-    Capabilities("cpu", frozenset({"cpu"}), _FLOATS, _STORED, _FEATURES),
-    Capabilities("reference", frozenset({"cpu"}), _FLOATS, _STORED, _FEATURES, automatic=False),
+    Capabilities("cpu", frozenset({"cpu"}), FLOATS, STORED, _FEATURES),
+    Capabilities("reference", frozenset({"cpu"}), FLOATS, STORED, _FEATURES, automatic=False),
 )
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from kvlink.errors import InvalidArgument, Unsupported
 
+FLOATS = frozenset({"float32", "float16", "bfloat16"})
+STORED = FLOATS | {"float8_e4m3", "float8_e5m2", "int8"}
 _DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}  # DLPack's device types
 
 

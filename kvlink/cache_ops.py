@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from kvlink import _C
+from kvlink._arrays import dtype_of
+from kvlink.backends import FLOATS, STORED, Capabilities, choose
 from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.layout import Shard
 from kvlink.pool import KVPool
+from kvlink.rope import Rope
 
 _DEVICE_CUDA = 2  # as in DLPack
+
+# What append_kv does where; a pool's device decides.
+APPEND_BACKENDS = (
+    Capabilities("cpu", frozenset({"cpu"}), FLOATS, STORED, frozenset({"layers", "rope"})),
+    Capabilities("cuda", frozenset({"cuda"}), FLOATS, STORED, frozenset({"layers"})),
+)
 
 
 class RelayoutResult(NamedTuple):
@@ -26,25 +35,39 @@ class RelayoutResult(NamedTuple):
 
 
 def append_kv(
-    k: Any, v: Any, pool: KVPool, layer: int, slots: Any, *, stream: int | None = None
+    k: Any,
+    v: Any,
+    pool: KVPool,
+    layer: int | Sequence[int],
+    slots: Any,
+    *,
+    rope: Rope | None = None,
+    stream: int | None = None,
 ) -> None:
-    """Writes the K and V of new tokens into the slots of one layer, in the pool's dtype.
+    """Writes the K and V of new tokens into the slots of one layer or many, in the pool's dtype.
 
     `k` [num_tokens, num_kv_heads, head_dim] and `v` [num_tokens, num_kv_heads, head_dim_v] are
     float32, float16 or bfloat16 of any DLPack library, dim contiguous; `v` is None for latent
-    pools. `slots` is int64 [num_tokens], `page * page_size + slot`; tokens with slot -1 are
-    skipped. Quantised pools use their static scales, or compute one per row (`token_head`).
-    Naming a slot twice leaves either token, or a mix of both, in it. Mutates the pool.
+    pools. With a sequence of layers both have an axis more, of the layers in their order, outside
+    the others (by strides it may lie anywhere). `slots` is int64 [num_tokens], `page * page_size +
+    slot`; tokens with slot -1 are skipped. `rope` turns K on its way, in float32. Quantised pools
+    use their static scales, or compute one per row (`token_head`). Naming a slot twice leaves
+    either token, or a mix of both, in it. Mutates the pool.
 
-    Raises InvalidArgument (shapes, dtypes, a slot outside the pool: then nothing is written) and
-    Unsupported (opaque pools). On a CUDA pool all arrays are on its device and the work is queued
-    on `stream` (a handle; default: torch's current stream if torch is loaded, else the default
-    stream); a slot outside the pool is skipped and raised by a later call.
+    Raises InvalidArgument (shapes, dtypes, a slot outside the pool, a position outside the rope's
+    table: then nothing is written) and Unsupported (opaque pools; rope on CUDA). On a CUDA pool all
+    arrays are on its device and the work is queued on `stream` (a handle; default: torch's current
+    stream if torch is loaded, else the default stream); a slot outside the pool is skipped and
+    raised by a later call.
     """
+    if not isinstance(layer, int):
+        layer = _distinct_layers(pool, layer)
+    if rope is not None:
+        choose(APPEND_BACKENDS, "auto", pool.device, dtype_of(k, "k"), pool.layout.dtype, ["rope"])
     if _on_cuda(pool):
         _cuda_ops().append_kv(k, v, pool.view, layer, slots, _stream(pool, stream))
     else:
-        _C.append_kv(k, v, pool.view, layer, slots)
+        _C.append_kv(k, v, pool.view, layer, slots, rope)
 
 
 def relayout_pages(
@@ -230,6 +253,15 @@ def _checked_shard(pool: KVPool, shard: Shard | None, name: str) -> Shard:
             f"as the pool has; got {len(shard.layers)} and {len(shard.kv_heads)}"
         )
     return shard
+
+
+def _distinct_layers(pool: KVPool, layers: Sequence[int]) -> list[int]:
+    """The layers as a list, each with memory of its own."""
+    listed = [int(layer) for layer in layers]
+    stored = [pool.layer_map[layer] for layer in listed if 0 <= layer < pool.num_layers]
+    if len(set(stored)) != len(stored):
+        raise InvalidArgument(f"layer: expected distinct stored layers; got {listed}")
+    return listed
 
 
 def _wanted_layers(held: Iterable[int], layers: Iterable[int] | None) -> list[int]:

@@ -38,7 +38,8 @@ PYTHON_LAYERS = {
     "pages": set(),
     "_arrays": _LAYOUT,
     "backends": set(),
-    "cache_ops": _POOL,
+    "rope": {"_C", "_planes", "_arrays", "backends"},
+    "cache_ops": _POOL | {"_arrays", "backends", "rope"},
     "attention": _OPERATORS,  # reference when it is asked for
     "reference": _LAYOUT,
     "triton": _OPERATORS,

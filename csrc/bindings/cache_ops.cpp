@@ -7,6 +7,7 @@
 #include "kvlink/cpu/append_kv.hpp"
 #include "kvlink/cpu/digest_pages.hpp"
 #include "kvlink/cpu/relayout_pages.hpp"
+#include "kvlink/cpu/rope.hpp"
 #include "op_args.hpp"
 #include "pool.hpp"
 #include "register.hpp"
@@ -24,12 +25,36 @@ void check_host(const PoolView& pool, const char* name) {
       ": expected a pool in host memory; got device type ", pool.device.type);
 }
 
-void append_kv(const py::object& k, const py::object& v, const PoolView& pool, int64_t layer,
-               const py::object& slots) {
+void append_kv(const py::object& k, const py::object& v, const PoolView& pool,
+               const py::object& layers, const py::object& slots, const py::object& rope) {
   check_host(pool, "pool");
-  const AppendArgs args(k, v, pool, layer, slots);
+  const AppendArgs args(k, v, pool, layers, slots, rope);
   const py::gil_scoped_release release;
   cpu::append_kv(args.params);
+}
+
+void apply_rope(const py::object& x, const py::object& out, const py::object& rope) {
+  Symbols symbols;
+  const TensorSpec x_spec{"x", {"num_tokens", "num_heads", "head_dim"}, kFloatTypes};
+  const Tensor from = x_spec.import(x, symbols);
+  const std::string type = from.type_name();
+  TensorSpec out_spec{"out", {"num_tokens", "num_heads", "head_dim"}, {type.c_str()}};
+  out_spec.writable = true;
+  const Tensor to = out_spec.import(out, symbols);
+  const RopeArgs args(rope.cast<py::tuple>(), symbols);
+  const ApplyRopeParams params{.x = from.data<void>(),
+                               .out = to.data<void>(),
+                               .dtype = *from.dtype(),
+                               .x_stride_token = from.stride(0),
+                               .x_stride_head = from.stride(1),
+                               .out_stride_token = to.stride(0),
+                               .out_stride_head = to.stride(1),
+                               .num_tokens = from.dim(0),
+                               .num_heads = static_cast<int32_t>(from.dim(1)),
+                               .head_dim = static_cast<int32_t>(from.dim(2)),
+                               .rope = args.params};
+  const py::gil_scoped_release release;
+  cpu::apply_rope(params);
 }
 
 py::tuple relayout_pages(const PoolView& src, const PageIds& src_pages, const PoolView& dst,
@@ -97,8 +122,10 @@ void register_cache_ops(py::module_& module) {
   py::class_<PageIds>(module, "PageIds", "Page ids, int32: an array without a copy, or a sequence.")
       .def(py::init<const py::object&, const std::string&>(), py::arg("pages"), py::arg("name"))
       .def("__len__", &PageIds::size);
-  module.def("append_kv", &append_kv, py::arg("k"), py::arg("v"), py::arg("pool"), py::arg("layer"),
-             py::arg("slots"));
+  module.def("append_kv", &append_kv, py::arg("k"), py::arg("v"), py::arg("pool"),
+             py::arg("layers"), py::arg("slots"), py::arg("rope") = py::none(),
+             "`layers`: one layer or a sequence; `rope`: a kvlink.Rope or None.");
+  module.def("apply_rope", &apply_rope, py::arg("x"), py::arg("out"), py::arg("rope"));
   module.def("relayout_pages", &relayout_pages, py::kw_only(), py::arg("src"), py::arg("src_pages"),
              py::arg("dst"), py::arg("dst_pages"), py::arg("src_layers"), py::arg("dst_layers"),
              py::arg("model_layers"), py::arg("num_heads"), py::arg("src_head"),

@@ -87,12 +87,12 @@ class DevicePageIds {
 
 cudaStream_t as_stream(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
-void append_kv(const py::object& k, const py::object& v, const PoolView& pool, int64_t layer,
-               const py::object& slots, uintptr_t stream) {
+void append_kv(const py::object& k, const py::object& v, const PoolView& pool,
+               const py::object& layers, const py::object& slots, uintptr_t stream) {
   const DeviceGuard guard(pool);
-  const AppendArgs args(k, v, pool, layer, slots);
+  const AppendArgs args(k, v, pool, layers, slots);
   const py::gil_scoped_release release;
-  cuda::append_kv(args.params, as_stream(stream));
+  for (const AppendKVParams& layer : args.params) cuda::append_kv(layer, as_stream(stream));
 }
 
 py::tuple relayout_pages(const PoolView& src, const py::object& src_pages, const PoolView& dst,
@@ -191,8 +191,8 @@ PYBIND11_MODULE(_cuda, module) {
         kvlink::cuda::report_errors();
       },
       py::arg("device"), "Waits for the device and raises what its kernels recorded.");
-  module.def("append_kv", &append_kv, py::arg("k"), py::arg("v"), py::arg("pool"), py::arg("layer"),
-             py::arg("slots"), py::arg("stream"));
+  module.def("append_kv", &append_kv, py::arg("k"), py::arg("v"), py::arg("pool"),
+             py::arg("layers"), py::arg("slots"), py::arg("stream"));
   module.def("relayout_pages", &relayout_pages, py::kw_only(), py::arg("src"), py::arg("src_pages"),
              py::arg("dst"), py::arg("dst_pages"), py::arg("src_layers"), py::arg("dst_layers"),
              py::arg("model_layers"), py::arg("num_heads"), py::arg("src_head"),

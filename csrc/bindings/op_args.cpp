@@ -1,5 +1,7 @@
 #include "op_args.hpp"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 
 #include "kvlink/base/check.hpp"
@@ -47,21 +49,44 @@ PageIds::PageIds(const py::object& pages, const std::string& name) {
   data_ = copied_.data();
 }
 
+RopeArgs::RopeArgs(const py::tuple& rope, Symbols& symbols)
+    : cos_sin(TensorSpec{"rope.cos_sin", {"num_positions", "rotary_dim"}, {"float32"}}.import(
+          rope[0], symbols)),
+      positions(
+          TensorSpec{"rope.positions", {"num_tokens"}, {"int64"}, TensorSpec::Strides::kContiguous}
+              .import(rope[1], symbols)) {
+  params = {.cos_sin = cos_sin.data<float>(),
+            .positions = positions.data<int64_t>(),
+            .num_positions = cos_sin.dim(0),
+            .stride_position = cos_sin.stride(0),
+            .first_dim = rope[3].cast<int32_t>(),
+            .rotary_dim = static_cast<int32_t>(cos_sin.dim(1)),
+            .interleaved = rope[2].cast<bool>()};
+}
+
 AppendArgs::AppendArgs(const py::object& k, const py::object& v, const PoolView& pool,
-                       int64_t layer, const py::object& slots) {
-  const LayerView& kv = pool.layer(layer);
-  const KVLayout& layout = kv.layout;
+                       const py::object& layers, const py::object& slots,
+                       const py::object& rope_tuple) {
+  const bool many = py::isinstance<py::sequence>(layers);
+  const auto layer_ids =
+      many ? layers.cast<std::vector<int64_t>>() : std::vector{layers.cast<int64_t>()};
+  const KVLayout& layout = pool.layout();
   const bool on_host = pool.on_host();
   const bool has_v = layout.has_v_plane();
   const auto strides = TensorSpec::Strides::kLastContiguous;
   Symbols symbols;
+  symbols.bind("num_layers", layer_ids.size(), "layer");
   symbols.bind("num_kv_heads", layout.num_kv_heads, "the pool");
   symbols.bind("head_dim", layout.head_dim, "the pool");
   symbols.bind("head_dim_v", layout.head_dim_v, "the pool");
-  const TensorSpec k_spec{
-      "k", {"num_tokens", "num_kv_heads", "head_dim"}, kFloatTypes, strides, false, on_host};
-  const TensorSpec v_spec{
+  TensorSpec k_spec{"k",    {"num_tokens", "num_kv_heads", "head_dim"}, kFloatTypes, strides, false,
+                    on_host};
+  TensorSpec v_spec{
       "v", {"num_tokens", "num_kv_heads", "head_dim_v"}, kFloatTypes, strides, false, on_host};
+  if (many) {
+    k_spec.axes.insert(k_spec.axes.begin(), "num_layers");
+    v_spec.axes.insert(v_spec.axes.begin(), "num_layers");
+  }
   const TensorSpec slots_spec{"slots", {"num_tokens"}, {"int64"}, TensorSpec::Strides::kContiguous,
                               false,   on_host};
   const Tensor keys = k_spec.import(k, symbols);
@@ -79,17 +104,27 @@ AppendArgs::AppendArgs(const py::object& k, const py::object& v, const PoolView&
         "k, v, slots: expected arrays on the pool's device, type ", pool.device.type, " number ",
         pool.device.id, "; got type ", array.device().type, " number ", array.device().id);
   }
-  const Tensor* values = has_v ? &arrays[1] : nullptr;
-  params = {.k = keys.data<void>(),
-            .v = values ? values->data<void>() : nullptr,
-            .slots = arrays.back().data<int64_t>(),
-            .num_tokens = arrays.back().dim(0),
-            .dtype = *keys.dtype(),
-            .k_stride_token = keys.stride(0),
-            .k_stride_head = keys.stride(1),
-            .v_stride_token = values ? values->stride(0) : 0,
-            .v_stride_head = values ? values->stride(1) : 0,
-            .kv = kv};
+  if (!rope_tuple.is_none()) rope.emplace(rope_tuple.cast<py::tuple>(), symbols);
+  // Of one layer.
+  const auto data = [&](size_t array, size_t layer) {
+    const Tensor& tensor = arrays[array];
+    return tensor.data<char>() +
+           (many ? layer * tensor.stride(0) : 0) * dtype_bytes(*tensor.dtype());
+  };
+  const size_t token = many ? 1 : 0, head = token + 1;
+  for (size_t i = 0; i < layer_ids.size(); ++i) {
+    params.push_back({.k = data(0, i),
+                      .v = has_v ? data(1, i) : nullptr,
+                      .slots = arrays.back().data<int64_t>(),
+                      .num_tokens = arrays.back().dim(0),
+                      .dtype = *keys.dtype(),
+                      .k_stride_token = keys.stride(token),
+                      .k_stride_head = keys.stride(head),
+                      .v_stride_token = has_v ? arrays[1].stride(token) : 0,
+                      .v_stride_head = has_v ? arrays[1].stride(head) : 0,
+                      .kv = pool.layer(layer_ids[i]),
+                      .rope = rope ? &rope->params : nullptr});
+  }
 }
 
 std::vector<LayerView> stored_layers(const PoolView& pool, const std::vector<int32_t>& layers,

@@ -31,13 +31,25 @@ class PageIds {
   int64_t size_ = 0;
 };
 
-// What append_kv takes, checked against the pool; all arrays must be where the pool is.
+// A Rope as Python has it: (cos_sin, positions, interleaved, first_dim), checked; host arrays.
+struct RopeArgs {
+  RopeArgs(const pybind11::tuple& rope, Symbols& symbols);
+
+  Tensor cos_sin, positions;
+  RopeParams params;
+};
+
+// What append_kv takes, checked against the pool; all arrays must be where the pool is. `layers` is
+// one layer, or a sequence of them, which k and v then have an axis more for. `rope` may be None.
 struct AppendArgs {
   AppendArgs(const pybind11::object& k, const pybind11::object& v, const PoolView& pool,
-             int64_t layer, const pybind11::object& slots);
+             const pybind11::object& layers, const pybind11::object& slots,
+             const pybind11::object& rope = pybind11::none());
+  AppendArgs(const AppendArgs&) = delete;  // params point into rope
 
   std::vector<Tensor> arrays;  // keeps what params points to
-  AppendKVParams params;
+  std::optional<RopeArgs> rope;
+  std::vector<AppendKVParams> params;  // one a layer
 };
 
 // Throws InvalidArgument, naming the argument.

@@ -174,8 +174,9 @@ Tensor TensorSpec::import(const py::handle& object, Symbols& symbols) const {
                  describe(tensor.strides()));
   } else if (strides == Strides::kLastContiguous && !axes.empty()) {
     const size_t last = axes.size() - 1;
-    KVLINK_CHECK(tensor.dim(last) <= 1 || tensor.stride(last) == 1, name,
-                 ": expected a contiguous last axis; got strides ", describe(tensor.strides()));
+    KVLINK_CHECK(tensor.dim(last) <= 1 || tensor.stride(last) == 1 || tensor.num_elements() == 0,
+                 name, ": expected a contiguous last axis; got strides ",
+                 describe(tensor.strides()));
   }
   return tensor;
 }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.utils.dlpack import from_dlpack
+
+from kvlink.reference.rope import apply_rope
 
 TORCH_DTYPES = {
     "float32": torch.float32,
@@ -71,15 +74,30 @@ def store_rows(
     plane(pool, layer, name).view(bits)[pages, slots, heads] = stored.view(bits)
 
 
-def append_kv(k: torch.Tensor, v: torch.Tensor | None, pool: Any, layer: int, slots: Any) -> None:
+def append_kv(
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    pool: Any,
+    layer: int | Sequence[int],
+    slots: Any,
+    *,
+    rope: Any = None,
+) -> None:
     """See `kvlink.append_kv`; here tokens are stored in order, so the last one wins a slot."""
+    if not isinstance(layer, int):
+        for i, each in enumerate(layer):
+            append_kv(k[i], None if v is None else v[i], pool, each, slots, rope=rope)
+        return
     layout = pool.layout
     for t, slot in enumerate(slots.tolist()):
         if slot == -1:
             continue
         page, at = divmod(slot, layout.page_size)
         index = (torch.tensor([page]), torch.tensor([at]), slice(None))
-        store_rows(pool, layer, "k", *index, k[t : t + 1].float())
+        keys = k[t : t + 1].float()
+        if rope is not None:
+            keys = apply_rope(keys, rope._replace(positions=rope.positions[t : t + 1]))
+        store_rows(pool, layer, "k", *index, keys)
         if layout.has_v_plane:
             assert v is not None
             store_rows(pool, layer, "v", *index, v[t : t + 1].float())

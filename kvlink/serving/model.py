@@ -45,9 +45,9 @@ class Decoder(nn.Module):
         NeverReady: the same call may then be made again.
         """
         hidden = self.model.embed_tokens(torch.from_numpy(batch.token_ids))
-        rotary = _cos_sin(self.inv_freq, torch.from_numpy(batch.positions), hidden.dtype)
+        rope = _step_rope(self.inv_freq, torch.from_numpy(batch.positions))
         for layer in self.model.layers:
-            hidden = layer(hidden, rotary, batch, pool, on_layer, awaited)
+            hidden = layer(hidden, rope, batch, pool, on_layer, awaited)
         hidden = hidden[torch.from_numpy(batch.logit_rows)]
         return self.lm_head(self.model.norm(hidden)).float()  # type: ignore[no-any-return]
 
@@ -90,7 +90,7 @@ class _Attention(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rope: kvlink.Rope,
         batch: Batch,
         pool: KVPool,
         on_layer: Callable[[int], None] | None,
@@ -102,9 +102,9 @@ class _Attention(nn.Module):
         v = self.v_proj(hidden).view(by_head)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = _rotate(q, *rotary), _rotate(k, *rotary)
 
-        kvlink.append_kv(k, v, pool, self.index, batch.slots)
+        q = kvlink.apply_rope(q, rope, out=q)
+        kvlink.append_kv(k, v, pool, self.index, batch.slots, rope=rope)
         if on_layer is not None:
             on_layer(self.index)
         ready, ready_timeout = (None, 0.0) if awaited is None else awaited(self.index)
@@ -163,12 +163,8 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
     return plain
 
 
-def _cos_sin(inv_freq: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _step_rope(inv_freq: Tensor, positions: Tensor) -> kvlink.Rope:
+    """The angles of a step's tokens, a row of the table each."""
     angles = positions.float()[:, None] * inv_freq
-    both = torch.cat((angles, angles), dim=-1)[:, None, :]
-    return both.cos().to(dtype), both.sin().to(dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    return kvlink.Rope(table, torch.arange(len(positions)))

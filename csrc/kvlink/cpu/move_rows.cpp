@@ -52,7 +52,7 @@ int64_t box_tokens(const std::vector<RowMove>& moves) {
 }
 
 uint64_t for_each_box(const std::vector<RowMove>& moves, const std::vector<RowBox>& boxes,
-                      RowFunction* function) {
+                      const std::function<RowFunction>& function) {
   const int64_t num_boxes = boxes.size();
   if (moves.empty() || num_boxes == 0) return 0;
   int64_t num_tokens = 0;

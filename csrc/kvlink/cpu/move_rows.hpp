@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "kvlink/base/simd_level.hpp"
@@ -39,6 +40,6 @@ int64_t box_tokens(const std::vector<RowMove>& moves);
 
 // Applies `function` to every move and box on the thread pool; the sum of what it returns.
 uint64_t for_each_box(const std::vector<RowMove>& moves, const std::vector<RowBox>& boxes,
-                      RowFunction* function);
+                      const std::function<RowFunction>& function);
 
 }  // namespace kvlink::cpu

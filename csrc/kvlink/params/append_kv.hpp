@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kvlink/layout/kv_layout.hpp"
+#include "kvlink/params/rope.hpp"
 
 namespace kvlink {
 
@@ -16,6 +17,7 @@ struct AppendKVParams {
   int64_t k_stride_token = 0, k_stride_head = 0;  // elements
   int64_t v_stride_token = 0, v_stride_head = 0;
   LayerView kv;
+  const RopeParams* rope = nullptr;  // turns K on its way; null: K is stored as it is
 };
 
 }  // namespace kvlink

@@ -150,7 +150,8 @@ inline std::vector<RowMove> plan_append(const AppendKVParams& params) {
     moves.push_back({.src = tokens,
                      .dst = row_plane(params.kv, plane),
                      .dims = row_dims(layout, plane),
-                     .num_heads = layout.num_kv_heads});
+                     .num_heads = layout.num_kv_heads,
+                     .model_plane = plane});
   }
   return moves;
 }

@@ -1,0 +1,56 @@
+"""`Rope`: a rotary embedding as a table of cosines and sines; `apply_rope` turns queries by it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from kvlink import _C
+from kvlink._arrays import dtype_of, empty_like
+from kvlink.backends import FLOATS
+from kvlink.errors import Unsupported
+
+
+class Rope(NamedTuple):
+    """The angles by which pairs of a head's dims turn, token by token.
+
+    `cos_sin`: float32 [num_positions, rotary_dim], in each row the cosines of the rotary_dim / 2
+    pairs, then their sines, whatever frequencies and factors they come from (`rope_table` makes a
+    plain one). `positions`: int64 [num_tokens], the row of each token. Turned are the dims from
+    `first_dim` on, rotary_dim of them (partial rotary; the tail of a latent row); pair i is dims i
+    and i + rotary_dim / 2 of these or, `interleaved`, dims 2 i and 2 i + 1: (a, b) becomes
+    (a cos - b sin, b cos + a sin), each product and the sum rounded to float32.
+    """
+
+    cos_sin: Any
+    positions: Any
+    interleaved: bool = False
+    first_dim: int = 0
+
+
+def rope_table(inv_freq: Any, num_positions: int, factor: float = 1.0) -> Any:
+    """`cos_sin` of positions 0 to num_positions - 1: numpy float32 [num_positions, 2 * pairs].
+
+    `inv_freq` [pairs]: radians per position. `factor` multiplies cosines and sines (YaRN).
+    """
+    import numpy as np
+
+    frequencies = np.asarray(inv_freq, dtype=np.float32)
+    angles = np.arange(num_positions, dtype=np.float32)[:, None] * frequencies
+    return np.concatenate((np.cos(angles), np.sin(angles)), axis=1) * np.float32(factor)
+
+
+def apply_rope(x: Any, rope: Rope, out: Any = None) -> Any:
+    """Turns `x` [num_tokens, num_heads, head_dim], as `append_kv` turns K, and returns the result.
+
+    `x` is float32, float16 or bfloat16 in host memory, dim contiguous; computed in float32, rounded
+    once. The result is written into `out` if given (it may be `x`), else into a new array of x's
+    library. Raises InvalidArgument (shapes, a position outside the table; nothing is written then),
+    Unsupported (dtypes).
+    """
+    dtype = dtype_of(x, "x")
+    if dtype not in FLOATS:
+        raise Unsupported(f"x: supported dtypes are {', '.join(sorted(FLOATS))}; got {dtype}")
+    if out is None:
+        out = empty_like(x, tuple(x.shape))
+    _C.apply_rope(x, out, rope)
+    return out
