@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/installed
 CXX_SOURCES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.cpp' 'csrc/*.hpp' \
-	'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inl')
+	'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inl' 'csrc/*.h')
 
 .PHONY: build demo test lint pytest sanitize faults fuzz stubs bench clean
 
@@ -50,7 +50,8 @@ pytest: build
 
 # A second build beside the first: nothing that other targets use is touched.
 SANITIZED_TESTS ?= $(wildcard $(patsubst %,python_tests/test_%.py,layout pool pool_wrap pages append_kv rope \
-	relayout_pages relayout_large convert_rows digest_pages paged_attention paged_attention_bits paged_attention_api merge_states))
+	relayout_pages relayout_large convert_rows digest_pages paged_attention paged_attention_bits paged_attention_api merge_states \
+	emulation cache_ops_emulated))
 
 # A quick part of the transfer tests, on every path; SANITIZED_TRANSPORT=* takes all of them.
 SANITIZED_TRANSPORT ?= threads moves faults ends sessions deaths

@@ -5,6 +5,8 @@ KVLINK_CUDA         auto (default: built if nvcc is found), 1 (demanded), 0 (lef
 KVLINK_CUDA_ARCHS   for example "90a" or "80;90a;100" (default)
 KVLINK_UCX_HOME     where include/ucp/api/ucp.h is (default: the libucx package of the Python that
                     builds, then /usr); without it the ucx path is left out. 0: leave it out
+KVLINK_EMULATION    1: builds, and builds alone, a kvlink._cuda whose kernels run on the host
+                    (csrc/emulation); for tests, which do this by themselves
 KVLINK_SANITIZE     for example "address,undefined": a build for tests, not for use
 CXX, CXXFLAGS       the compiler (default: c++), and flags that come after ours
 MAX_JOBS            compilers run at once (default: the CPUs)
@@ -15,9 +17,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +44,7 @@ if IS_X86:
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
     ]
 
+EMULATION = os.environ.get("KVLINK_EMULATION", "0") == "1"
 SANITIZE = os.environ.get("KVLINK_SANITIZE", "")
 SANITIZE_FLAGS = (
     [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
@@ -74,6 +79,13 @@ def cpu_sources() -> list[Path]:
     return sorted(sources + bindings)
 
 
+# What kvlink._cuda has beside its kernels.
+CUDA_HOST_SOURCES = [
+    *(CSRC / "bindings" / f"{name}.cpp" for name in ("cuda_module", "errors", "op_args", "pool")),
+    *(CSRC / "bindings" / "tensor.cpp", CSRC / "kvlink" / "layout" / "serialise.cpp"),
+]
+
+
 def find_nvcc() -> str | None:
     wanted = os.environ.get("KVLINK_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
@@ -98,6 +110,12 @@ def nvcc_paths(nvcc: str, variable: str, flag: str) -> list[str]:
     return [word for part in words for word in part.split() if word.startswith(flag)]
 
 
+def without_resources(report: str) -> str:
+    """What nvcc has to say besides the resources of each kernel."""
+    ours = re.compile(r"ptxas info|\s+\d+ bytes stack frame")
+    return "".join(line for line in report.splitlines(True) if not ours.match(line))
+
+
 class BuildExtensions(build_ext):
     """Compiles in parallel, with flags per source, and only what changed.
 
@@ -106,8 +124,12 @@ class BuildExtensions(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
-        compiles = self.cuda_compiles() if ext.name == "kvlink._cuda" else self.cpu_compiles()
-        headers = [*CSRC.rglob("*.hpp"), *CSRC.rglob("*.cuh"), *CSRC.rglob("*.inl"), Path(__file__)]
+        on_device = ext.name == "kvlink._cuda" and not EMULATION
+        compiles = self.cpu_compiles()
+        if ext.name == "kvlink._cuda":
+            compiles = self.emulated_compiles() if EMULATION else self.cuda_compiles()
+        suffixes = (".h", ".hpp", ".cuh", ".inl")
+        headers = [path for path in CSRC.rglob("*") if path.suffix in suffixes] + [Path(__file__)]
         newest_header = max(path.stat().st_mtime for path in headers)
 
         def compile_one(job: tuple[Path, Path, list[str]]) -> str:
@@ -118,7 +140,13 @@ class BuildExtensions(build_ext):
             fresh = target.exists() and target.stat().st_mtime > newest
             if not (fresh and flags.exists() and flags.read_text() == text):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                subprocess.run(command, check=True)
+                if source.suffix == ".cu" and on_device:  # ptxas reports on every kernel
+                    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+                    sys.stderr.write(without_resources(done.stderr))
+                    done.check_returncode()
+                    target.with_suffix(".ptxas").write_text(done.stderr)
+                else:
+                    subprocess.run(command, check=True)
                 flags.write_text(text)
             return str(target)
 
@@ -128,7 +156,7 @@ class BuildExtensions(build_ext):
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         link = [*self.cxx(), "-shared", "-o", str(output), *objects, *SANITIZE_FLAGS, "-pthread"]
-        if ext.name == "kvlink._cuda":
+        if on_device:
             link += nvcc_paths(self.nvcc, "LIBRARIES", "-L")
             link += ["-lcudart_static", "-ldl", "-lrt"]
         elif not SANITIZE:
@@ -188,15 +216,12 @@ class BuildExtensions(build_ext):
             target = self.target(source, ".cu")
             command = [
                 *(self.nvcc, "-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", *gencode),
+                "-Xptxas=-v",
                 *("-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}", "-c", str(source)),
                 *("-o", str(target)),
             ]
             compiles.append((source, target, command))
-        host = [
-            CSRC / "bindings" / f"{name}.cpp"
-            for name in ("cuda_module", "errors", "op_args", "pool", "tensor")
-        ] + [CSRC / "kvlink" / "layout" / "serialise.cpp"]
-        for source in host:
+        for source in CUDA_HOST_SOURCES:
             target = self.target(source, ".cuda")
             command = [
                 *(*self.cxx(), *self.cxx_flags(), *includes, f'-DKVLINK_CUDA_ARCHS="{wanted}"'),
@@ -205,9 +230,25 @@ class BuildExtensions(build_ext):
             compiles.append((source, target, command))
         return compiles
 
+    def emulated_compiles(self) -> list[tuple[Path, Path, list[str]]]:
+        kernels = sorted((CSRC / "kvlink" / "cuda").glob("*.cu"))
+        emulation = sorted((CSRC / "emulation").glob("*.c*"))
+        compiles = []
+        for source in [*kernels, *CUDA_HOST_SOURCES, *emulation]:
+            target = self.target(source, ".emulated")
+            command = [
+                *(*self.cxx(), f"-I{CSRC / 'emulation' / 'include'}", *self.cxx_flags()),
+                *("-O1", "-Wno-unknown-pragmas", '-DKVLINK_CUDA_ARCHS="emulated"'),
+                *("-x", "c++", "-c", str(source), "-o", str(target)),
+            ]
+            compiles.append((source, target, command))
+        return compiles
+
 
 extensions = [Extension("kvlink._C", sources=[str(path) for path in cpu_sources()])]
-if find_nvcc() and any((CSRC / "kvlink" / "cuda").glob("*.cu")):
+if EMULATION:
+    extensions = [Extension("kvlink._cuda", sources=[])]
+elif find_nvcc() and any((CSRC / "kvlink" / "cuda").glob("*.cu")):
     extensions.append(Extension("kvlink._cuda", sources=[]))
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtensions})

@@ -54,6 +54,10 @@ def main(sanitizer: str, build_dir: str, *tests: str) -> int:
     environment = os.environ | {"KVLINK_SANITIZE": sanitizer}
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", build_dir]
     subprocess.run(command, check=True, env=environment)
+    if any("emulated" in test for test in tests):
+        command = [sys.executable, "setup.py", "-q", "build_ext"]
+        command += ["--build-lib", f"{build_dir}/emulation"]
+        subprocess.run(command, check=True, env=environment | {"KVLINK_EMULATION": "1"})
     environment = os.environ | OPTIONS
     environment |= {
         "LD_PRELOAD": ":".join(libraries),

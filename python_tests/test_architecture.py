@@ -21,6 +21,7 @@ CXX_LAYERS = {
     "cpu": _DATA | {"cpu"},
     "cuda": _DATA | {"cuda"},
     "transport": _DATA | {"transport"},
+    "emulation": _DATA | {"cuda"},
 }
 
 # Module (or package) of kvlink -> those it may import; itself and `errors` go without saying.
@@ -108,8 +109,9 @@ def test_cxx_layers(source: Path) -> None:
             assert not re.match(r"pybind11|Python\.h|dlpack", header), header
         assert not re.match(r"torch|ATen|c10", header), header
         if re.match(r"cuda|cooperative_groups|cub/|cute/|cutlass", header):
-            assert layer in ("cuda", "bindings") or name(source).endswith("base/hd.hpp"), header
+            assert layer in ("cuda", "bindings", "emulation"), header
         target = header.split("/")
+        assert target[0] != "emulation" or layer == "emulation", f"{layer} includes {header}"
         if target[0] == "kvlink" and layer in CXX_LAYERS:
             assert target[1] in CXX_LAYERS[layer], f"{layer} includes {header}"
         assert not header.startswith(".."), header

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,29 @@ def test_one_image_per_architecture() -> None:
     )  # fmt: skip
     wanted = re.split("[;,]", os.environ.get("KVLINK_CUDA_ARCHS", "80;90a;100"))
     assert set(re.findall(r"sm_(\d+a?)", listed.stdout)) == set(wanted)
+
+
+@built
+def test_no_kernel_spills() -> None:
+    """ptxas's reports on the kernels, kept beside the objects when they were compiled."""
+    objects = Path(__file__).parents[1] / "build" / "objects"
+    reports = sorted(objects.glob("*/csrc__kvlink__cuda__*.cu.ptxas"))
+    if not reports:
+        pytest.skip("kvlink._cuda was not built in this tree")
+    kernels = 0
+    for report in reports:
+        text = report.read_text()
+        found = re.findall(
+            r"Function properties for (\S+)\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
+            r"(\d+) bytes spill loads\nptxas info\s*: Used (\d+) registers",
+            text,
+        )
+        assert len(found) == text.count("Compiling entry function"), report
+        for kernel, _, stores, loads, registers in found:
+            assert (int(stores), int(loads)) == (0, 0), f"{report.name}: {kernel}"
+            assert int(registers) <= 255
+        kernels += len(found)
+    assert kernels > 0
 
 
 @built

@@ -3,7 +3,8 @@
 
 #include "kvlink/base/check.hpp"
 #include "kvlink/cuda/append_kv.hpp"
-#include "kvlink/cuda/error_record.hpp"
+#include "kvlink/cuda/error_record.cuh"
+#include "kvlink/cuda/launch.cuh"
 #include "kvlink/cuda/move_rows.cuh"
 #include "kvlink/params/plan_moves.hpp"
 
@@ -60,14 +61,8 @@ void append_kv(const AppendKVParams& params, cudaStream_t stream) {
   const int lanes = group_lanes(row_bytes);
   const int64_t blocks = std::min<int64_t>(ceil_div(args.num_rows, kThreads / lanes), 1 << 16);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(moves.size()));
-  if (lanes == 8) {
-    append_rows<8><<<grid, kThreads, 0, stream>>>(args);
-  } else if (lanes == 16) {
-    append_rows<16><<<grid, kThreads, 0, stream>>>(args);
-  } else {
-    append_rows<32><<<grid, kThreads, 0, stream>>>(args);
-  }
-  check_cuda(cudaGetLastError(), "append_kv");
+  const auto kernel = lanes == 8 ? append_rows<8> : lanes == 16 ? append_rows<16> : append_rows<32>;
+  launch("append_kv", kernel, grid, kThreads, 0, stream, args);
 }
 
 }  // namespace kvlink::cuda

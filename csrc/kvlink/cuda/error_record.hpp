@@ -1,5 +1,6 @@
 // Errors that only a kernel can see. A kernel that meets a bad page id or slot skips that row and
-// leaves a record in host memory; no synchronisation is spent on it, and the next call reports it.
+// leaves a record in host memory (error_record.cuh); no synchronisation is spent on it, and the
+// next call reports it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,17 +23,5 @@ void report_errors();
 
 // Throws Unsupported when there is no usable device, std::runtime_error for other failures.
 void check_cuda(cudaError_t status, const char* what);
-
-#if defined(__CUDACC__)
-__device__ inline void record_error(ErrorRecord* record, BadEntry argument, int64_t index,
-                                    int64_t value) {
-  index = index < (1 << 29) - 1 ? index : (1 << 29) - 1;
-  value = value < INT32_MIN ? INT32_MIN : value > INT32_MAX ? INT32_MAX : value;
-  const ErrorRecord seen = static_cast<ErrorRecord>(argument) << 61 |
-                           static_cast<ErrorRecord>(index) << 32 | static_cast<uint32_t>(value);
-  auto* shared = const_cast<volatile ErrorRecord*>(record);
-  if (seen < *shared) *shared = seen;
-}
-#endif
 
 }  // namespace kvlink::cuda

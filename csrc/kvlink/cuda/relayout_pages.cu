@@ -1,9 +1,11 @@
 #include <algorithm>
 #include <vector>
 
-#include "kvlink/cuda/error_record.hpp"
+#include "kvlink/cuda/error_record.cuh"
+#include "kvlink/cuda/launch.cuh"
 #include "kvlink/cuda/move_rows.cuh"
 #include "kvlink/cuda/relayout_pages.hpp"
+#include "kvlink/cuda/scratch.hpp"
 #include "kvlink/params/plan_moves.hpp"
 
 namespace kvlink::cuda {
@@ -69,31 +71,11 @@ __global__ void __launch_bounds__(kThreads) move_rows(const __grid_constant__ Mo
 }
 
 template <bool kMove>
-void launch(int lanes, dim3 grid, cudaStream_t stream, const MoveArgs& args) {
-  if (lanes == 8) {
-    move_rows<8, kMove><<<grid, kThreads, 0, stream>>>(args);
-  } else if (lanes == 16) {
-    move_rows<16, kMove><<<grid, kThreads, 0, stream>>>(args);
-  } else {
-    move_rows<32, kMove><<<grid, kThreads, 0, stream>>>(args);
-  }
+auto* kernel_for(int lanes) {
+  return lanes == 8    ? move_rows<8, kMove>
+         : lanes == 16 ? move_rows<16, kMove>
+                       : move_rows<32, kMove>;
 }
-
-// Device memory that is given back in the order of the stream.
-class Scratch {
- public:
-  Scratch(size_t num_bytes, cudaStream_t stream) : stream_(stream) {
-    check_cuda(cudaMallocAsync(&data_, num_bytes, stream), "cudaMallocAsync");
-  }
-  ~Scratch() { cudaFreeAsync(data_, stream_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  char* data() const { return static_cast<char*>(data_); }
-
- private:
-  void* data_ = nullptr;
-  cudaStream_t stream_;
-};
 
 RelayoutResult run(const std::vector<RowMove>& moves, MoveArgs args, int64_t num_tokens,
                    bool with_source, bool with_digest, cudaStream_t stream) {
@@ -117,12 +99,8 @@ RelayoutResult run(const std::vector<RowMove>& moves, MoveArgs args, int64_t num
   const int lanes = group_lanes(row_bytes);
   const int64_t blocks = std::min<int64_t>(ceil_div(args.num_rows, kThreads / lanes), 1 << 16);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(moves.size()));
-  if (with_source) {
-    launch<true>(lanes, grid, stream, args);
-  } else {
-    launch<false>(lanes, grid, stream, args);
-  }
-  check_cuda(cudaGetLastError(), "relayout_pages");
+  const auto kernel = with_source ? kernel_for<true>(lanes) : kernel_for<false>(lanes);
+  launch("relayout_pages", kernel, grid, kThreads, 0, stream, args);
   RelayoutResult result{.rows = static_cast<uint64_t>(args.num_rows) * moves.size(), .digest = 0};
   if (with_digest) {
     check_cuda(cudaMemcpyAsync(&result.digest, scratch.data(), 8, cudaMemcpyDeviceToHost, stream),

@@ -1,0 +1,120 @@
+// kvlink/cuda/ptx.cuh for emulation. The fragments are those of the PTX ISA's tables for
+// mma.m16n8k16 and ldmatrix; python_tests/test_emulation.py multiplies matrices through them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+
+#include "kvlink/base/convert.hpp"
+
+namespace kvlink::cuda {
+
+inline char* shared_memory() { return emulation::shared_memory(); }
+
+// --- asynchronous copies
+// --------------------------------------------------------------------------
+
+inline void copy_async(void* shared, const void* source, bool valid) {
+  if (valid && reinterpret_cast<uintptr_t>(source) % 16 != 0) {
+    throw std::runtime_error("emulation: the source of cp.async is not aligned to 16 bytes");
+  }
+  emulation::copy_later(shared, valid ? source : nullptr, 16);
+}
+
+inline void commit_copies() { emulation::commit_copies(); }
+
+template <int kGroupsLeft>
+void wait_copies() {
+  emulation::wait_copies(kGroupsLeft);
+}
+
+// --- matrices
+// -------------------------------------------------------------------------------------
+
+struct MatrixLoad {
+  const char* row;
+  uint32_t* parts;
+
+  template <bool kTransposed>
+  static void meet(void* const lanes[32]) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int part = 0; part < 4; ++part) {
+        uint16_t pair[2];
+        for (int i = 0; i < 2; ++i) {
+          const int row = kTransposed ? lane % 4 * 2 + i : lane / 4;
+          const int column = kTransposed ? lane / 4 : lane % 4 * 2 + i;
+          const auto* from = static_cast<const MatrixLoad*>(lanes[part * 8 + row])->row;
+          std::memcpy(&pair[i], from + column * 2, 2);
+        }
+        std::memcpy(&static_cast<MatrixLoad*>(lanes[lane])->parts[part], pair, 4);
+      }
+    }
+  }
+};
+
+inline void load_matrices(uint32_t (&parts)[4], const void* row) {
+  emulation::check_shared(row, 16, 16, "a row of ldmatrix");
+  MatrixLoad mine{static_cast<const char*>(row), parts};
+  emulation::meet_lanes(0xffffffffu, "ldmatrix", &mine, &MatrixLoad::meet<false>);
+}
+
+inline void load_matrices_transposed(uint32_t (&parts)[4], const void* row) {
+  emulation::check_shared(row, 16, 16, "a row of ldmatrix");
+  MatrixLoad mine{static_cast<const char*>(row), parts};
+  emulation::meet_lanes(0xffffffffu, "ldmatrix.trans", &mine, &MatrixLoad::meet<true>);
+}
+
+// Half i (0 or 1) of a register.
+template <DType kDType>
+float half_of(uint32_t pair, int i) {
+  return Storage<kDType>::load(static_cast<uint16_t>(pair >> (16 * i)));
+}
+
+template <DType kDType>
+struct Product {
+  float* c;
+  const uint32_t* a;
+  uint32_t b[2];
+
+  static void meet(void* const lanes[32]) {
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto* mine = static_cast<const Product*>(lanes[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int part = 0; part < 4; ++part) {
+        for (int i = 0; i < 2; ++i) {
+          a[g + part % 2 * 8][2 * t + i + part / 2 * 8] = half_of<kDType>(mine->a[part], i);
+        }
+      }
+      for (int part = 0; part < 2; ++part) {
+        for (int i = 0; i < 2; ++i) b[2 * t + i + part * 8][g] = half_of<kDType>(mine->b[part], i);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto* mine = static_cast<const Product*>(lanes[lane]);
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        float sum = mine->c[i];
+        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+        mine->c[i] = sum;
+      }
+    }
+  }
+};
+
+template <DType kDType>
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Product<kDType> mine{c, a, {b0, b1}};
+  emulation::meet_lanes(0xffffffffu, "mma.sync", &mine, &Product<kDType>::meet);
+}
+
+// --- arithmetic
+// -----------------------------------------------------------------------------------
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+
+}  // namespace kvlink::cuda

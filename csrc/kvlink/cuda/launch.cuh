@@ -1,0 +1,24 @@
+// The one place that launches kernels; csrc/emulation has its own.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "kvlink/cuda/error_record.hpp"
+
+namespace kvlink::cuda {
+
+// Queues the kernel on `stream`. Throws as check_cuda does, naming `what`.
+template <typename Args>
+void launch(const char* what, void (*kernel)(Args), dim3 grid, unsigned num_threads,
+            size_t shared_bytes, cudaStream_t stream, const Args& args) {
+  constexpr size_t kAlwaysAllowed = 48 << 10;
+  if (shared_bytes > kAlwaysAllowed) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)),
+               what);
+  }
+  kernel<<<grid, num_threads, shared_bytes, stream>>>(args);
+  check_cuda(cudaGetLastError(), what);
+}
+
+}  // namespace kvlink::cuda
