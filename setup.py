@@ -5,8 +5,8 @@ KVLINK_CUDA         auto (default: built if nvcc is found), 1 (demanded), 0 (lef
 KVLINK_CUDA_ARCHS   for example "90a" or "80;90a;100" (default)
 KVLINK_UCX_HOME     where include/ucp/api/ucp.h is (default: the libucx package of the Python that
                     builds, then /usr); without it the ucx path is left out. 0: leave it out
-KVLINK_EMULATION    1: builds, and builds alone, a kvlink._cuda whose kernels run on the host
-                    (csrc/emulation); for tests, which do this by themselves
+KVLINK_EMULATION    1: builds, and builds alone, kvlink._cuda_emulated, whose kernels run on
+                    the host (csrc/emulation); for tests, which do this by themselves
 KVLINK_SANITIZE     for example "address,undefined": a build for tests, not for use
 CXX, CXXFLAGS       the compiler (default: c++), and flags that come after ours
 MAX_JOBS            compilers run at once (default: the CPUs)
@@ -124,10 +124,12 @@ class BuildExtensions(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
-        on_device = ext.name == "kvlink._cuda" and not EMULATION
-        compiles = self.cpu_compiles()
-        if ext.name == "kvlink._cuda":
-            compiles = self.emulated_compiles() if EMULATION else self.cuda_compiles()
+        on_device = ext.name == "kvlink._cuda"
+        compiles = {
+            "kvlink._C": self.cpu_compiles,
+            "kvlink._cuda": self.cuda_compiles,
+            "kvlink._cuda_emulated": self.emulated_compiles,
+        }[ext.name]()
         suffixes = (".h", ".hpp", ".cuh", ".inl")
         headers = [path for path in CSRC.rglob("*") if path.suffix in suffixes] + [Path(__file__)]
         newest_header = max(path.stat().st_mtime for path in headers)
@@ -225,7 +227,7 @@ class BuildExtensions(build_ext):
             target = self.target(source, ".cuda")
             command = [
                 *(*self.cxx(), *self.cxx_flags(), *includes, f'-DKVLINK_CUDA_ARCHS="{wanted}"'),
-                *("-c", str(source), "-o", str(target)),
+                *("-DKVLINK_CUDA_MODULE=_cuda", "-c", str(source), "-o", str(target)),
             ]
             compiles.append((source, target, command))
         return compiles
@@ -239,7 +241,8 @@ class BuildExtensions(build_ext):
             command = [
                 *(*self.cxx(), f"-I{CSRC / 'emulation' / 'include'}", *self.cxx_flags()),
                 *("-O1", "-Wno-unknown-pragmas", '-DKVLINK_CUDA_ARCHS="emulated"'),
-                *("-x", "c++", "-c", str(source), "-o", str(target)),
+                *("-DKVLINK_CUDA_MODULE=_cuda_emulated", "-x", "c++"),
+                *("-c", str(source), "-o", str(target)),
             ]
             compiles.append((source, target, command))
         return compiles
@@ -247,7 +250,7 @@ class BuildExtensions(build_ext):
 
 extensions = [Extension("kvlink._C", sources=[str(path) for path in cpu_sources()])]
 if EMULATION:
-    extensions = [Extension("kvlink._cuda", sources=[])]
+    extensions = [Extension("kvlink._cuda_emulated", sources=[])]
 elif find_nvcc() and any((CSRC / "kvlink" / "cuda").glob("*.cu")):
     extensions.append(Extension("kvlink._cuda", sources=[]))
 

@@ -22,7 +22,7 @@ SEEDS = (0, 1, 2)  # of the schedule; 0 takes threads in their order
 
 
 class Emulation:
-    """The emulated kvlink._cuda, and the seed of its next launches."""
+    """kvlink._cuda_emulated, which stands for kvlink._cuda, and the seed of its next launches."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
@@ -59,8 +59,8 @@ def emulation() -> Emulation:
         )  # fmt: skip
         assert built.returncode == 0, built.stdout + built.stderr
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    path = Path(folder) / "emulation" / "kvlink" / f"_cuda{suffix}"
-    spec = importlib.util.spec_from_file_location("kvlink._cuda", path)
+    path = Path(folder) / "emulation" / "kvlink" / f"_cuda_emulated{suffix}"
+    spec = importlib.util.spec_from_file_location("kvlink._cuda_emulated", path)
     assert spec, path
     assert spec.loader, path
     module = importlib.util.module_from_spec(spec)

@@ -172,7 +172,8 @@ std::pair<int, std::string> devices() {
 
 }  // namespace kvlink::bindings
 
-PYBIND11_MODULE(_cuda, module) {
+// _cuda, or what the build calls it instead.
+PYBIND11_MODULE(KVLINK_CUDA_MODULE, module) {
   using namespace kvlink::bindings;
   module.doc() = "kvlink's CUDA operators. Import kvlink, not this.";
   py::module_::import("kvlink._C");  // registers PoolView
