@@ -19,7 +19,7 @@ enum class DType : uint8_t {
 };
 inline constexpr int kNumDTypes = 7;
 
-KVLINK_HD int64_t dtype_bytes(DType dtype) {
+KVLINK_HD constexpr int64_t dtype_bytes(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
       return 4;

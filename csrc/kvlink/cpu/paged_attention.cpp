@@ -109,6 +109,9 @@ struct Unit {
   int64_t first_state = -1;  // in the workspace, one a split; -1: folded where it is attended
 
   int64_t num_splits() const { return last_split - first_split; }
+  int64_t num_rows() const {  // but for the query heads that share a KV head
+    return int64_t{tile.num_tokens} * tile.num_kv_heads;
+  }
 };
 
 // One call of the vector code.
@@ -125,30 +128,48 @@ struct Plan {
   int64_t max_rows = 0;
 };
 
-void add_units(const PagedAttentionParams& p, const Sequence& s, Plan& plan) {
-  const int64_t group = p.num_q_heads / p.kv.layout.num_kv_heads;
+// `max_heads` KV heads share a tile where they read K and V in place: memory is then read in long
+// runs.
+void add_units(const PagedAttentionParams& p, const Sequence& s, int64_t max_heads, Plan& plan) {
+  const KVLayout& layout = p.kv.layout;
+  const int64_t group = p.num_q_heads / layout.num_kv_heads;
   const int64_t tile_tokens = std::max<int64_t>(1, kTileRows / group);
   for (int64_t token = 0; token < s.num_rows; token += tile_tokens) {
     const int64_t num_tokens = std::min(tile_tokens, s.num_rows - token);
+    const int64_t rows = num_tokens * group;
+    const int64_t heads =
+        attends_in_place(layout, rows) ? std::min(max_heads, kTileRows / rows) : 1;
     const int64_t first_position = s.first_position() + token;
     VisibleRange range{0, 0};
     if (s.seq_len > 0) {
       range = {visible_range(p, first_position, s.seq_len).begin,
                visible_range(p, first_position + num_tokens - 1, s.seq_len).end};
     }
-    plan.max_rows = std::max(plan.max_rows, num_tokens * group);
-    for (int32_t head = 0; head < p.kv.layout.num_kv_heads; ++head) {
+    for (int64_t head = 0; head < layout.num_kv_heads; head += heads) {
+      const int64_t num_heads = std::min(heads, layout.num_kv_heads - head);
+      plan.max_rows = std::max(plan.max_rows, rows * num_heads);
       plan.units.push_back({.tile = {.params = &p,
                                      .pages = s.pages,
                                      .seq_len = s.seq_len,
                                      .first_row = s.first_row + token,
                                      .first_position = first_position,
                                      .num_tokens = static_cast<int32_t>(num_tokens),
-                                     .kv_head = head},
+                                     .first_kv_head = static_cast<int32_t>(head),
+                                     .num_kv_heads = static_cast<int32_t>(num_heads)},
                             .first_split = range.begin / kSplitTokens,
                             .last_split = ceil_div(range.end, kSplitTokens)});
     }
   }
+}
+
+// As many KV heads a tile as leave enough tiles for the threads.
+int64_t heads_per_tile(const PagedAttentionParams& p, int threads) {
+  int64_t splits = 0;
+  for (int64_t seq = 0; seq < p.num_seqs; ++seq) splits += ceil_div(p.seq_lens[seq], kSplitTokens);
+  const int64_t heads = p.kv.layout.num_kv_heads;
+  if (threads == 1) return heads;
+  const int64_t tiles = ceil_div(threads * kUnitsPerThread, std::max<int64_t>(1, splits));
+  return std::max<int64_t>(1, heads / tiles);
 }
 
 int64_t num_state_floats(int64_t num_rows, int64_t out_stride) {
@@ -159,15 +180,16 @@ int64_t num_state_floats(int64_t num_rows, int64_t out_stride) {
 // This decides who computes what, never what is computed.
 Plan make_plan(const PagedAttentionParams& p) {
   Plan plan;
-  for (int64_t seq = 0; seq < p.num_seqs; ++seq) add_units(p, sequence_at(p, seq), plan);
-  int64_t total = 0;
-  for (const Unit& unit : plan.units) total += unit.num_splits() * unit.tile.num_tokens;
   const int threads = num_threads();
+  const int64_t max_heads = heads_per_tile(p, threads);
+  for (int64_t seq = 0; seq < p.num_seqs; ++seq) add_units(p, sequence_at(p, seq), max_heads, plan);
+  int64_t total = 0;
+  for (const Unit& unit : plan.units) total += unit.num_splits() * unit.num_rows();
   const int64_t share = std::max<int64_t>(1, total / (threads * kUnitsPerThread));
   const int64_t state_floats = num_state_floats(plan.max_rows, padded_row(p.kv.layout.head_dim_v));
   for (size_t i = 0; i < plan.units.size(); ++i) {
     Unit& unit = plan.units[i];
-    const bool heavy = unit.num_splits() * unit.tile.num_tokens > share && unit.num_splits() > 1;
+    const bool heavy = unit.num_splits() * unit.num_rows() > share && unit.num_splits() > 1;
     const bool fits = (plan.num_states + unit.num_splits()) * state_floats <= kMaxWorkspaceFloats;
     if (threads == 1 || !heavy || !fits) {
       plan.tasks.push_back({static_cast<int64_t>(i), -1});
@@ -250,7 +272,7 @@ void run(const PagedAttentionParams& p, const Plan& plan) {
     const AttentionState first = state_at(workspace, unit.first_state, rows, out_stride);
     for (int64_t i = 1; i < unit.num_splits(); ++i) {
       fold(first, state_at(workspace, unit.first_state + i, rows, out_stride),
-           unit.tile.num_tokens * group, out_stride);
+           unit.num_rows() * group, out_stride);
     }
     finish(unit.tile, first);
   });

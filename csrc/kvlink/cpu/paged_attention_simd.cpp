@@ -1,7 +1,6 @@
 #include "kvlink/cpu/paged_attention_tile.hpp"
+#include "kvlink/cpu/paged_attention_types.hpp"
 #include "kvlink/cpu/simd/math.hpp"
-#include "kvlink/cpu/simd/rows.hpp"
-#include "kvlink/cpu/simd/tile_product.hpp"
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
@@ -10,128 +9,30 @@ namespace {
 constexpr float kNegInf = -__builtin_inff();
 constexpr int64_t kBlockVecs = kBlockTokens / kLanes;
 
-// --- rows in and out -------------------------------------------------------------------------
+alignas(64) constexpr char kNothing[kMaxHeadDim * 4] = {};  // a row that is not read
+static_assert(kPanelRows == kBlockTokens);
 
-// Rows of one block of positions; kNothing where the position is not read.
-using BlockRows = const char* [kBlockTokens];
-alignas(64) constexpr char kNothing[kMaxHeadDim * 4] = {};
-
-// Asks for a row that the next block will want, so that memory works while this block is widened.
-KVLINK_INLINE void prefetch_row(const char* row, int64_t num_bytes) {
-  for (int64_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
-}
-
-// K transposed: keys[dim * kBlockTokens + position].
-template <DType kDType>
-void pack_keys(const BlockRows& rows, const BlockRows& next, int64_t dims, float* keys) {
-  constexpr int64_t kBytes = Row<kDType>::kBytes;
-  for (int64_t first = 0; first < kBlockTokens; first += kLanes) {
-    const char* const* source = rows + first;
-    Vec block[kLanes];
-    int64_t dim = 0, ahead = 0;
-    for (; dim + kLanes <= dims; dim += kLanes) {
-      for (; ahead * dims < (dim + kLanes) * kLanes; ++ahead) {
-        prefetch_row(next[first + ahead], dims * kBytes);
-      }
-      KVLINK_UNROLL
-      for (int i = 0; i < kLanes; ++i) block[i] = Row<kDType>::load(source[i] + dim * kBytes);
-      transpose(block);
-      float* target = keys + dim * kBlockTokens + first;
-      KVLINK_UNROLL
-      for (int i = 0; i < kLanes; ++i) store(target + i * kBlockTokens, block[i]);
-    }
-    if (dim == dims) continue;
-    KVLINK_UNROLL
-    for (int i = 0; i < kLanes; ++i) {
-      block[i] = load_some<kDType>(source[i] + dim * kBytes, dims - dim);
-    }
-    transpose(block);
-    KVLINK_UNROLL
-    for (int i = 0; i < kLanes; ++i) {
-      if (dim + i < dims) store(keys + (dim + i) * kBlockTokens + first, block[i]);
-    }
-  }
-}
-
-// values[position * stride + dim], zeros from dims to stride.
-template <DType kDType>
-void pack_values(const BlockRows& rows, const BlockRows& next, int64_t dims, int64_t stride,
-                 float* values) {
-  for (int64_t position = 0; position < kBlockTokens; ++position, values += stride) {
-    const char* row = rows[position];
-    prefetch_row(next[position], dims * Row<kDType>::kBytes);
-    int64_t dim = 0;
-    for (; dim + kLanes <= dims; dim += kLanes) {
-      store(values + dim, Row<kDType>::load(row + dim * Row<kDType>::kBytes));
-    }
-    for (; dim < stride; dim += kLanes) {
-      const int64_t count = dim < dims ? dims - dim : 0;
-      store(values + dim, load_some<kDType>(row + dim * Row<kDType>::kBytes, count));
-    }
-  }
-}
-
-template <DType kDType>
-void load_row(const char* source, int64_t dims, float* target) {
-  int64_t dim = 0;
-  for (; dim + kLanes <= dims; dim += kLanes) {
-    store(target + dim, Row<kDType>::load(source + dim * Row<kDType>::kBytes));
-  }
-  if (dim == dims) return;
-  const Vec rest = load_some<kDType>(source + dim * Row<kDType>::kBytes, dims - dim);
-  __builtin_memcpy(target + dim, &rest, (dims - dim) * sizeof(float));
-}
-
-template <DType kDType>
-void store_row(const float* source, float factor, int64_t dims, char* target) {
-  int64_t dim = 0;
-  for (; dim + kLanes <= dims; dim += kLanes) {
-    Row<kDType>::store(target + dim * Row<kDType>::kBytes, load(source + dim) * factor);
-  }
-  // NOTE: rows of `source` are padded to whole vectors.
-  if (dim < dims) {
-    store_some<kDType>(target + dim * Row<kDType>::kBytes, load(source + dim) * factor, dims - dim);
-  }
-}
-
-// The supported types, by DType. q and out are floats; anything but raw bytes may be stored.
-struct StoredType {
-  void (*pack_keys)(const BlockRows&, const BlockRows&, int64_t, float*);
-  void (*pack_values)(const BlockRows&, const BlockRows&, int64_t, int64_t, float*);
-};
-constexpr StoredType kStoredTypes[] = {
-    {pack_keys<DType::kFloat32>, pack_values<DType::kFloat32>},
-    {pack_keys<DType::kFloat16>, pack_values<DType::kFloat16>},
-    {pack_keys<DType::kBFloat16>, pack_values<DType::kBFloat16>},
-    {pack_keys<DType::kFloat8E4M3>, pack_values<DType::kFloat8E4M3>},
-    {pack_keys<DType::kFloat8E5M2>, pack_values<DType::kFloat8E5M2>},
-    {pack_keys<DType::kInt8>, pack_values<DType::kInt8>},
-};
-
-struct QueryType {
-  void (*load_row)(const char*, int64_t, float*);
-  void (*store_row)(const float*, float, int64_t, char*);
-};
-constexpr QueryType kQueryTypes[] = {
-    {load_row<DType::kFloat32>, store_row<DType::kFloat32>},
-    {load_row<DType::kFloat16>, store_row<DType::kFloat16>},
-    {load_row<DType::kBFloat16>, store_row<DType::kBFloat16>},
-};
-
-// --- one block -------------------------------------------------------------------------------
+// --- a tile ------------------------------------------------------------------------------------
 
 // Everything about a tile that stays the same from block to block.
 struct TileContext {
   const AttentionTile& tile;
   const PagedAttentionParams& p;
   const KVLayout& layout;
-  int32_t group;     // query heads per KV head
-  int64_t num_rows;  // tokens * group
+  const ScoreType& scoring;
+  const ValueType& valuing;
+  int64_t element_bytes;
+  int32_t group;      // query heads per KV head
+  int64_t head_rows;  // of one KV head: tokens * group
+  int64_t num_rows;
+  int64_t num_items, q_stride;  // of a query row
   int64_t out_stride;
-  float* q;              // [num_rows, head_dim]
-  float* keys;           // [head_dim, kBlockTokens]
+  bool in_place;
+  float* q;              // [num_rows, num_items], rows q_stride apart, zeros between
+  float* keys;           // [num_items, kBlockTokens]
   float* values;         // [kBlockTokens, out_stride]
   float* scores;         // [num_rows, kBlockTokens]; becomes the weights
+  float* sums;           // [head_rows, 2, kLanes]
   float* row_scale;      // [num_rows] factor of what a row has gathered so far
   float* key_factors;    // [kBlockTokens] scale of the scores, times that of K
   float* value_factors;  // [kBlockTokens] scale of V
@@ -141,9 +42,16 @@ struct TileContext {
       : tile(tile),
         p(*tile.params),
         layout(tile.params->kv.layout),
+        scoring(score_type(p)),
+        valuing(kValueTypes[static_cast<int>(layout.dtype)]),
+        element_bytes(dtype_bytes(layout.dtype)),
         group(p.num_q_heads / layout.num_kv_heads),
-        num_rows(int64_t{tile.num_tokens} * group),
-        out_stride(padded_row(layout.head_dim_v)) {
+        head_rows(int64_t{tile.num_tokens} * group),
+        num_rows(head_rows * tile.num_kv_heads),
+        num_items(layout.head_dim / scoring.item_dims),
+        q_stride(padded_query(layout.head_dim) / scoring.item_dims),
+        out_stride(padded_row(layout.head_dim_v)),
+        in_place(attends_in_place(layout, head_rows)) {
     const auto take = [&scratch](int64_t num_floats) {
       float* taken = scratch;
       scratch += num_floats;
@@ -154,7 +62,8 @@ struct TileContext {
     scores = take(num_rows * kBlockTokens);
     key_factors = take(kBlockTokens);
     value_factors = take(kBlockTokens);
-    q = take(num_rows * layout.head_dim);
+    sums = take(in_place ? head_rows * 2 * kLanes : 0);
+    q = take(num_rows * padded_query(layout.head_dim));
     row_scale = take(num_rows);
     gathered = reinterpret_cast<char*>(scratch);
   }
@@ -164,79 +73,72 @@ struct TileContext {
   }
 };
 
-// Fills rows[position - block_begin] for the positions of `range`.
-void find_rows(const TileContext& c, const char* base, const Plane& plane, int64_t block_begin,
-               VisibleRange range, BlockRows& rows) {
-  for (auto& row : rows) row = kNothing;
-  const int64_t page_size = c.layout.page_size;
-  const int64_t element_bytes = dtype_bytes(c.layout.dtype);
+// Calls each(position, element of the plane) for the positions of `range`.
+template <class Each>
+KVLINK_INLINE void for_each_slot(const TileContext& c, const Plane& plane, int64_t kv_head,
+                                 VisibleRange range, const Each& each) {
   if (range.begin >= range.end) return;
-  const char** target = rows + (range.begin - block_begin);
+  const int64_t page_size = c.layout.page_size;
   int64_t page_idx = range.begin / page_size;
   int64_t slot = range.begin % page_size;
   for (int64_t position = range.begin; position < range.end; ++page_idx, slot = 0) {
-    const int64_t element = plane.element(c.tile.pages[page_idx], slot, c.tile.kv_head, 0);
-    const char* row = base + element * element_bytes;
+    int64_t element = plane.element(c.tile.pages[page_idx], slot, kv_head, 0);
     for (; slot < page_size && position < range.end; ++slot, ++position) {
-      *target++ = row;
-      row += plane.stride_slot * element_bytes;
+      each(position, element);
+      element += plane.stride_slot;
     }
   }
 }
 
+// Fills rows[position - block_begin] for the positions of `range`, others with kNothing.
+void find_rows(const TileContext& c, const void* base, const Plane& plane, int64_t kv_head,
+               int64_t block_begin, VisibleRange range, PanelRows& rows) {
+  for (auto& row : rows) row = kNothing;
+  for_each_slot(c, plane, kv_head, range, [&](int64_t position, int64_t element) {
+    rows[position - block_begin] = static_cast<const char*>(base) + element * c.element_bytes;
+  });
+}
+
 // Copies rows whose elements are not contiguous, so that they are.
-void gather_rows(const TileContext& c, const Plane& plane, int64_t dims, BlockRows& rows) {
-  const int64_t element_bytes = dtype_bytes(c.layout.dtype);
-  const int64_t step = plane.stride_dim * element_bytes;
+void gather_rows(const TileContext& c, const Plane& plane, int64_t dims, PanelRows& rows) {
+  const int64_t step = plane.stride_dim * c.element_bytes;
   char* copy = c.gathered;
   for (auto& row : rows) {
     if (row == kNothing) continue;
     for (int64_t dim = 0; dim < dims; ++dim) {
-      __builtin_memcpy(copy + dim * element_bytes, row + dim * step, element_bytes);
+      __builtin_memcpy(copy + dim * c.element_bytes, row + dim * step, c.element_bytes);
     }
     row = copy;
-    copy += dims * element_bytes;
+    copy += dims * c.element_bytes;
   }
 }
 
 // Per-position factors: `uniform` times the position's scale, where there are scales.
-void find_factors(const TileContext& c, const float* scales, const Plane& plane, float uniform,
-                  int64_t block_begin, VisibleRange range, float* factors) {
+void find_factors(const TileContext& c, const float* scales, const Plane& plane, int64_t kv_head,
+                  float uniform, int64_t block_begin, VisibleRange range, float* factors) {
+  const bool varies = scales && (plane.stride_page != 0 || plane.stride_slot != 0);
+  if (scales && !varies) uniform *= scales[plane.element(0, 0, kv_head, 0)];
   for (int64_t i = 0; i < kBlockTokens; ++i) factors[i] = uniform;
-  if (!scales) return;
-  for (int64_t position = range.begin; position < range.end; ++position) {
-    const int64_t page = c.tile.pages[position / c.layout.page_size];
-    const int64_t slot = position % c.layout.page_size;
-    factors[position - block_begin] *= scales[plane.element(page, slot, c.tile.kv_head, 0)];
-  }
+  if (!varies) return;
+  for_each_slot(c, plane, kv_head, range, [&](int64_t position, int64_t element) {
+    factors[position - block_begin] *= scales[element];
+  });
 }
 
-// Loads the positions of `range`, and prefetches those of `next` in the block after it.
-void load_block(const TileContext& c, int64_t block_begin, VisibleRange range, VisibleRange next) {
+void find_factors(const TileContext& c, int64_t kv_head, int64_t block_begin, VisibleRange range) {
   const LayerView& kv = c.p.kv;
-  const StoredType& type = kStoredTypes[static_cast<int>(c.layout.dtype)];
-  BlockRows rows, next_rows;
-  const auto find = [&](const void* base, const Plane& plane, int64_t dims) {
-    find_rows(c, static_cast<const char*>(base), plane, block_begin, range, rows);
-    find_rows(c, static_cast<const char*>(base), plane, block_begin + kBlockTokens, next,
-              next_rows);
-    if (plane.stride_dim != 1) gather_rows(c, plane, dims, rows);
-  };
-  find(kv.k, c.layout.k, c.layout.head_dim);
-  type.pack_keys(rows, next_rows, c.layout.head_dim, c.keys);
-  find(kv.v, c.layout.v, c.layout.head_dim_v);
-  type.pack_values(rows, next_rows, c.layout.head_dim_v, c.out_stride, c.values);
-  find_factors(c, kv.k_scale, c.layout.k_scale, c.p.scale, block_begin, range, c.key_factors);
-  find_factors(c, kv.v_scale, c.layout.v_scale, 1.0f, block_begin, range, c.value_factors);
+  find_factors(c, kv.k_scale, c.layout.k_scale, kv_head, c.p.scale, block_begin, range,
+               c.key_factors);
+  find_factors(c, kv.v_scale, c.layout.v_scale, kv_head, 1.0f, block_begin, range, c.value_factors);
 }
+
+// --- one block -----------------------------------------------------------------------------------
 
 // Turns a row of q.k into weights exp(score - max), times the values' scales; the weights of the
 // positions outside [begin, end) are 0 whatever K holds there. Updates max and sum, and returns the
 // factor that brings what was gathered before under the new max.
-float soften_row(const TileContext& c, int64_t row, int64_t block_begin, VisibleRange range,
-                 float& row_max, float& row_sum) {
-  const int32_t head = c.tile.kv_head * c.group + static_cast<int32_t>(row % c.group);
-  const int64_t q_position = c.tile.first_position + row / c.group;
+float soften_row(const TileContext& c, int64_t row, int64_t head, int64_t q_position,
+                 int64_t block_begin, VisibleRange range, float& row_max, float& row_sum) {
   const VecI first = splat(static_cast<int32_t>(range.begin - block_begin));
   const VecI last = splat(static_cast<int32_t>(range.end - block_begin));
   float* scores = c.scores + row * kBlockTokens;
@@ -276,47 +178,147 @@ VisibleRange intersect(VisibleRange a, int64_t begin, int64_t end) {
   return {a.begin > begin ? a.begin : begin, a.end < end ? a.end : end};
 }
 
-// Attends the tile to one block; `range` of it, and `next` of the one after, are seen by some row.
-void attend_block(const TileContext& c, int64_t block_begin, VisibleRange range, VisibleRange next,
-                  const AttentionState& state) {
-  load_block(c, block_begin, range, next);
+// Tokens [first, last) that see the same positions of a block.
+struct TokenRun {
+  int64_t first, last;
+  VisibleRange seen;
+};
+
+// Calls each(run) for the tokens that see any of the block. Values are added over runs, and over
+// those alone: what a row does not see is never multiplied, not even by 0.
+template <class Each>
+KVLINK_INLINE void for_each_run(const TileContext& c, int64_t block_begin, const Each& each) {
   const int64_t block_end = block_begin + kBlockTokens;
-  int64_t first_token = 0, last_token = c.tile.num_tokens;  // those that see any of the block
-  while (c.token_range(first_token).end <= block_begin) ++first_token;
-  while (c.token_range(last_token - 1).begin >= block_end) --last_token;
-  const int64_t first_row = first_token * c.group, last_row = last_token * c.group;
-  tile_product({.a = c.q + first_row * c.layout.head_dim,
-                .b = c.keys,
-                .c = c.scores + first_row * kBlockTokens,
-                .row_scale = nullptr,
-                .stride_a = c.layout.head_dim,
-                .stride_b = kBlockTokens,
-                .stride_c = kBlockTokens,
-                .num_rows = last_row - first_row,
-                .depth = c.layout.head_dim,
-                .num_vecs = kBlockVecs});
-  // Values are added over runs of tokens that see the same positions, and over those alone: what a
-  // row does not see is never multiplied, not even by 0.
-  for (int64_t token = first_token, next; token < last_token; token = next) {
-    const VisibleRange seen = intersect(c.token_range(token), block_begin, block_end);
-    for (next = token; next < last_token; ++next) {
-      const VisibleRange other = intersect(c.token_range(next), block_begin, block_end);
-      if (other.begin != seen.begin || other.end != seen.end) break;
-      for (int64_t row = next * c.group; row < (next + 1) * c.group; ++row) {
-        c.row_scale[row] = soften_row(c, row, block_begin, seen, state.max[row], state.sum[row]);
-      }
+  const auto seen_by = [&](int64_t token) {
+    return intersect(c.token_range(token), block_begin, block_end);
+  };
+  for (int64_t token = 0; token < c.tile.num_tokens;) {
+    TokenRun run{token, token + 1, seen_by(token)};
+    for (; run.last < c.tile.num_tokens; ++run.last) {
+      const VisibleRange other = seen_by(run.last);
+      if (other.begin != run.seen.begin || other.end != run.seen.end) break;
     }
-    const int64_t row = token * c.group, offset = seen.begin - block_begin;
-    tile_product({.a = c.scores + row * kBlockTokens + offset,
-                  .b = c.values + offset * c.out_stride,
-                  .c = state.out + row * c.out_stride,
-                  .row_scale = c.row_scale + row,
-                  .stride_a = kBlockTokens,
-                  .stride_b = c.out_stride,
-                  .stride_c = c.out_stride,
-                  .num_rows = (next - token) * c.group,
-                  .depth = seen.end - seen.begin,
-                  .num_vecs = c.out_stride / kLanes});
+    token = run.last;
+    if (run.seen.begin < run.seen.end) each(run);
+  }
+}
+
+// Turns the scores of a run's rows into weights.
+void soften_run(const TileContext& c, int64_t kv_head, int64_t block_begin, const TokenRun& run,
+                const AttentionState& state) {
+  const int64_t first_row = (kv_head - c.tile.first_kv_head) * c.head_rows;
+  for (int64_t token = run.first; token < run.last; ++token) {
+    for (int64_t i = 0; i < c.group; ++i) {
+      const int64_t row = first_row + token * c.group + i;
+      c.row_scale[row] = soften_row(c, row, kv_head * c.group + i, c.tile.first_position + token,
+                                    block_begin, run.seen, state.max[row], state.sum[row]);
+    }
+  }
+}
+
+// Many rows: K and V of one KV head are widened into panels.
+void attend_panels(const TileContext& c, int64_t kv_head, int64_t block_begin, VisibleRange range,
+                   VisibleRange next, const AttentionState& state) {
+  const LayerView& kv = c.p.kv;
+  PanelRows rows, next_rows;
+  const auto find = [&](const void* base, const Plane& plane, int64_t dims) {
+    find_rows(c, base, plane, kv_head, block_begin, range, rows);
+    find_rows(c, base, plane, kv_head, block_begin + kBlockTokens, next, next_rows);
+    if (plane.stride_dim != 1) gather_rows(c, plane, dims, rows);
+  };
+  find(kv.k, c.layout.k, c.layout.head_dim);
+  c.scoring.pack(rows, next_rows, c.num_items, c.keys);
+  find(kv.v, c.layout.v, c.layout.head_dim_v);
+  c.valuing.pack(rows, next_rows, c.layout.head_dim_v, c.out_stride, c.values);
+  find_factors(c, kv_head, block_begin, range);
+
+  const int64_t head_row = (kv_head - c.tile.first_kv_head) * c.head_rows;
+  int64_t first_token = c.tile.num_tokens, last_token = 0;  // those that see any of the block
+  for_each_run(c, block_begin, [&](const TokenRun& run) {
+    first_token = run.first < first_token ? run.first : first_token;
+    last_token = run.last;
+  });
+  const int64_t first_row = head_row + first_token * c.group;
+  c.scoring.product(c.q + first_row * c.q_stride, {.a = nullptr,
+                                                   .b = c.keys,
+                                                   .c = c.scores + first_row * kBlockTokens,
+                                                   .row_scale = nullptr,
+                                                   .stride_a = c.q_stride,
+                                                   .stride_b = kBlockTokens,
+                                                   .stride_c = kBlockTokens,
+                                                   .num_rows = (last_token - first_token) * c.group,
+                                                   .depth = c.num_items,
+                                                   .num_vecs = kBlockVecs});
+  for_each_run(c, block_begin, [&](const TokenRun& run) {
+    soften_run(c, kv_head, block_begin, run, state);
+    const int64_t row = head_row + run.first * c.group, offset = run.seen.begin - block_begin;
+    tile_product<1, FloatTerms>({.a = c.scores + row * kBlockTokens + offset,
+                                 .b = c.values + offset * c.out_stride,
+                                 .c = state.out + row * c.out_stride,
+                                 .row_scale = c.row_scale + row,
+                                 .stride_a = kBlockTokens,
+                                 .stride_b = c.out_stride,
+                                 .stride_c = c.out_stride,
+                                 .num_rows = (run.last - run.first) * c.group,
+                                 .depth = run.seen.end - run.seen.begin,
+                                 .num_vecs = c.out_stride / kLanes});
+  });
+}
+
+// Few rows: all KV heads of a handful of positions in turn, so that pages are read front to back.
+void attend_in_place(const TileContext& c, int64_t block_begin, VisibleRange range,
+                     const AttentionState& state) {
+  const LayerView& kv = c.p.kv;
+  PanelRows rows;
+  find_rows(c, kv.k, c.layout.k, c.tile.first_kv_head, block_begin, range, rows);
+  const int64_t begin = range.begin - block_begin, end = range.end - block_begin;
+  for (int64_t first = begin / kLanes * kLanes; first < end; first += kLanes) {
+    // What is not seen is replaced by what is, and not used.
+    for (int64_t i = first; i < first + kLanes; ++i) {
+      if (i < begin || i >= end) rows[i] = rows[begin];
+    }
+    for (int64_t head = 0; head < c.tile.num_kv_heads; ++head) {
+      const int64_t row = head * c.head_rows;
+      c.scoring.score({.keys = rows + first,
+                       .offset_bytes = head * c.layout.k.stride_head * c.element_bytes,
+                       .num_bytes = c.layout.head_dim * c.element_bytes,
+                       .q = c.q + row * c.q_stride,
+                       .stride_q = c.q_stride,
+                       .num_rows = c.head_rows,
+                       .sums = c.sums,
+                       .scores = c.scores + row * kBlockTokens + first,
+                       .stride_scores = kBlockTokens});
+    }
+  }
+
+  for (int64_t head = 0; head < c.tile.num_kv_heads; ++head) {
+    const int64_t kv_head = c.tile.first_kv_head + head;
+    find_factors(c, kv_head, block_begin, range);
+    for_each_run(c, block_begin,
+                 [&](const TokenRun& run) { soften_run(c, kv_head, block_begin, run, state); });
+  }
+
+  find_rows(c, kv.v, c.layout.v, c.tile.first_kv_head, block_begin, range, rows);
+  constexpr int64_t kStep = 16;
+  for (int64_t first = block_begin; first < block_begin + kBlockTokens; first += kStep) {
+    for (int64_t head = 0; head < c.tile.num_kv_heads; ++head) {
+      for_each_run(c, block_begin, [&](const TokenRun& run) {
+        const VisibleRange seen = intersect(run.seen, first, first + kStep);
+        if (seen.begin >= seen.end) return;
+        const int64_t row = head * c.head_rows + run.first * c.group;
+        const int64_t offset = seen.begin - block_begin;
+        c.valuing.add({.values = rows + offset,
+                       .offset_bytes = head * c.layout.v.stride_head * c.element_bytes,
+                       .num_positions = seen.end - seen.begin,
+                       .dims = c.layout.head_dim_v,
+                       .weights = c.scores + row * kBlockTokens + offset,
+                       .stride_weights = kBlockTokens,
+                       .num_rows = (run.last - run.first) * c.group,
+                       .row_scale = seen.begin == run.seen.begin ? c.row_scale + row : nullptr,
+                       .out = state.out + row * c.out_stride,
+                       .stride_out = c.out_stride});
+      });
+    }
   }
 }
 
@@ -331,7 +333,14 @@ void attend_split(const TileContext& c, int64_t split, const AttentionState& sta
   for (int64_t block = split * kSplitTokens; block < end; block += kBlockTokens) {
     const VisibleRange range = intersect(tile, block, block + kBlockTokens);
     const VisibleRange next = intersect(tile, block + kBlockTokens, block + 2 * kBlockTokens);
-    if (range.begin < range.end) attend_block(c, block, range, next, state);
+    if (range.begin >= range.end) continue;
+    if (c.in_place) {
+      attend_in_place(c, block, range, state);
+      continue;
+    }
+    for (int64_t head = 0; head < c.tile.num_kv_heads; ++head) {
+      attend_panels(c, c.tile.first_kv_head + head, block, range, next, state);
+    }
   }
 }
 
@@ -339,12 +348,16 @@ void load_queries(const TileContext& c) {
   const PagedAttentionParams& p = c.p;
   const auto load = kQueryTypes[static_cast<int>(p.q_dtype)].load_row;
   const int64_t size = dtype_bytes(p.q_dtype);
-  for (int64_t row = 0; row < c.num_rows; ++row) {
-    const int64_t token = c.tile.first_row + row / c.group;
-    const int64_t head = int64_t{c.tile.kv_head} * c.group + row % c.group;
-    const char* source =
-        static_cast<const char*>(p.q) + (token * p.q_stride_token + head * p.q_stride_head) * size;
-    load(source, c.layout.head_dim, c.q + row * c.layout.head_dim);
+  __builtin_memset(c.q, 0, c.num_rows * c.q_stride * sizeof(float));
+  float* target = c.q;
+  for (int64_t kv_head = 0; kv_head < c.tile.num_kv_heads; ++kv_head) {
+    for (int64_t row = 0; row < c.head_rows; ++row, target += c.q_stride) {
+      const int64_t token = c.tile.first_row + row / c.group;
+      const int64_t head = (c.tile.first_kv_head + kv_head) * c.group + row % c.group;
+      const char* source = static_cast<const char*>(p.q) +
+                           (token * p.q_stride_token + head * p.q_stride_head) * size;
+      load(source, c.layout.head_dim, target);
+    }
   }
 }
 
@@ -383,9 +396,10 @@ void finish_tile(const AttentionTile& tile, const AttentionState& state) {
   const int64_t head_dim_v = p.kv.layout.head_dim_v;
   const int64_t group = p.num_q_heads / p.kv.layout.num_kv_heads;
   const auto store_row = kQueryTypes[static_cast<int>(p.q_dtype)].store_row;
-  for (int64_t row = 0; row < tile.num_tokens * group; ++row) {
-    const int64_t token = tile.first_row + row / group;
-    const int64_t head = tile.kv_head * group + row % group;
+  const int64_t head_rows = tile.num_tokens * group;
+  for (int64_t row = 0; row < head_rows * tile.num_kv_heads; ++row) {
+    const int64_t token = tile.first_row + row % head_rows / group;
+    const int64_t head = (tile.first_kv_head + row / head_rows) * group + row % group;
     float max = state.max[row], sum = state.sum[row];
     float factor = 0.0f, lse = kNegInf;
     if (max != kNegInf) {

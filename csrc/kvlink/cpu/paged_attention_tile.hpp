@@ -18,9 +18,9 @@ inline constexpr int64_t kBlockTokens = 64;
 inline constexpr int64_t kMaxHeadDim = 1024;
 inline constexpr int64_t kRowAlignment = 16;  // floats, of rows of V and of the output in scratch
 
-// Query rows that share a KV head: tokens [first_token, first_token + num_tokens) of one sequence,
-// each with its num_q_heads / num_kv_heads query heads. Row r is token r / group, query head r %
-// group.
+// Query rows of one sequence: num_tokens tokens from first_row on, of each the query heads of
+// num_kv_heads KV heads. The rows of a KV head follow each other: token by token, and of each token
+// its num_q_heads / num_kv_heads query heads.
 struct AttentionTile {
   const PagedAttentionParams* params;
   const int32_t* pages;  // of the sequence, by position / page_size
@@ -28,7 +28,8 @@ struct AttentionTile {
   int64_t first_row;       // of q and out
   int64_t first_position;  // of the first token, in its sequence; negative rows see nothing
   int32_t num_tokens;
-  int32_t kv_head;
+  int32_t first_kv_head;
+  int32_t num_kv_heads;
 };
 
 // Running softmax of a tile's rows: the largest score, the sum of exp(score - max), and the
@@ -56,13 +57,23 @@ inline int64_t padded_row(int64_t dims) {
   return (dims + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
 }
 
+// Few rows a KV head read K and V where they lie; for more it pays to widen a block once. Both
+// compute every result in the same order, so that it is the same bit for bit.
+inline constexpr int64_t kMaxRowsInPlace = 16;
+inline bool attends_in_place(const KVLayout& layout, int64_t rows_per_head) {
+  return rows_per_head <= kMaxRowsInPlace && layout.k.stride_dim == 1 && layout.v.stride_dim == 1;
+}
+
+inline int64_t padded_query(int64_t dims) { return (dims + 63) / 64 * 64; }
+
 // Floats of scratch memory that attend_splits needs for a tile of num_rows rows.
 inline int64_t attention_scratch_floats(const KVLayout& layout, int64_t num_rows) {
   const int64_t v_row = padded_row(layout.head_dim_v);
   const int64_t block_rows = layout.head_dim + v_row + 2;  // K, V and their factors
   const bool gathers = layout.k.stride_dim != 1 || layout.v.stride_dim != 1;
   const int64_t gathered = gathers ? (layout.head_dim > v_row ? layout.head_dim : v_row) : 0;
-  return kBlockTokens * (block_rows + gathered) + num_rows * (layout.head_dim + kBlockTokens + 1);
+  const int64_t row_floats = padded_query(layout.head_dim) + kBlockTokens + 1;
+  return kBlockTokens * (block_rows + gathered) + num_rows * row_floats + kMaxRowsInPlace * 32;
 }
 
 KVLINK_SIMD_DECLARE(

@@ -57,6 +57,29 @@ KVLINK_INLINE VecU narrow_to_bfloat16(Vec value) {
   return select((bits & 0x7fffffffu) > 0x7f800000u, (bits >> 16) | 0x40u, rounded);
 }
 
+// An element of a stored type in the topmost bits of each lane, anything below it, as a float.
+template <DType kDType>
+KVLINK_INLINE Vec from_top_bits(VecU top) {
+  static_assert(dtype_bytes(kDType) <= 2);
+  const VecI bits = (VecI)top;
+  if constexpr (kDType == DType::kBFloat16) {
+    return from_bits(top & 0xffff0000u);
+  } else if constexpr (kDType == DType::kInt8) {
+    return __builtin_convertvector(bits >> 24, Vec);
+  } else if constexpr (kDType == DType::kFloat8E4M3) {
+    // Exponent and mantissa go where those of a float are; the power of two mends the exponent's
+    // bias, and normalises what was subnormal.
+    const Vec value = from_bits((VecU)(bits >> 4) & 0x87f00000u) * 0x1p120f;
+    const VecI is_nan = (top & 0x7f000000u) == 0x7f000000u;
+    return select(is_nan, from_bits(bits_of(value) | 0x7ff00000u), value);
+  } else {
+    constexpr bool kHalf = kDType == DType::kFloat16;
+    const Vec value = from_bits((VecU)(bits >> 3) & (kHalf ? 0x8fffe000u : 0x8fe00000u)) * 0x1p112f;
+    const VecI is_special = (top & 0x7c000000u) == 0x7c000000u;
+    return select(is_special, from_bits(bits_of(value) | 0x7f800000u), value);
+  }
+}
+
 // What a stored type is: its size, and how kLanes of them become floats.
 template <DType kDType>
 struct Row;
@@ -107,12 +130,7 @@ template <>
 struct Row<DType::kFloat8E4M3> {
   static constexpr int kBytes = 1;
   static KVLINK_INLINE Vec load(const char* source) {
-    const VecU bits = widen_uint8(source);
-    const VecU magnitude = (bits & 0x7fu) << 20;
-    const VecU small = bits_of(from_bits(magnitude + 0x3c800000u) - splat(0.015625f));
-    const VecU finite = select(magnitude < 0x00800000u, small, magnitude + 0x3c000000u);
-    const VecU nan = VecU{} + 0x7ff00000u;
-    return from_bits(((bits & 0x80u) << 24) | select(magnitude == 0x07f00000u, nan, finite));
+    return from_top_bits<DType::kFloat8E4M3>(widen_uint8(source) << 24);
   }
 };
 
@@ -136,10 +154,20 @@ template <>
 struct Row<DType::kInt8> {
   static constexpr int kBytes = 1;
   static KVLINK_INLINE Vec load(const char* source) {
-    const VecI upper = (VecI)(widen_uint8(source) << 24);  // the sign on top, where >> spreads it
-    return __builtin_convertvector(upper >> 24, Vec);
+    return from_top_bits<DType::kInt8>(widen_uint8(source) << 24);
   }
 };
+
+// The first `num_bytes` < sizeof(VecU) bytes, zeros after them; reads nothing past the last.
+KVLINK_INLINE VecU load_some_bytes(const char* source, int64_t num_bytes) {
+#if defined(__AVX512F__)
+  return (VecU)_mm512_maskz_loadu_epi8((uint64_t{1} << num_bytes) - 1, source);
+#else
+  VecU padded{};
+  __builtin_memcpy(&padded, source, num_bytes);
+  return padded;
+#endif
+}
 
 // The first `count` < kLanes elements, zeros after them; reads nothing past the last.
 template <DType kDType>

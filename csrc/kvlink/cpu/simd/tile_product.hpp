@@ -1,76 +1,114 @@
-// C = A B or C = scale C + A B for small row-major float tiles, B's rows padded to whole vectors.
-//
-// NOTE: every element of C sees the same operations in the same order whatever the number of rows
-// and wherever it lies in its tile. That is what makes attention independent of how rows are
-// batched.
+// Products of a few rows with a panel, C = scale * C + A B. Each element of C is computed in an
+// order that depends on its depth alone, wherever it lies in its tile: that is what makes attention
+// independent of how rows are batched. Scores are summed in two chains, of the even terms and of
+// the odd ones, that are added at the end (kChains = 2; see score_rows.hpp, which does the same).
 #pragma once
 
 #include "kvlink/cpu/simd/vec.hpp"
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
+// A term is one product of floats.
+struct FloatTerms {
+  typedef float Left;
+  static KVLINK_INLINE Vec spread(Left left) { return splat(left); }
+  static KVLINK_INLINE void add(Vec& sum, Vec left, Vec right) { sum += right * left; }
+};
+
+// A term is the sum of two products of bfloat16, side by side in 32 bits, with what was there.
+struct PairTerms {
+  typedef uint32_t Left;
+  static KVLINK_INLINE Vec spread(Left left) { return from_bits(VecU{} + left); }
+  static KVLINK_INLINE void add(Vec& sum, Vec left, Vec right) {
+#if defined(__AVX512F__)
+    // NOTE: as text, so that the level need not be compiled for CPUs that have it.
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(right), "v"(left));
+#else
+    (void)sum, (void)left, (void)right;  // no instance of these levels uses it
+#endif
+  }
+};
+
+template <class Terms>
 struct TileProduct {
-  const float* a;          // [num_rows, depth], rows stride_a apart
-  const float* b;          // [depth, num_vecs * kLanes], rows stride_b apart
-  float* c;                // [num_rows, num_vecs * kLanes], rows stride_c apart
-  const float* row_scale;  // [num_rows] factors of the old C; null: C is overwritten
+  const typename Terms::Left* a;  // [num_rows, depth], rows stride_a apart
+  const float* b;                 // [depth, num_vecs * kLanes], rows stride_b apart
+  float* c;                       // [num_rows, num_vecs * kLanes], rows stride_c apart
+  const float* row_scale;         // [num_rows] factors of the old C; null: C is overwritten
   int64_t stride_a, stride_b, stride_c;
   int64_t num_rows, depth, num_vecs;
 };
 
-template <int kRows, int kVecs>
-KVLINK_INLINE void product_block(const TileProduct& t, int64_t row, int64_t vec) {
-  Vec sum[kRows][kVecs];
-  float* c = t.c + row * t.stride_c + vec * kLanes;
-  const float* a = t.a + row * t.stride_a;
-  const float* b = t.b + vec * kLanes;
-  KVLINK_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    KVLINK_UNROLL
-    for (int v = 0; v < kVecs; ++v) {
-      sum[r][v] =
-          t.row_scale ? load(c + r * t.stride_c + v * kLanes) * t.row_scale[row + r] : Vec{};
-    }
-  }
-  for (int64_t d = 0; d < t.depth; ++d, b += t.stride_b) {
+// Adds terms `first`, first + kStep, ...
+template <class Terms, int kStep, int kRows, int kVecs>
+KVLINK_INLINE void add_terms(const TileProduct<Terms>& t, int64_t first, int64_t row, int64_t vec,
+                             Vec (&sum)[kRows][kVecs]) {
+  const auto* a = t.a + row * t.stride_a;
+  const float* b = t.b + vec * kLanes + first * t.stride_b;
+  for (int64_t d = first; d < t.depth; d += kStep, b += kStep * t.stride_b) {
     Vec right[kVecs];
     KVLINK_UNROLL
     for (int v = 0; v < kVecs; ++v) right[v] = load(b + v * kLanes);
     KVLINK_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const float left = a[r * t.stride_a + d];
+      const Vec left = Terms::spread(a[r * t.stride_a + d]);
       KVLINK_UNROLL
-      for (int v = 0; v < kVecs; ++v) sum[r][v] += right[v] * left;
+      for (int v = 0; v < kVecs; ++v) Terms::add(sum[r][v], left, right[v]);
     }
-  }
-  KVLINK_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    KVLINK_UNROLL
-    for (int v = 0; v < kVecs; ++v) store(c + r * t.stride_c + v * kLanes, sum[r][v]);
   }
 }
 
-template <int kRows, int kVecs>
-KVLINK_INLINE int64_t product_rows(const TileProduct& t, int64_t row, int64_t vec) {
-  for (; row + kRows <= t.num_rows; row += kRows) product_block<kRows, kVecs>(t, row, vec);
+template <class Terms, int kChains, int kRows, int kVecs>
+KVLINK_INLINE void product_block(const TileProduct<Terms>& t, int64_t row, int64_t vec) {
+  float* c = t.c + row * t.stride_c + vec * kLanes;
+  KVLINK_UNROLL
+  for (int chain = 0; chain < kChains; ++chain) {
+    Vec sum[kRows][kVecs];
+    KVLINK_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      KVLINK_UNROLL
+      for (int v = 0; v < kVecs; ++v) {
+        sum[r][v] = kChains == 1 && t.row_scale
+                        ? load(c + r * t.stride_c + v * kLanes) * t.row_scale[row + r]
+                        : Vec{};
+      }
+    }
+    add_terms<Terms, kChains>(t, chain, row, vec, sum);
+    KVLINK_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      KVLINK_UNROLL
+      for (int v = 0; v < kVecs; ++v) {
+        float* target = c + r * t.stride_c + v * kLanes;
+        store(target, chain == 0 ? sum[r][v] : load(target) + sum[r][v]);
+      }
+    }
+  }
+}
+
+template <class Terms, int kChains, int kRows, int kVecs>
+KVLINK_INLINE int64_t product_rows(const TileProduct<Terms>& t, int64_t row, int64_t vec) {
+  for (; row + kRows <= t.num_rows; row += kRows) {
+    product_block<Terms, kChains, kRows, kVecs>(t, row, vec);
+  }
   return row;
 }
 
 // One panel of kVecs vectors, which stays in the nearest cache while the rows pass.
-template <int kVecs>
-__attribute__((noinline)) void product_panel(const TileProduct& t, int64_t vec) {
+template <class Terms, int kChains, int kVecs>
+__attribute__((noinline)) void product_panel(const TileProduct<Terms>& t, int64_t vec) {
 #if defined(__AVX512F__)
   constexpr int kRows = kVecs <= 4 ? 6 : 3;
 #else
   constexpr int kRows = kVecs <= 2 ? 4 : kVecs <= 4 ? 2 : 1;
 #endif
-  int64_t row = product_rows<kRows, kVecs>(t, 0, vec);
-  if constexpr (kRows > 4) row = product_rows<4, kVecs>(t, row, vec);
-  if constexpr (kRows > 2) row = product_rows<2, kVecs>(t, row, vec);
-  product_rows<1, kVecs>(t, row, vec);
+  int64_t row = product_rows<Terms, kChains, kRows, kVecs>(t, 0, vec);
+  if constexpr (kRows > 4) row = product_rows<Terms, kChains, 4, kVecs>(t, row, vec);
+  if constexpr (kRows > 2) row = product_rows<Terms, kChains, 2, kVecs>(t, row, vec);
+  product_rows<Terms, kChains, 1, kVecs>(t, row, vec);
 }
 
-inline __attribute__((noinline)) void tile_product(const TileProduct& t) {
+template <int kChains = 1, class Terms = FloatTerms>
+__attribute__((noinline)) void tile_product(const TileProduct<Terms>& t) {
 #if defined(__AVX512F__)
   constexpr int kWide = 4;
 #else
@@ -78,11 +116,11 @@ inline __attribute__((noinline)) void tile_product(const TileProduct& t) {
 #endif
   int64_t vec = 0;
   if (t.num_rows <= 2) {  // few rows: more vectors, so that additions do not wait for each other
-    for (; vec + 8 <= t.num_vecs; vec += 8) product_panel<8>(t, vec);
+    for (; vec + 8 <= t.num_vecs; vec += 8) product_panel<Terms, kChains, 8>(t, vec);
   }
-  for (; vec + kWide <= t.num_vecs; vec += kWide) product_panel<kWide>(t, vec);
-  for (; vec + 2 <= t.num_vecs; vec += 2) product_panel<2>(t, vec);
-  for (; vec < t.num_vecs; ++vec) product_panel<1>(t, vec);
+  for (; vec + kWide <= t.num_vecs; vec += kWide) product_panel<Terms, kChains, kWide>(t, vec);
+  for (; vec + 2 <= t.num_vecs; vec += 2) product_panel<Terms, kChains, 2>(t, vec);
+  for (; vec < t.num_vecs; ++vec) product_panel<Terms, kChains, 1>(t, vec);
 }
 
 }  // namespace kvlink::cpu::KVLINK_SIMD_LEVEL

@@ -1,0 +1,83 @@
+// Rows of a block of positions widened into panels that many query rows are multiplied with. Their
+// rows are as contiguous as the layout stores them, a pointer each. Included by *_simd.cpp only.
+#pragma once
+
+#include "kvlink/cpu/simd/rows.hpp"
+
+namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
+
+inline constexpr int64_t kPanelRows = 64;
+using PanelRows = const char* [kPanelRows];
+
+// Asks for a row that the next block will want, so that memory works while this block is widened.
+KVLINK_INLINE void prefetch_row(const char* row, int64_t num_bytes) {
+  for (int64_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
+// What a panel of keys holds of a stored type: floats, or for sums of pairs the stored bits.
+template <DType kDType>
+struct FloatItems {
+  static constexpr int64_t kBytes = Row<kDType>::kBytes;
+  static KVLINK_INLINE Vec load(const char* source) { return Row<kDType>::load(source); }
+  static KVLINK_INLINE Vec load_some(const char* source, int64_t count) {
+    return KVLINK_SIMD_LEVEL::load_some<kDType>(source, count);
+  }
+};
+struct PairItems {
+  static constexpr int64_t kBytes = 4;
+  static KVLINK_INLINE Vec load(const char* source) { return load_unaligned<Vec>(source); }
+  static KVLINK_INLINE Vec load_some(const char* source, int64_t num_items) {
+    return from_bits(load_some_bytes(source, num_items * kBytes));
+  }
+};
+
+// Transposed: keys[item * kPanelRows + position].
+template <class Items>
+void pack_keys(const PanelRows& rows, const PanelRows& next, int64_t num_items, float* keys) {
+  for (int64_t first = 0; first < kPanelRows; first += kLanes) {
+    const char* const* source = rows + first;
+    Vec block[kLanes];
+    int64_t item = 0, ahead = 0;
+    for (; item + kLanes <= num_items; item += kLanes) {
+      for (; ahead * num_items < (item + kLanes) * kLanes; ++ahead) {
+        prefetch_row(next[first + ahead], num_items * Items::kBytes);
+      }
+      KVLINK_UNROLL
+      for (int i = 0; i < kLanes; ++i) block[i] = Items::load(source[i] + item * Items::kBytes);
+      transpose(block);
+      float* target = keys + item * kPanelRows + first;
+      KVLINK_UNROLL
+      for (int i = 0; i < kLanes; ++i) store(target + i * kPanelRows, block[i]);
+    }
+    if (item == num_items) continue;
+    KVLINK_UNROLL
+    for (int i = 0; i < kLanes; ++i) {
+      block[i] = Items::load_some(source[i] + item * Items::kBytes, num_items - item);
+    }
+    transpose(block);
+    KVLINK_UNROLL
+    for (int i = 0; i < kLanes; ++i) {
+      if (item + i < num_items) store(keys + (item + i) * kPanelRows + first, block[i]);
+    }
+  }
+}
+
+// values[position * stride + dim], zeros from dims to stride.
+template <DType kDType>
+void pack_values(const PanelRows& rows, const PanelRows& next, int64_t dims, int64_t stride,
+                 float* values) {
+  for (int64_t position = 0; position < kPanelRows; ++position, values += stride) {
+    const char* row = rows[position];
+    prefetch_row(next[position], dims * Row<kDType>::kBytes);
+    int64_t dim = 0;
+    for (; dim + kLanes <= dims; dim += kLanes) {
+      store(values + dim, Row<kDType>::load(row + dim * Row<kDType>::kBytes));
+    }
+    for (; dim < stride; dim += kLanes) {
+      const int64_t count = dim < dims ? dims - dim : 0;
+      store(values + dim, load_some<kDType>(row + dim * Row<kDType>::kBytes, count));
+    }
+  }
+}
+
+}  // namespace kvlink::cpu::KVLINK_SIMD_LEVEL
