@@ -16,7 +16,8 @@ overlap, overlap_ucx       what a prefill leaves to wait for that pushes layer b
 memcpy                     the machine's copy bandwidth with two threads
 
 Moves are of 256 MiB, in pages that are scattered on both sides. `verified` is the time from the
-sender's call until the receiver has verified and committed, `moved` until the last byte was moved.
+sender's call until the receiver, verifying what has landed while the rest moves, has committed.
+`moved` is that until the last byte was moved (digested on the way) while the receiver does nothing.
 Their limit is a copy of the same memory traffic at memcpy's rate: (bytes read + bytes written) / 2.
 Over TCP it is a plain TCP stream's time between the same namespaces, without them over loopback.
 GB/s count the bytes at the source once.

@@ -55,8 +55,9 @@ class Shape:
 class Kvlink:
     """Pushes from `sources` into a grant of `target`; times "verified" and "moved".
 
-    "verified" lasts from the call of the (first) sender until the receiver has committed, "moved"
-    until the last byte was moved. Paths other than `path` are refused.
+    "verified" lasts from the call of the (first) sender until the receiver, which verifies layers
+    as they land, has committed. "moved" is another push, whose receiver does not look before all
+    has landed: until the last byte was moved. Paths other than `path` are refused.
     """
 
     sources: Sequence[Shape]
@@ -82,16 +83,25 @@ class Kvlink:
         self._stack.close()
 
     def once(self) -> dict[str, float]:
-        """One move."""
+        """One move of each kind."""
+        begin, _, verified = self._push(verify_along=True)
+        began, moved, _ = self._push(verify_along=False)
+        return {"verified": (verified - begin) * 1e-9, "moved": (moved - began) * 1e-9}
+
+    def _push(self, verify_along: bool) -> tuple[int, int, int]:
+        """When it began, when the last byte was moved, when the receiver had committed."""
         grant = self.receiver.call("grant", self.digest)
-        self.receiver.start("wait")
+        if verify_along:
+            self.receiver.start("wait")
         for sender in self.senders:
             sender.start("push", grant)
         spans = [sender.result() for sender in self.senders]
+        if not verify_along:
+            self.receiver.start("wait")
         verified = self.receiver.result()
-        begin = min(first for first, _ in spans)
-        moved = max(last for _, last in spans)
-        return {"verified": (verified - begin) * 1e-9, "moved": (moved - begin) * 1e-9}
+        for sender in self.senders:
+            sender.call("arrived")
+        return min(first for first, _ in spans), max(last for _, last in spans), verified
 
     @property
     def all_sides(self) -> list[Side]:

@@ -54,10 +54,13 @@ class Kvlink:
     def push(self, grant: str) -> list[int]:
         """Pushes a whole request; [when that began, when the last byte had been moved]."""
         begin = time.monotonic_ns()
-        transfer = self.link.push(self._pages(1), bytes.fromhex(grant))
-        transfer.wait_source_reusable(_TIMEOUT)
-        transfer.wait_arrived(_TIMEOUT)
-        return [begin, max(part.done_ns for part in transfer.progress().parts)]
+        self.transfer = self.link.push(self._pages(1), bytes.fromhex(grant))
+        self.transfer.wait_source_reusable(_TIMEOUT)
+        return [begin, max(part.done_ns for part in self.transfer.progress().parts)]
+
+    def arrived(self) -> None:
+        """Until the receiver has verified what was pushed."""
+        self.transfer.wait_arrived(_TIMEOUT)
 
     def post_layers(self, grant: str) -> list[float]:
         """Pushes layer by layer; the seconds that each call took."""
