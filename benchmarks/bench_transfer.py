@@ -18,7 +18,8 @@ memcpy                     the machine's copy bandwidth with two threads
 Moves are of 256 MiB, in pages that are scattered on both sides. `verified` is the time from the
 sender's call until the receiver, verifying what has landed while the rest moves, has committed.
 `moved` is that until the last byte was moved (digested on the way) while the receiver does nothing.
-Their limit is a copy of the same memory traffic at memcpy's rate: (bytes read + bytes written) / 2.
+Their limit is a copy of the same memory traffic at memcpy's rate: (bytes read + bytes written) / 2;
+`verified` notes what it reaches of that and of reading the arrived bytes once more, in one sum.
 Over TCP it is a plain TCP stream's time between the same namespaces, without them over loopback.
 GB/s count the bytes at the source once.
 
@@ -39,7 +40,7 @@ from dataclasses import dataclass, field, replace
 
 import harness
 from harness import Figure
-from moves import NUM_BYTES, Kvlink, Memcpy, Peer, Shape, Stream, in_turns, medians
+from moves import NUM_BYTES, Kvlink, Memcpy, Peer, Shape, Stream, in_turns, median, ratio
 from overlap import overlap
 from perftest import line_rate
 from sides import Side
@@ -81,28 +82,37 @@ def moves(
                 peers.append(stack.enter_context(peer))
             except (RuntimeError, OSError) as error:
                 print(f"{case}: {name} is left out: {error}", file=sys.stderr)
-        limit_s, *times = medians(in_turns([limit, *own, *peers], run.seconds))
+        limits, *times = in_turns([limit, *own, *peers], run.seconds)
     what = "line" if line else "copy"
-    peer_s = dict(zip((peer.name for peer in peers), times[len(own) :], strict=True))
-    for (text, each), values in zip(kvlinks.items(), times, strict=False):
+    of_peers = dict(zip((peer.name for peer in peers), times[len(own) :], strict=True))
+    for (text, each), rounds in zip(kvlinks.items(), times, strict=False):
         moved = sum(shape.num_bytes for shape in each.sources)
         share = (moved + each.target.num_bytes) / 2 / NUM_BYTES
-        for name, seconds in values.items():
+        copies = [times["moved"] * share for times in limits]
+        for name in rounds[0]:
             notes = [text, each.detail if each.path == "ucx" else ""]
-            notes += [f"{took['moved'] / seconds:.2f} x {peer}" for peer, took in peer_s.items()]
+            if name == "verified" and each.digest and "read" in limits[0]:
+                reads = [times["read"] * each.target.num_bytes / NUM_BYTES for times in limits]
+                both = [sum(pair) for pair in zip(copies, reads, strict=True)]
+                notes.append(f"{ratio(rounds, name, both):.0%} of copy and read")
+            for peer, turns in of_peers.items():
+                reached = ratio(rounds, name, [times["moved"] for times in turns])
+                notes.append(f"{reached:.2f} x {peer}")
+            seconds = median(rounds, name)
             yield Figure(
                 f"push_{name}", case, each.path, each.target.dtype, each.target.page_size,
                 round(seconds * 1e3, 4), round(moved / seconds / 1e9, 3), 0.0, what,
-                round(limit_s["moved"] * share / seconds, 4), "kvlink",
+                round(ratio(rounds, name, copies), 4), "kvlink",
                 "; ".join(note for note in notes if note),
             )  # fmt: skip
-    rows = [("write", name, PEERS[name], took["moved"]) for name, took in peer_s.items()]
-    rows.append((limit.op, limit.name, "host", limit_s["moved"]))
-    for op, name, backend, seconds in rows:
+    rows = [("write", name, PEERS[name], turns) for name, turns in of_peers.items()]
+    rows.append((limit.op, limit.name, "host", limits))
+    for op, name, backend, turns in rows:
+        seconds = median(turns)
         yield Figure(
             op, case, backend, "uint8", 0, round(seconds * 1e3, 4),
             round(NUM_BYTES / seconds / 1e9, 3), 0.0, what,
-            round(limit_s["moved"] / seconds, 4), name,
+            round(ratio(turns, "moved", [times["moved"] for times in limits]), 4), name,
         )  # fmt: skip
 
 
@@ -129,9 +139,10 @@ def digest(run: Run) -> Iterator[Figure]:
     found = list(moves(run, "digest", sides))
     without = {figure.op: figure.ms for figure in found if figure.note == "without digest"}
     for figure in found:
-        if figure.note == "with digest":
+        if figure.note.startswith("with digest"):
             cost = figure.ms / without[figure.op] - 1
-            figure = replace(figure, note=f"with digest, which costs {cost:.1%}")
+            note = figure.note.replace("with digest", f"with digest, which costs {cost:.1%}")
+            figure = replace(figure, note=note)
         yield figure
 
 
@@ -221,8 +232,8 @@ def connect(run: Run) -> Iterator[Figure]:
 
 
 def memcpy(run: Run) -> Iterator[Figure]:
-    (times,) = medians(in_turns([Memcpy()], run.seconds))
-    seconds = times["moved"]
+    (rounds,) = in_turns([Memcpy()], run.seconds)
+    seconds = median(rounds)
     yield Figure(
         "copy", "memcpy", "host", "uint8", 0, round(seconds * 1e3, 4),
         round(NUM_BYTES / seconds / 1e9, 3), 0.0, "copy", 1.0, "memcpy",

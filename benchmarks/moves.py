@@ -1,7 +1,8 @@
 """Moves of 256 MiB between two processes, measured in turns: kvlink's, its peers', the limits.
 
 Every participant has one turn a round, so that whatever disturbs the machine disturbs all of them;
-a figure is the median over all rounds. Who has no turn is stopped.
+times and ratios of times are medians over the rounds, each of medians of its own. Who has no turn is
+stopped.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -19,10 +20,10 @@ from sides import Side
 from kvlink import _C
 
 NUM_BYTES = 256 << 20
-NUM_ROUNDS = 5
+NUM_ROUNDS = 8
 _MAX_REPEATS = 50
 
-Times = dict[str, list[float]]  # seconds, by what was timed
+Round = dict[str, float]  # median seconds of a turn, by what was timed
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class Stream:
 
 
 class Memcpy:
-    """memcpy of as many bytes with two threads (num_threads()), in this process."""
+    """memcpy of as many bytes with two threads (num_threads()), and reading them, in this process."""
 
     name, op = "memcpy", "copy"
     all_sides: tuple[Side, ...] = ()
@@ -235,39 +236,50 @@ class Memcpy:
         pass
 
     def once(self) -> dict[str, float]:
-        """The median of a few."""
-        return {"moved": NUM_BYTES / _C.probe_copy_bandwidth(NUM_BYTES, 0.1)}
+        """The medians of a few."""
+        return {
+            "moved": NUM_BYTES / _C.probe_copy_bandwidth(NUM_BYTES, 0.1),
+            "read": NUM_BYTES / _C.probe_read_bandwidth(NUM_BYTES, 0.05),
+        }
 
 
 Participant = Kvlink | Peer | Stream | Memcpy
 
 
-def in_turns(participants: Sequence[Participant], seconds: float) -> list[Times]:
+def in_turns(participants: Sequence[Participant], seconds: float) -> list[list[Round]]:
     """Runs every participant's `once` in turns of about seconds / NUM_ROUNDS each, the first time
-    unrecorded."""
-    recorded: list[Times] = [{} for _ in participants]
+    unrecorded; [participants][rounds]."""
+    recorded: list[list[Round]] = [[] for _ in participants]
     for each in participants:
         each.once()
         _for_all(each, Side.pause)
     for _ in range(NUM_ROUNDS):
-        for each, times in zip(participants, recorded, strict=True):
+        for each, rounds in zip(participants, recorded, strict=True):
             _for_all(each, Side.go_on)
+            times: dict[str, list[float]] = {}
             end = time.perf_counter() + seconds / NUM_ROUNDS
             for _ in range(_MAX_REPEATS):
                 for what, value in each.once().items():
                     times.setdefault(what, []).append(value)
                 if time.perf_counter() > end:
                     break
+            rounds.append({what: statistics.median(values) for what, values in times.items()})
             _for_all(each, Side.pause)
     for each in participants:
         _for_all(each, Side.go_on)
     return recorded
 
 
-def medians(recorded: Sequence[Times]) -> Iterator[dict[str, float]]:
-    """Of what `in_turns` gave."""
-    for times in recorded:
-        yield {what: statistics.median(values) for what, values in times.items()}
+def median(rounds: Sequence[Round], what: str = "moved") -> float:
+    """Seconds."""
+    return statistics.median(times[what] for times in rounds)
+
+
+def ratio(rounds: Sequence[Round], what: str, limits: Sequence[float]) -> float:
+    """How much of each round's limit (seconds) is reached."""
+    return statistics.median(
+        limit / times[what] for limit, times in zip(limits, rounds, strict=True)
+    )
 
 
 def _for_all(participant: Participant, act: Callable[[Side], None]) -> None:
