@@ -1,7 +1,7 @@
 """Moves of 256 MiB between two processes, measured in turns: kvlink's, its peers', the limits.
 
 Every participant has one turn a round, so that whatever disturbs the machine disturbs all of them;
-times and ratios of times are medians over the rounds, each of medians of its own. Who has no turn is
+times and ratios of times are medians over the rounds, each a median of its own. Who has no turn is
 stopped.
 """
 
@@ -224,7 +224,7 @@ class Stream:
 
 
 class Memcpy:
-    """memcpy of as many bytes with two threads (num_threads()), and reading them, in this process."""
+    """memcpy of as many bytes with two threads (num_threads()) here, and reading them."""
 
     name, op = "memcpy", "copy"
     all_sides: tuple[Side, ...] = ()
