@@ -147,10 +147,6 @@ void register_transport_ucx(py::module_& module) {
             return std::make_unique<UcxLink>(ucx::Link::open(self.hub, bit));
           },
           py::arg("bit"))
-      .def_property(
-          "direct_bytes", [](const UcxHub& self) { return self.hub->direct_bytes.load(); },
-          [](const UcxHub& self, int64_t bytes) { self.hub->direct_bytes = bytes; },
-          "Runs from this length on are put and got, where bytes are the same on both sides.")
       .def(
           "forget",
           [](const UcxHub& self, const PoolView& pool) {

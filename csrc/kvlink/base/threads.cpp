@@ -175,6 +175,10 @@ void set_num_threads(int count) {
   configured_threads = count;
 }
 
+InlineTasks::InlineTasks() : before_(std::exchange(inside_task, true)) {}
+
+InlineTasks::~InlineTasks() { inside_task = before_; }
+
 void parallel_for(int64_t num_tasks, const std::function<void(int64_t)>& body) {
   if (num_tasks <= 0) return;
   int threads = 1;

@@ -17,4 +17,17 @@ void set_num_threads(int count);  // for tests and embedders; count >= 1
 // After fork() the child starts a fresh pool.
 void parallel_for(int64_t num_tasks, const std::function<void(int64_t)>& body);
 
+// While one lives, parallel_for runs inline on the thread that made it: for work that is too short
+// to wake others for.
+class InlineTasks {
+ public:
+  InlineTasks();
+  InlineTasks(const InlineTasks&) = delete;
+  InlineTasks& operator=(const InlineTasks&) = delete;
+  ~InlineTasks();
+
+ private:
+  const bool before_;
+};
+
 }  // namespace kvlink

@@ -14,6 +14,9 @@
 
 namespace kvlink::transport::ucx {
 
+// Bytes of a chunk that passes through UCX's own receive buffers (port.hpp).
+inline constexpr size_t kPassingChunkBytes = size_t{512} << 10;
+
 class Port;
 class Engine;
 

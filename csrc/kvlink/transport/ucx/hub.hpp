@@ -10,9 +10,10 @@ namespace kvlink::transport::ucx {
 
 class Link;
 
-// Chunks of one transfer that may be under way, and the bytes of a staged one.
+// Chunks of one transfer that may be under way, and the most bytes of a staged one.
 inline constexpr int kWindow = 4;
-inline constexpr size_t kChunkBytes = size_t{512} << 10;
+inline constexpr size_t kChunkBytes = size_t{1} << 20;
+// Runs from this length on are put and got directly, where both sides' bytes are the same.
 inline constexpr int64_t kDirectBytes = int64_t{32} << 10;
 
 class Hub : public std::enable_shared_from_this<Hub> {
@@ -34,8 +35,6 @@ class Hub : public std::enable_shared_from_this<Hub> {
   const Executor executor;
   const std::shared_ptr<Engine> engine;
   Mover mover;
-  // Runs from this length on are put and got directly, where both sides' bytes are the same.
-  std::atomic<int64_t> direct_bytes{kDirectBytes};
 
  private:
   void on_closed(SlotKey key, Status status);

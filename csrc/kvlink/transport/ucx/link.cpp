@@ -109,6 +109,11 @@ bool Link::direct_allowed() {
   return !names.empty();
 }
 
+std::optional<InlineTasks> Link::inline_tasks() {
+  if (!port_->all_pass()) return std::nullopt;
+  return std::optional<InlineTasks>(std::in_place);
+}
+
 std::shared_ptr<Mapping> Link::take_reply(size_t size) {
   return size > kChunkBytes ? hub_->engine->map(nullptr, size) : replies_->try_take();
 }
@@ -200,7 +205,7 @@ bool Link::accept(std::string_view bytes, size_t payload_bytes) {
   }
   int64_t most = owner_->max_payload(header);
   if (header.type == Type::kBegun) most = static_cast<int64_t>(kMaxTermsBytes);
-  if (header.type == Type::kPulled) most = int64_t{1} << 30;
+  if (header.type == Type::kPulled) most = kMaxChunkBytes;
   if (header.type == Type::kProbe) most = 65536;
   if (header.type == Type::kDone || header.type == Type::kEntered ||
       header.type == Type::kOutcome || header.type == Type::kProbed) {
@@ -250,6 +255,7 @@ void Link::on_message(std::string_view bytes, Payload payload) {
   }
   if (!transfer) return on_begun(header, payload);
   if (header.type != Type::kPulled) return transfer->on_answer(header);
+  if (payload.passes()) return transfer->land(header, payload);
   hub_->mover.submit(this, [transfer = std::move(transfer), header, payload = std::move(payload)] {
     transfer->land(header, payload);
   });
@@ -362,7 +368,7 @@ std::shared_ptr<PostedTransfer> Link::begin(TransferSpec spec, const RemotePool&
     }
   }
   // What the peer reads in place is packed once and scattered once; a put would be copied, too.
-  header.direct = !peer_maps_ && direct_pays(spec, hub_->direct_bytes);
+  header.direct = !peer_maps_ && direct_pays(spec, kDirectBytes);
   std::string payload;
   if (!push) {
     const KVLayout& layout = spec.dst.layers.front().layout;

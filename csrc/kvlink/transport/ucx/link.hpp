@@ -3,8 +3,10 @@
 
 #include <atomic>
 #include <map>
+#include <optional>
 #include <unordered_map>
 
+#include "kvlink/base/threads.hpp"
 #include "kvlink/transport/posting.hpp"
 #include "kvlink/transport/ucx/hub.hpp"
 #include "kvlink/transport/ucx/messages.hpp"
@@ -78,6 +80,11 @@ class Link : public std::enable_shared_from_this<Link> {
   Hub& hub() { return *hub_; }
   Port& port() { return *port_; }
   Buffers& outgoing() { return *outgoing_; }
+  // Most bytes of a staged chunk.
+  size_t chunk_bytes() const { return port_->all_pass() ? kPassingChunkBytes : kChunkBytes; }
+  // Where chunks are small, and others move meanwhile: keeps the executor on the thread that has
+  // it.
+  std::optional<InlineTasks> inline_tasks();
   // Room for the answer to a pull; null when more than a window of them is under way.
   std::shared_ptr<Mapping> take_reply(size_t size);
   // Whether destroying our port ends everything that the peer could do to memory it has keys of.

@@ -77,5 +77,7 @@ static_assert(sizeof(Header) == 128);
 
 // Most bytes that come with kBegin and kBegun.
 inline constexpr size_t kMaxTermsBytes = size_t{64} << 20;
+// And with kChunk and kPulled: no honest peer sends more at once.
+inline constexpr int64_t kMaxChunkBytes = int64_t{1} << 30;
 
 }  // namespace kvlink::transport::ucx

@@ -11,9 +11,6 @@ namespace kvlink::transport::ucx {
 
 namespace {
 
-// The most a chunk takes that this side fetches: no honest peer sends more at once.
-constexpr int64_t kMaxChunkBytes = int64_t{1} << 30;
-
 bool in_range(int32_t first, int32_t count, int32_t limit) {
   return first >= 0 && count >= 1 && count <= limit - first;
 }
@@ -58,6 +55,7 @@ void Owner::on_message(const Header& header, Payload payload) {
     case Type::kBegin:
       return begin(header, payload);
     case Type::kChunk:
+      if (payload.passes()) return land(header, payload);
       return link_.hub().mover.submit(
           &link_, [this, header, payload = std::move(payload)] { land(header, payload); });
     case Type::kPull:
@@ -272,6 +270,9 @@ void Owner::land(const Header& header, const Payload& payload) {
   // Only read.
   const LayerView staged = staged_view(*layer, header.num_heads, header.head, header.count,
                                        const_cast<std::byte*>(bytes.data()));
+  const size_t whole =
+      staged_bytes(layer->layout, layer->layout.num_kv_heads, own->num_tokens) * own->layers.size();
+  const std::optional<InlineTasks> inlined = link_.inline_tasks();
   Status status = Status::kOk;
   try {
     RelayoutResult moved = hub.executor.relayout({.src_layers = &staged,
@@ -286,7 +287,8 @@ void Owner::land(const Header& header, const Payload& payload) {
                                                   .dst = run_of(*own, layer->layout, header.first),
                                                   .num_tokens = header.count,
                                                   .token_position = header.first,
-                                                  .with_digest = false});
+                                                  .with_digest = false,
+                                                  .whole_bytes = static_cast<int64_t>(whole)});
     moved.digest = header.digest;
     hub.control->add_rows(session->key, static_cast<uint32_t>(header.layer), moved);
   } catch (const std::exception&) {
@@ -337,6 +339,7 @@ void Owner::pack(const Header& header) {
   Header reply = header;
   reply.type = Type::kPulled;
   reply.status = Status::kOk;
+  const std::optional<InlineTasks> inlined = link_.inline_tasks();
   try {
     const RelayoutResult moved =
         hub.executor.relayout({.src_layers = &source,

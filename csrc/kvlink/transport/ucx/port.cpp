@@ -3,7 +3,6 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "kvlink/base/check.hpp"
@@ -15,7 +14,7 @@ namespace {
 
 constexpr unsigned kMessageId = 0;
 // From here on the receiver says when and where to, if the network can write there by itself. TCP
-// cannot: fetching costs it a round trip and two copies more.
+// cannot: fetching costs it a round trip and a copy more.
 constexpr size_t kRendezvousBytes = 64 << 10;
 
 std::string describe(ucs_status_t status) { return api().ucs_status_string(status); }
@@ -51,7 +50,7 @@ std::shared_ptr<Port> Port::open(std::shared_ptr<Engine> engine) {
     handler.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_CB |
                          UCP_AM_HANDLER_PARAM_FIELD_ARG | UCP_AM_HANDLER_PARAM_FIELD_FLAGS;
     handler.id = kMessageId;
-    handler.flags = UCP_AM_FLAG_WHOLE_MSG | UCP_AM_FLAG_PERSISTENT_DATA;
+    handler.flags = UCP_AM_FLAG_WHOLE_MSG;
     handler.cb = &Port::on_active_message;
     handler.arg = port.get();
     check(ucx.ucp_worker_set_am_recv_handler(port->worker_, &handler),
@@ -95,10 +94,8 @@ void Port::connect(const std::string& address, bool same_host) {
     params.err_handler.arg = this;
     check(api().ucp_ep_create(worker_, &params, &endpoint_), "ucp_ep_create");
     const auto names = transports();
-    const bool all_tcp = std::all_of(names.begin(), names.end(), [](const std::string& name) {
-      return name.starts_with("tcp/");
-    });
-    rendezvous_bytes_ = all_tcp ? SIZE_MAX : kRendezvousBytes;
+    all_pass_ = std::all_of(names.begin(), names.end(),
+                            [](const std::string& name) { return name.starts_with("tcp/"); });
     // Only now: what the peer says before could not be answered, and waits where it is.
     engine_->add(this);
     for (auto& [message, done] : unsent_) do_send(std::move(message), std::move(done));
@@ -160,7 +157,8 @@ void Port::do_send(Outgoing message, Done done) {
   operation->mapping = message.mapping;
   operation->done = std::move(done);
   param.op_attr_mask |= UCP_OP_ATTR_FIELD_FLAGS;
-  param.flags = message.size >= rendezvous_bytes_ ? UCP_AM_SEND_FLAG_RNDV : UCP_AM_SEND_FLAG_EAGER;
+  const bool fetched = message.size >= kRendezvousBytes && !all_pass();
+  param.flags = fetched ? UCP_AM_SEND_FLAG_RNDV : UCP_AM_SEND_FLAG_EAGER;
   if (message.mapping) {
     param.op_attr_mask |= UCP_OP_ATTR_FIELD_MEMH;
     param.memh = message.mapping->memh();
@@ -269,19 +267,7 @@ ucs_status_t Port::on_active_message(void* self, const void* header, size_t head
     if (port.waiting_.size() == 1) port.fetch_waiting();
     return UCS_INPROGRESS;
   }
-  if (size == 0) {
-    port.on_message_(view, {});
-    return UCS_OK;
-  }
-  // A copy, so that UCX's memory is not kept; where there are buffers for it, into one.
-  if (const auto room = size >= kRendezvousBytes ? port.take_room_(size) : nullptr) {
-    std::memcpy(room->data(), data, size);
-    port.on_message_(view, Payload({room->data(), size}, room));
-    return UCS_OK;
-  }
-  const auto copy = std::make_shared<std::vector<std::byte>>(
-      static_cast<const std::byte*>(data), static_cast<const std::byte*>(data) + size);
-  port.on_message_(view, Payload({copy->data(), size}, copy));
+  port.on_message_(view, Payload::passing({static_cast<const std::byte*>(data), size}));
   return UCS_OK;
 }
 

@@ -2,6 +2,7 @@
 // the engine's thread, except where it says "any thread".
 #pragma once
 
+#include <atomic>
 #include <deque>
 #include <span>
 #include <unordered_map>
@@ -10,17 +11,25 @@
 
 namespace kvlink::transport::ucx {
 
-// The bytes that came with a message; they stay until it is dropped (any thread).
+// The bytes that came with a message. Some are UCX's and pass: they are there during the call that
+// brings them, and no longer. The others stay until the payload is dropped (any thread).
 class Payload {
  public:
   Payload() = default;
   Payload(std::span<const std::byte> bytes, std::shared_ptr<void> keep)
       : bytes_(bytes), keep_(std::move(keep)) {}
+  static Payload passing(std::span<const std::byte> bytes) {
+    Payload payload(bytes, nullptr);
+    payload.passes_ = true;
+    return payload;
+  }
   std::span<const std::byte> bytes() const { return bytes_; }
+  bool passes() const { return passes_; }
 
  private:
   std::span<const std::byte> bytes_;
   std::shared_ptr<void> keep_;
+  bool passes_ = false;
 };
 
 // Bytes to send and what holds them until they were read.
@@ -72,6 +81,8 @@ class Port : public std::enable_shared_from_this<Port> {
   // Any thread. All runs, then a flush: done when the peer's memory has them (or ours, for gets).
   void put(std::vector<RemoteRun> runs, std::shared_ptr<void> keep, Done done);
   void get(std::vector<RemoteRun> runs, std::shared_ptr<void> keep, Done done);
+  // Whether payloads of any size pass through UCX's receive buffers (TCP alone), after connect.
+  bool all_pass() const { return all_pass_; }
   // Any thread: a payload that waited for room can be fetched now.
   void room_freed();
   // Any thread. The transports in use ("tcp/eth0"), after connect.
@@ -116,7 +127,7 @@ class Port : public std::enable_shared_from_this<Port> {
   std::vector<std::pair<Outgoing, Done>> unsent_;            // before connect
   std::deque<Arrival> waiting_;                              // for room
   Operation* operations_ = nullptr;                          // under way: a list
-  size_t rendezvous_bytes_ = 0;
+  std::atomic<bool> all_pass_{false};
   bool failed_ = false, closing_ = false, same_host_ = false;
 };
 

@@ -57,7 +57,7 @@ UcxTransfer::UcxTransfer(std::shared_ptr<Link> link, uint64_t number, TransferSp
   const KVLayout& layout = spec_.dst.layers.front().layout;
   const auto token = static_cast<int64_t>(staged_bytes(layout, spec_.plan.num_heads, 1));
   if (direct_) return;  // long runs: as many at once as elsewhere
-  chunk_tokens_ = std::max<int64_t>(1, static_cast<int64_t>(kChunkBytes) / token);
+  chunk_tokens_ = std::max<int64_t>(1, static_cast<int64_t>(link_->chunk_bytes()) / token);
   // Chunks end where pages do, if one holds a page.
   if (chunk_tokens_ >= layout.page_size) chunk_tokens_ -= chunk_tokens_ % layout.page_size;
 }
@@ -248,6 +248,8 @@ bool UcxTransfer::stage(uint64_t seq, Chunk chunk) {
     params.dst_layers = &staged;
     params.dst_head = 0;
     params.dst = {kFirstPage, 1, 0};
+    params.whole_bytes = 0;  // read again at once: let it stay in the caches
+    const std::optional<InlineTasks> inlined = link_->inline_tasks();
     chunk.started_ns = now_ns();
     chunk.moved = executor_.relayout(params);
   } catch (const std::exception& error) {
@@ -291,6 +293,7 @@ void UcxTransfer::land(const Header& header, const Payload& payload) {
     params.src_head = 0;
     params.src = {kFirstPage, 1, 0};
     params.with_digest = false;
+    const std::optional<InlineTasks> inlined = link_->inline_tasks();
     try {
       executor_.relayout(params);
     } catch (const std::exception& error) {
