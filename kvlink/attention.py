@@ -7,7 +7,15 @@ from typing import Any
 
 from kvlink import _C
 from kvlink._arrays import as_int32, as_reference, dtype_of, empty_like, from_reference
-from kvlink.backends import FLOATS, STORED, Capabilities, Choice, choose
+from kvlink.backends import (
+    FLOATS,
+    STORED,
+    TRITON_DEVICES,
+    TRITON_PACKAGES,
+    Capabilities,
+    Choice,
+    choose,
+)
 from kvlink.errors import InvalidArgument
 from kvlink.pool import KVPool
 
@@ -21,7 +29,14 @@ _FEATURES = frozenset(
 # In order of preference.
 BACKENDS = (
     Capabilities("cpu", frozenset({"cpu"}), FLOATS, STORED, _FEATURES),
+    Capabilities(
+        "triton", TRITON_DEVICES, FLOATS, STORED, _FEATURES - {"ready"}, packages=TRITON_PACKAGES
+    ),
     Capabilities("reference", frozenset({"cpu"}), FLOATS, STORED, _FEATURES, automatic=False),
+)
+MERGE_BACKENDS = (
+    Capabilities("cpu", frozenset({"cpu"}), FLOATS, FLOATS, frozenset()),
+    Capabilities("triton", TRITON_DEVICES, FLOATS, FLOATS, frozenset(), packages=TRITON_PACKAGES),
 )
 
 
@@ -107,11 +122,18 @@ def paged_attention(
     if len(q.shape) != 3:
         raise InvalidArgument(f"q: expected shape [T, Hq, head_dim]; got {tuple(q.shape)}")
     num_tokens, num_q_heads = q.shape[0], q.shape[1]
-    page_table, seq_lens = as_int32(page_table, -1), as_int32(seq_lens)
-    q_indptr, page_indptr = as_int32(q_indptr), as_int32(page_indptr)
     if out is None:
         out = empty_like(q, (num_tokens, num_q_heads, layout.head_dim_v))
     lse = empty_like(q, (num_tokens, num_q_heads), "float32") if return_lse else None
+    if chosen.name == "triton":
+        _triton_ops().paged_attention(
+            q, pool, layer, page_table, seq_lens, q_indptr=q_indptr, page_indptr=page_indptr,
+            causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
+            alibi_slopes=alibi_slopes, out=out, lse=lse,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+    page_table, seq_lens = as_int32(page_table, -1), as_int32(seq_lens)
+    q_indptr, page_indptr = as_int32(q_indptr), as_int32(page_indptr)
     arguments = (
         q, pool.view, layer, page_table, seq_lens, q_indptr, page_indptr, causal,
         layout.head_dim**-0.5 if scale is None else scale, window or 0, softcap or 0.0,
@@ -150,14 +172,17 @@ def _run_reference(pool: KVPool, arguments: tuple[Any, ...]) -> None:
         from_reference(result_lse, lse)
 
 
-def merge_states(out_a: Any, lse_a: Any, out_b: Any = None, lse_b: Any = None) -> tuple[Any, Any]:
+def merge_states(
+    out_a: Any, lse_a: Any, out_b: Any = None, lse_b: Any = None, *, backend: str = "auto"
+) -> tuple[Any, Any]:
     """Joins attention results over disjoint sets of positions into the result over all of them.
 
     Two states: `merge_states(out_a, lse_a, out_b, lse_b)`; many: `merge_states(outs, lses)` with
     lists. Each out is [T, H, D] float32, float16 or bfloat16, each lse float32 [T, H] (natural
     log), all contiguous. Returns (out, lse) in the dtype and library of the first out. The same
     states in the same order give the same bits. A state whose lse is -inf has seen nothing and is
-    not read. Give sinks to one of the partial calls only. Raises InvalidArgument, Unsupported.
+    not read. Give sinks to one of the partial calls only. `backend` is "auto" or the name of one in
+    MERGE_BACKENDS. Raises InvalidArgument, Unsupported.
     """
     if out_b is None and lse_b is None:
         outs, lses = list(out_a), list(lse_a)
@@ -167,5 +192,16 @@ def merge_states(out_a: Any, lse_a: Any, out_b: Any = None, lse_b: Any = None) -
         raise InvalidArgument("outs: expected at least one state; got none")
     out = empty_like(outs[0], tuple(outs[0].shape))
     lse = empty_like(outs[0], tuple(outs[0].shape)[:2], "float32")
-    _C.merge_states(outs, lses, out, lse)
+    device = getattr(outs[0], "__dlpack_device__", lambda: (1, 0))()
+    dtype = dtype_of(outs[0], "outs[0]")
+    if choose(MERGE_BACKENDS, backend, device, dtype, dtype).name == "triton":
+        _triton_ops().merge_states(outs, lses, into=(out, lse))
+    else:
+        _C.merge_states(outs, lses, out, lse)
     return out, lse
+
+
+def _triton_ops() -> Any:
+    import kvlink.triton
+
+    return kvlink.triton

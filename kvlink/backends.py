@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,12 +14,14 @@ from kvlink.errors import InvalidArgument, Unsupported
 
 FLOATS = frozenset({"float32", "float16", "bfloat16"})
 STORED = FLOATS | {"float8_e4m3", "float8_e5m2", "int8"}
+# Triton's own switch: its interpreter runs kernels on the CPU, and on nothing else.
+TRITON_DEVICES = frozenset({"cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"})
 _DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}  # DLPack's device types
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What one backend does. `automatic`: "auto" may pick it."""
+    """What one backend does. `automatic`: "auto" may pick it; `packages`: what it imports."""
 
     name: str
     devices: frozenset[str]
@@ -23,12 +29,14 @@ class Capabilities:
     kv_dtypes: frozenset[str]
     features: frozenset[str]
     automatic: bool = True
+    packages: tuple[str, ...] = ()
 
     def missing(
         self, device: str, q_dtype: str, kv_dtype: str, features: Iterable[str]
     ) -> list[str]:
         """What a call needs and this backend lacks, in words."""
         lacks = [f"feature {name!r}" for name in features if name not in self.features]
+        lacks += [f"package {name!r}" for name in self.packages if not _importable(name)]
         for what, value, supported in (
             ("device", device, self.devices),
             ("q dtype", q_dtype, self.q_dtypes),
@@ -37,6 +45,20 @@ class Capabilities:
             if value not in supported:
                 lacks.append(f"{what} {value} (it has {', '.join(sorted(supported))})")
         return lacks
+
+
+TRITON_PACKAGES = ("torch", "triton")
+
+
+def _importable(package: str) -> bool:
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    return _found(package)
+
+
+@functools.lru_cache
+def _found(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 class Choice(NamedTuple):

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 
 from kvlink import _C
 from kvlink._arrays import dtype_of
-from kvlink.backends import FLOATS, STORED, Capabilities, choose
+from kvlink._layer_pairs import checked_shard, stored_pairs, wanted_layers
+from kvlink.backends import (
+    FLOATS,
+    STORED,
+    TRITON_DEVICES,
+    TRITON_PACKAGES,
+    Capabilities,
+    choose,
+)
 from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.layout import Shard
 from kvlink.pool import KVPool
@@ -17,11 +25,17 @@ from kvlink.rope import Rope
 
 _DEVICE_CUDA = 2  # as in DLPack
 
-# What append_kv does where; a pool's device decides.
+_APPEND = frozenset({"layers", "rope"})
+
+# What append_kv does where, in order of preference.
 APPEND_BACKENDS = (
-    Capabilities("cpu", frozenset({"cpu"}), FLOATS, STORED, frozenset({"layers", "rope"})),
-    Capabilities("cuda", frozenset({"cuda"}), FLOATS, STORED, frozenset({"layers"})),
-)
+    Capabilities("cpu", frozenset({"cpu"}), FLOATS, STORED, _APPEND),
+    Capabilities(
+        "cuda", frozenset({"cuda"}), FLOATS, STORED, frozenset({"layers"}),
+        packages=("kvlink._cuda",),
+    ),
+    Capabilities("triton", TRITON_DEVICES, FLOATS, STORED, _APPEND, packages=TRITON_PACKAGES),
+)  # fmt: skip
 
 
 class RelayoutResult(NamedTuple):
@@ -43,6 +57,7 @@ def append_kv(
     *,
     rope: Rope | None = None,
     stream: int | None = None,
+    backend: str = "auto",
 ) -> None:
     """Writes the K and V of new tokens into the slots of one layer or many, in the pool's dtype.
 
@@ -55,16 +70,21 @@ def append_kv(
     either token, or a mix of both, in it. Mutates the pool.
 
     Raises InvalidArgument (shapes, dtypes, a slot outside the pool, a position outside the rope's
-    table: then nothing is written) and Unsupported (opaque pools; rope on CUDA). On a CUDA pool all
-    arrays are on its device and the work is queued on `stream` (a handle; default: torch's current
-    stream if torch is loaded, else the default stream); a slot outside the pool is skipped and
-    raised by a later call.
+    table: then nothing is written) and Unsupported (opaque pools; what no backend does). On a CUDA
+    pool all arrays are on its device and the work is queued on `stream` (a handle; default: torch's
+    current stream if torch is loaded, else the default stream); a slot outside the pool is skipped
+    and raised by a later call. `backend` is "auto" or the name of one in APPEND_BACKENDS.
     """
     if not isinstance(layer, int):
         layer = _distinct_layers(pool, layer)
-    if rope is not None:
-        choose(APPEND_BACKENDS, "auto", pool.device, dtype_of(k, "k"), pool.layout.dtype, ["rope"])
-    if _on_cuda(pool):
+    name = "cpu"
+    if backend != "auto" or rope is not None or _on_cuda(pool):
+        needed = [] if rope is None else ["rope"]
+        dtypes = dtype_of(k, "k"), pool.layout.dtype
+        name = choose(APPEND_BACKENDS, backend, pool.device, *dtypes, needed).name
+    if name == "triton":
+        _triton_ops().append_kv(k, v, pool, layer, slots, rope=rope, stream=stream)
+    elif name == "cuda":
         _cuda_ops().append_kv(k, v, pool.view, layer, slots, _stream(pool, stream))
     else:
         _C.append_kv(k, v, pool.view, layer, slots, rope)
@@ -106,9 +126,9 @@ def relayout_pages(
     the device; bad ones are skipped and raised by a later call; that destination pages are
     distinct is not checked.
     """
-    src_shard = _checked_shard(src_pool, src_shard, "src_shard")
-    dst_shard = _checked_shard(dst_pool, dst_shard, "dst_shard")
-    moved = _stored_pairs(src_pool, src_shard, dst_pool, dst_shard, layers)
+    src_shard = checked_shard(src_pool, src_shard, "src_shard")
+    dst_shard = checked_shard(dst_pool, dst_shard, "dst_shard")
+    moved = stored_pairs(src_pool, src_shard, dst_pool, dst_shard, layers)
     heads = range(
         max(src_shard.kv_heads.start, dst_shard.kv_heads.start),
         min(src_shard.kv_heads.stop, dst_shard.kv_heads.stop),
@@ -151,9 +171,9 @@ def digest_pages(
 
     Arguments and errors are those of `relayout_pages`; nothing is mutated.
     """
-    shard = _checked_shard(pool, shard, "shard")
+    shard = checked_shard(pool, shard, "shard")
     stored: dict[int, int] = {}  # stored layer -> the lowest model layer it stands for
-    for model in sorted(_wanted_layers(shard.layers, layers)):
+    for model in sorted(wanted_layers(shard.layers, layers)):
         stored.setdefault(pool.layer_map[shard.layers.index(model)], model)
     if not stored:
         return RelayoutResult(0, 0)
@@ -234,6 +254,12 @@ def _cuda_ops() -> Any:
         ) from None
 
 
+def _triton_ops() -> Any:
+    import kvlink.triton
+
+    return kvlink.triton
+
+
 def _stream(pool: KVPool, stream: int | None) -> int:
     """The handle given, else torch's current stream if torch is there, else the default stream."""
     if stream is not None:
@@ -244,17 +270,6 @@ def _stream(pool: KVPool, stream: int | None) -> int:
     return int(torch.cuda.current_stream(pool.device[1]).cuda_stream)
 
 
-def _checked_shard(pool: KVPool, shard: Shard | None, name: str) -> Shard:
-    if shard is None:
-        return Shard(range(pool.num_layers), range(pool.layout.num_kv_heads))
-    if (len(shard.layers), len(shard.kv_heads)) != (pool.num_layers, pool.layout.num_kv_heads):
-        raise InvalidArgument(
-            f"{name}: expected {pool.num_layers} layers and {pool.layout.num_kv_heads} KV heads, "
-            f"as the pool has; got {len(shard.layers)} and {len(shard.kv_heads)}"
-        )
-    return shard
-
-
 def _distinct_layers(pool: KVPool, layers: Sequence[int]) -> list[int]:
     """The layers as a list, each with memory of its own."""
     listed = [int(layer) for layer in layers]
@@ -262,39 +277,3 @@ def _distinct_layers(pool: KVPool, layers: Sequence[int]) -> list[int]:
     if len(set(stored)) != len(stored):
         raise InvalidArgument(f"layer: expected distinct stored layers; got {listed}")
     return listed
-
-
-def _wanted_layers(held: Iterable[int], layers: Iterable[int] | None) -> list[int]:
-    """Model layers, in the order of `held`, that `layers` lets through."""
-    if layers is None:
-        return list(held)
-    wanted = set(layers)
-    missing = wanted - set(held)
-    if missing:
-        raise InvalidArgument(
-            f"layers: expected layers that are held, {sorted(held)}; got {sorted(missing)}"
-        )
-    return [model for model in held if model in wanted]
-
-
-def _stored_pairs(
-    src_pool: KVPool,
-    src_shard: Shard,
-    dst_pool: KVPool,
-    dst_shard: Shard,
-    layers: Iterable[int] | None,
-) -> list[tuple[int, int, int]]:
-    """(model layer, stored source layer, stored destination layer), each destination once."""
-    src_index = {model: i for i, model in enumerate(src_shard.layers)}
-    dst_index = {model: i for i, model in enumerate(dst_shard.layers)}
-    pairs: dict[int, tuple[int, int]] = {}  # stored destination -> (model layer, stored source)
-    for model in sorted(_wanted_layers(src_index.keys() & dst_index.keys(), layers)):
-        src = src_pool.layer_map[src_index[model]]
-        dst = dst_pool.layer_map[dst_index[model]]
-        first, already = pairs.setdefault(dst, (model, src))
-        if already != src:
-            raise Unsupported(
-                f"layers {first} and {model} share a stored layer of the destination, but not of "
-                "the source; it cannot hold both"
-            )
-    return [(model, src, dst) for dst, (model, src) in pairs.items()]

@@ -40,10 +40,11 @@ PYTHON_LAYERS = {
     "_arrays": _LAYOUT,
     "backends": set(),
     "rope": {"_C", "_planes", "_arrays", "backends"},
-    "cache_ops": _POOL | {"_arrays", "backends", "rope"},
-    "attention": _OPERATORS,  # reference when it is asked for
+    "_layer_pairs": _POOL,
+    "cache_ops": _POOL | {"_layer_pairs", "_arrays", "backends", "rope", "triton"},
+    "attention": _OPERATORS | {"triton"},  # reference and triton when they are chosen
     "reference": _LAYOUT,
-    "triton": _OPERATORS,
+    "triton": {"_planes"},  # usable without anything compiled
     "transfer": _POOL | {"pages", "cache_ops"},
     "doctor": {"_C", "_cuda", "transfer", "doctor_peer"},
     "doctor_peer": {"transfer"},

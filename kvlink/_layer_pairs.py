@@ -1,0 +1,57 @@
+"""Which layers of two pools belong together: what moving and digesting pages begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvlink.errors import InvalidArgument, Unsupported
+from kvlink.layout import Shard
+from kvlink.pool import KVPool
+
+
+def checked_shard(pool: KVPool, shard: Shard | None, name: str) -> Shard:
+    """The shard, or all of the pool. Raises InvalidArgument if the pool has other numbers."""
+    if shard is None:
+        return Shard(range(pool.num_layers), range(pool.layout.num_kv_heads))
+    if (len(shard.layers), len(shard.kv_heads)) != (pool.num_layers, pool.layout.num_kv_heads):
+        raise InvalidArgument(
+            f"{name}: expected {pool.num_layers} layers and {pool.layout.num_kv_heads} KV heads, "
+            f"as the pool has; got {len(shard.layers)} and {len(shard.kv_heads)}"
+        )
+    return shard
+
+
+def wanted_layers(held: Iterable[int], layers: Iterable[int] | None) -> list[int]:
+    """Model layers, in the order of `held`, that `layers` lets through."""
+    if layers is None:
+        return list(held)
+    wanted = set(layers)
+    missing = wanted - set(held)
+    if missing:
+        raise InvalidArgument(
+            f"layers: expected layers that are held, {sorted(held)}; got {sorted(missing)}"
+        )
+    return [model for model in held if model in wanted]
+
+
+def stored_pairs(
+    src_pool: KVPool,
+    src_shard: Shard,
+    dst_pool: KVPool,
+    dst_shard: Shard,
+    layers: Iterable[int] | None,
+) -> list[tuple[int, int, int]]:
+    """(model layer, stored source layer, stored destination layer), each destination once."""
+    src_index = {model: i for i, model in enumerate(src_shard.layers)}
+    dst_index = {model: i for i, model in enumerate(dst_shard.layers)}
+    pairs: dict[int, tuple[int, int]] = {}  # stored destination -> (model layer, stored source)
+    for model in sorted(wanted_layers(src_index.keys() & dst_index.keys(), layers)):
+        src = src_pool.layer_map[src_index[model]]
+        dst = dst_pool.layer_map[dst_index[model]]
+        first, already = pairs.setdefault(dst, (model, src))
+        if already != src:
+            raise Unsupported(
+                f"layers {first} and {model} share a stored layer of the destination, but not of "
+                "the source; it cannot hold both"
+            )
+    return [(model, src, dst) for dst, (model, src) in pairs.items()]

@@ -1,0 +1,67 @@
+"""Tile shapes and launch parameters, checked in: nothing is searched for when a kernel runs.
+
+Chosen by reasoning for an H200 (132 SMs, 228 KiB of shared memory each), not measured on one yet.
+`python_tests/test_triton_compiled.py` holds that none of them spills registers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class RowsConfig(NamedTuple):
+    """Rows of `dims` elements (a power of two) that one program takes."""
+
+    rows: int
+    dims: int
+    num_warps: int
+
+
+def rows(head_dim: int) -> RowsConfig:
+    """For kernels that pass over rows once: 2048 elements a program, 16 a thread."""
+    dims = 1 << max(0, head_dim - 1).bit_length()
+    return RowsConfig(max(1, 2048 // dims), dims, 4 if dims <= 2048 else 8)
+
+
+class AttentionConfig(NamedTuple):
+    """One program of attention: `m` rows (query heads of tokens) by tiles of `n` positions."""
+
+    m: int
+    n: int
+    num_warps: int
+    num_stages: int
+
+
+# Positions that one program of decode takes: 32k tokens of 8 KV heads make 512 programs, about two
+# rounds of four on each SM. Results depend on it, so it does not depend on anything.
+SPLIT = 512
+STATES = 16  # that are joined at once
+
+# (rows up to, dims up to, wide) -> configuration; `wide`: products of float32.
+# num_stages counts both steps of a page's way here, its id and its rows: 5 are two tiles in flight.
+_ATTENTION = (
+    # decode: memory alone counts; tiles of 16 to 32 KiB of K, and as much of V
+    (16, 128, False, AttentionConfig(16, 64, 4, 5)),
+    (16, 256, False, AttentionConfig(16, 32, 4, 5)),
+    (16, 576, False, AttentionConfig(16, 32, 8, 5)),
+    # MLA: 32 of 128 query heads share a tile
+    (64, 128, False, AttentionConfig(64, 64, 4, 5)),
+    (64, 256, False, AttentionConfig(64, 32, 8, 3)),
+    (64, 576, False, AttentionConfig(32, 32, 8, 3)),
+    # extend: a tile is read once for 128 rows
+    (128, 64, False, AttentionConfig(128, 64, 8, 3)),
+    (128, 128, False, AttentionConfig(128, 64, 8, 3)),
+    (128, 256, False, AttentionConfig(32, 32, 8, 3)),
+    (128, 576, False, AttentionConfig(32, 32, 8, 3)),
+    (128, 128, True, AttentionConfig(16, 32, 8, 1)),
+    (128, 576, True, AttentionConfig(16, 16, 8, 1)),
+)
+
+
+def attention(max_rows: int, dims: int, wide: bool) -> AttentionConfig:
+    """For so many rows of a unit (a decode's group of query heads; 128 or more: extend)."""
+    wanted = 16 if max_rows <= 16 else 64 if max_rows <= 64 else 128
+    for rows, up_to, float32, config in _ATTENTION:
+        if (float32 or wanted <= rows) and dims <= up_to and wide == float32:
+            return config
+    raise ValueError(f"no configuration for rows of {dims} elements")  # checked by the caller

@@ -1,0 +1,50 @@
+"""The Triton twins: in the interpreter, in a process of its own; what needs no kernel."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kvlink
+from kvlink import attention
+from kvlink.backends import TRITON_DEVICES
+from kvlink.errors import Unsupported
+
+INTERPRETED = Path(__file__).parent / "interpreted"
+
+
+@pytest.mark.parametrize("file", sorted(INTERPRETED.glob("test_*.py")), ids=lambda file: file.stem)
+def test_interpreted(file: Path) -> None:
+    """TRITON_INTERPRET is read when kernels are defined, and must not leak into other tests."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(file)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert re.search(r"\d+ passed", result.stdout)
+    assert not re.search(r"skipped|deselected", result.stdout)
+
+
+def test_on_the_cpu_the_device_is_what_is_missing() -> None:
+    assert {"cuda"} == TRITON_DEVICES
+    layout = kvlink.KVLayout.nhd(num_kv_heads=1, head_dim=8, page_size=4, dtype="float32")
+    pool = kvlink.KVPool.create(layout, num_layers=1, num_pages=1)
+    q = k = torch.zeros(1, 1, 8)
+    for call in (
+        lambda: kvlink.paged_attention(q, pool, 0, [[0]], [1], backend="triton"),
+        lambda: kvlink.append_kv(k, k, pool, 0, torch.zeros(1).long(), backend="triton"),
+        lambda: kvlink.merge_states([q], [q[..., 0].contiguous()], backend="triton"),
+    ):
+        with pytest.raises(Unsupported, match=r"triton lacks device cpu \(it has cuda\)"):
+            call()
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    backend = next(each for each in attention.BACKENDS if each.name == "triton")
+    assert backend.missing("cuda", "float16", "int8", ()) == ["package 'triton'"]
