@@ -265,29 +265,51 @@ void attend_panels(const TileContext& c, int64_t kv_head, int64_t block_begin, V
   });
 }
 
+// Where the rows of a block lie, those of the tile's first KV head.
+struct BlockRows {
+  PanelRows keys, values;
+
+  void find(const TileContext& c, int64_t block_begin, VisibleRange range) {
+    const LayerView& kv = c.p.kv;
+    find_rows(c, kv.k, c.layout.k, c.tile.first_kv_head, block_begin, range, keys);
+    find_rows(c, kv.v, c.layout.v, c.tile.first_kv_head, block_begin, range, values);
+    if (range.begin >= range.end) return;
+    // Rows of K that are not seen are replaced by one that is, and not used.
+    for (auto& row : keys) row = row == kNothing ? keys[range.begin - block_begin] : row;
+  }
+};
+
+// The rows that are read in place a little later: kHeadsAhead KV heads on, in the order in which
+// attend_in_place reads them.
+template <int kStep>
+NextRows rows_ahead(const TileContext& c, const PanelRows& now, const Plane& plane,
+                    const PanelRows& then, const Plane& then_plane, int64_t first, int64_t head) {
+  constexpr int64_t kHeadsAhead = 4;
+  head += kHeadsAhead;
+  for (; head >= c.tile.num_kv_heads; head -= c.tile.num_kv_heads) first += kStep;
+  const bool later = first >= kBlockTokens;
+  const Plane& read = later ? then_plane : plane;
+  const char* const* rows = later ? then + (first - kBlockTokens) % kBlockTokens : now + first;
+  return {rows, head * read.stride_head * c.element_bytes};
+}
+
 // Few rows: all KV heads of a handful of positions in turn, so that pages are read front to back.
 void attend_in_place(const TileContext& c, int64_t block_begin, VisibleRange range,
-                     const AttentionState& state) {
-  const LayerView& kv = c.p.kv;
-  PanelRows rows;
-  find_rows(c, kv.k, c.layout.k, c.tile.first_kv_head, block_begin, range, rows);
+                     const BlockRows& rows, const BlockRows& next, const AttentionState& state) {
+  const Plane &k = c.layout.k, &v = c.layout.v;
   const int64_t begin = range.begin - block_begin, end = range.end - block_begin;
   for (int64_t first = begin / kLanes * kLanes; first < end; first += kLanes) {
-    // What is not seen is replaced by what is, and not used.
-    for (int64_t i = first; i < first + kLanes; ++i) {
-      if (i < begin || i >= end) rows[i] = rows[begin];
-    }
     for (int64_t head = 0; head < c.tile.num_kv_heads; ++head) {
       const int64_t row = head * c.head_rows;
-      c.scoring.score({.keys = rows + first,
-                       .offset_bytes = head * c.layout.k.stride_head * c.element_bytes,
+      c.scoring.score({.keys = rows.keys + first,
+                       .offset_bytes = head * k.stride_head * c.element_bytes,
                        .num_bytes = c.layout.head_dim * c.element_bytes,
                        .q = c.q + row * c.q_stride,
                        .stride_q = c.q_stride,
                        .num_rows = c.head_rows,
                        .sums = c.sums,
                        .scores = c.scores + row * kBlockTokens + first,
-                       .stride_scores = kBlockTokens});
+                       .next = rows_ahead<kLanes>(c, rows.keys, k, rows.values, v, first, head)});
     }
   }
 
@@ -298,25 +320,26 @@ void attend_in_place(const TileContext& c, int64_t block_begin, VisibleRange ran
                  [&](const TokenRun& run) { soften_run(c, kv_head, block_begin, run, state); });
   }
 
-  find_rows(c, kv.v, c.layout.v, c.tile.first_kv_head, block_begin, range, rows);
   constexpr int64_t kStep = 16;
-  for (int64_t first = block_begin; first < block_begin + kBlockTokens; first += kStep) {
+  for (int64_t first = 0; first < kBlockTokens; first += kStep) {
     for (int64_t head = 0; head < c.tile.num_kv_heads; ++head) {
+      const NextRows ahead = rows_ahead<kStep>(c, rows.values, v, next.keys, k, first, head);
       for_each_run(c, block_begin, [&](const TokenRun& run) {
-        const VisibleRange seen = intersect(run.seen, first, first + kStep);
+        const VisibleRange seen =
+            intersect(run.seen, block_begin + first, block_begin + first + kStep);
         if (seen.begin >= seen.end) return;
         const int64_t row = head * c.head_rows + run.first * c.group;
         const int64_t offset = seen.begin - block_begin;
-        c.valuing.add({.values = rows + offset,
-                       .offset_bytes = head * c.layout.v.stride_head * c.element_bytes,
+        c.valuing.add({.values = rows.values + offset,
+                       .offset_bytes = head * v.stride_head * c.element_bytes,
                        .num_positions = seen.end - seen.begin,
                        .dims = c.layout.head_dim_v,
                        .weights = c.scores + row * kBlockTokens + offset,
-                       .stride_weights = kBlockTokens,
                        .num_rows = (run.last - run.first) * c.group,
                        .row_scale = seen.begin == run.seen.begin ? c.row_scale + row : nullptr,
                        .out = state.out + row * c.out_stride,
-                       .stride_out = c.out_stride});
+                       .stride_out = c.out_stride,
+                       .next = ahead});
       });
     }
   }
@@ -330,12 +353,15 @@ void attend_split(const TileContext& c, int64_t split, const AttentionState& sta
   __builtin_memset(state.out, 0, c.num_rows * c.out_stride * sizeof(float));
   const VisibleRange tile{c.token_range(0).begin, c.token_range(c.tile.num_tokens - 1).end};
   const int64_t end = (split + 1) * kSplitTokens;
-  for (int64_t block = split * kSplitTokens; block < end; block += kBlockTokens) {
-    const VisibleRange range = intersect(tile, block, block + kBlockTokens);
-    const VisibleRange next = intersect(tile, block + kBlockTokens, block + 2 * kBlockTokens);
+  const auto seen_in = [&](int64_t block) { return intersect(tile, block, block + kBlockTokens); };
+  BlockRows rows[2];
+  if (c.in_place) rows[0].find(c, split * kSplitTokens, seen_in(split * kSplitTokens));
+  for (int64_t block = split * kSplitTokens, i = 0; block < end; block += kBlockTokens, ++i) {
+    const VisibleRange range = seen_in(block), next = seen_in(block + kBlockTokens);
+    if (c.in_place) rows[(i + 1) % 2].find(c, block + kBlockTokens, next);
     if (range.begin >= range.end) continue;
     if (c.in_place) {
-      attend_in_place(c, block, range, state);
+      attend_in_place(c, block, range, rows[i % 2], rows[(i + 1) % 2], state);
       continue;
     }
     for (int64_t head = 0; head < c.tile.num_kv_heads; ++head) {
@@ -346,7 +372,8 @@ void attend_split(const TileContext& c, int64_t split, const AttentionState& sta
 
 void load_queries(const TileContext& c) {
   const PagedAttentionParams& p = c.p;
-  const auto load = kQueryTypes[static_cast<int>(p.q_dtype)].load_row;
+  const auto load =
+      c.scoring.item_dims == 2 ? copy_row : kQueryTypes[static_cast<int>(p.q_dtype)].load_row;
   const int64_t size = dtype_bytes(p.q_dtype);
   __builtin_memset(c.q, 0, c.num_rows * c.q_stride * sizeof(float));
   float* target = c.q;

@@ -37,6 +37,11 @@ void store_row(const float* source, float factor, int64_t dims, char* target) {
   }
 }
 
+// A row whose elements stay as they are: pairs of bfloat16.
+inline void copy_row(const char* source, int64_t dims, float* target) {
+  __builtin_memcpy(target, source, dims * 2);
+}
+
 struct QueryType {
   void (*load_row)(const char*, int64_t, float*);
   void (*store_row)(const float*, float, int64_t, char*);
@@ -75,6 +80,20 @@ void float_product(const float* q, const TileProduct<FloatTerms>& shape) {
   t.a = q;
   tile_product<2>(t);
 }
+#if defined(__AVX512F__)
+void pair_product(const float* q, const TileProduct<FloatTerms>& t) {
+  tile_product<2, PairTerms>({.a = reinterpret_cast<const uint32_t*>(q),
+                              .b = t.b,
+                              .c = t.c,
+                              .row_scale = t.row_scale,
+                              .stride_a = t.stride_a,
+                              .stride_b = t.stride_b,
+                              .stride_c = t.stride_c,
+                              .num_rows = t.num_rows,
+                              .depth = t.depth,
+                              .num_vecs = t.num_vecs});
+}
+#endif
 template <DType kDType>
 constexpr ScoreType kScoresOf = {1, score_rows<FloatUnits<kDType>>, pack_keys<FloatItems<kDType>>,
                                  float_product};
@@ -83,7 +102,18 @@ constexpr ScoreType kScoreTypes[] = {
     kScoresOf<DType::kFloat8E4M3>, kScoresOf<DType::kFloat8E5M2>, kScoresOf<DType::kInt8>,
 };
 
+#if defined(__AVX512F__)
+// q and K both bfloat16, on CPUs that have AVX512_BF16: the products of two neighbours are added to
+// the float32 sum by one instruction.
+constexpr ScoreType kPairScores = {2, score_rows<PairUnits>, pack_keys<PairItems>, pair_product};
+const bool has_pair_products = __builtin_cpu_supports("avx512bf16");
+#endif
+
 const ScoreType& score_type(const PagedAttentionParams& p) {
+#if defined(__AVX512F__)
+  const bool pairs = p.q_dtype == DType::kBFloat16 && p.kv.layout.dtype == DType::kBFloat16;
+  if (pairs && p.kv.layout.head_dim % 2 == 0 && has_pair_products) return kPairScores;
+#endif
   return kScoreTypes[static_cast<int>(p.kv.layout.dtype)];
 }
 

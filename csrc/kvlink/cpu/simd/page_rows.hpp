@@ -7,10 +7,24 @@
 // Values: a few vectors of the output stay in registers while the rows of V pass.
 #pragma once
 
+#include "kvlink/cpu/simd/pack_rows.hpp"
 #include "kvlink/cpu/simd/rows.hpp"
 #include "kvlink/cpu/simd/tile_product.hpp"
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
+
+// What will be read soon: as many rows as are read now, asked for on the way.
+struct NextRows {
+  const char* const* rows;
+  int64_t offset_bytes;
+
+  KVLINK_INLINE void prefetch(int64_t row, int64_t at, int64_t num_bytes) const {
+    KVLINK_UNROLL
+    for (int64_t i = 0; i < num_bytes; i += 64) {
+      __builtin_prefetch(rows[row] + offset_bytes + at + i, 0, 2);
+    }
+  }
+};
 
 // How a unit of a stored type is multiplied: kTerms terms, each of which goes with one element of a
 // query row's `Terms::Left`.
@@ -22,7 +36,7 @@ struct FloatUnits : FloatTerms {
     if constexpr (kDType == DType::kFloat32) {
       return from_bits(unit);
     } else {
-      return from_top_bits<kDType>(unit << (32 - 32 / kTerms * (kTerm + 1)));
+      return from_top_bits<kDType, kTerm == 0>(unit << (32 - 32 / kTerms * (kTerm + 1)));
     }
   }
 };
@@ -42,17 +56,18 @@ struct ScoreRows {
   int64_t stride_q;
   int64_t num_rows;
   float* sums;    // [num_rows, 2, kLanes] scratch
-  float* scores;  // [num_rows, kLanes], rows stride_scores apart
-  int64_t stride_scores;
+  float* scores;  // [num_rows, kLanes], rows kPanelRows apart
+  NextRows next;
 };
 
 template <class Units, int kRows>
-KVLINK_INLINE void add_units(const VecU (&units)[kLanes], const typename Units::Left* q,
-                             int64_t stride_q, Vec (&sum)[kRows][2]) {
+KVLINK_INLINE void add_units(const VecU* units, const typename Units::Left* q, int64_t stride_q,
+                             Vec (&sum)[kRows][2]) {
   KVLINK_UNROLL
   for (int i = 0; i < kLanes; ++i) {
+    const VecU unit = units[i];
     const auto add = [&]<int kTerm>() {
-      const Vec right = Units::template right<kTerm>(units[i]);
+      const Vec right = Units::template right<kTerm>(unit);
       const int term = i * Units::kTerms + kTerm;
       KVLINK_UNROLL
       for (int r = 0; r < kRows; ++r) {
@@ -68,7 +83,7 @@ KVLINK_INLINE void add_units(const VecU (&units)[kLanes], const typename Units::
 
 // Adds one square of units to the sums of the query rows from `row` on; returns the next row.
 template <class Units, int kRows>
-KVLINK_INLINE int64_t add_square(const ScoreRows& s, const VecU (&units)[kLanes],
+KVLINK_INLINE int64_t add_square(const ScoreRows& s, const VecU* units,
                                  const typename Units::Left* q, int64_t row) {
   for (; row + kRows <= s.num_rows; row += kRows) {
     Vec sum[kRows][2];
@@ -99,17 +114,23 @@ __attribute__((noinline)) void score_rows(const ScoreRows& s) {
         square[i] = from_bits(load_some_bytes(s.keys[i] + offset, s.num_bytes - at));
       }
     }
+    if (at % 64 == 0) {
+      KVLINK_UNROLL
+      for (int i = 0; i < kLanes; ++i) s.next.prefetch(i, at, 64);
+    }
     transpose(square);
+    // Through memory: registers are for the sums, however many rows there are.
     VecU units[kLanes];
     KVLINK_UNROLL
     for (int i = 0; i < kLanes; ++i) units[i] = bits_of(square[i]);
+    __asm__ volatile("" : : "r"(units) : "memory");
     int64_t row = add_square<Units, 4>(s, units, q, 0);
     row = add_square<Units, 2>(s, units, q, row);
     add_square<Units, 1>(s, units, q, row);
   }
   for (int64_t row = 0; row < s.num_rows; ++row) {
     const float* sums = s.sums + row * 2 * kLanes;
-    store(s.scores + row * s.stride_scores, load(sums) + load(sums + kLanes));
+    store(s.scores + row * kPanelRows, load(sums) + load(sums + kLanes));
   }
 }
 
@@ -118,19 +139,19 @@ struct ValueRows {
   int64_t offset_bytes;       // from each of them to the head
   int64_t num_positions;
   int64_t dims;
-  const float* weights;  // [num_rows, num_positions], rows stride_weights apart
-  int64_t stride_weights;
+  const float* weights;  // [num_rows, num_positions], rows kPanelRows apart
   int64_t num_rows;
   const float* row_scale;  // [num_rows] factors of the old `out`; null: 1
   float* out;              // [num_rows, dims], rows stride_out apart, padded to whole vectors
   int64_t stride_out;
+  NextRows next;
 };
 
 template <DType kDType, int kRows, int kVecs, bool kWhole>
 KVLINK_INLINE void value_block(const ValueRows& s, int64_t row, int64_t dim) {
   Vec sum[kRows][kVecs];
   float* out = s.out + row * s.stride_out + dim;
-  const float* weights = s.weights + row * s.stride_weights;
+  const float* weights = s.weights + row * kPanelRows;
   const int64_t offset = s.offset_bytes + dim * Row<kDType>::kBytes;
   KVLINK_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -142,6 +163,11 @@ KVLINK_INLINE void value_block(const ValueRows& s, int64_t row, int64_t dim) {
   }
   for (int64_t position = 0; position < s.num_positions; ++position) {
     const char* source = s.values[position] + offset;
+    __asm__("" : "+r"(source));  // one address, whatever the compiler thinks of more
+    if (kWhole && row == 0) {
+      constexpr int kBytes = kVecs * kLanes * Row<kDType>::kBytes;
+      s.next.prefetch(position, dim * Row<kDType>::kBytes, kBytes);
+    }
     Vec right[kVecs];
     KVLINK_UNROLL
     for (int v = 0; v < kVecs; ++v) {
@@ -150,7 +176,7 @@ KVLINK_INLINE void value_block(const ValueRows& s, int64_t row, int64_t dim) {
     }
     KVLINK_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Vec left = splat(weights[r * s.stride_weights + position]);
+      const Vec left = splat(weights[r * kPanelRows + position]);
       KVLINK_UNROLL
       for (int v = 0; v < kVecs; ++v) FloatTerms::add(sum[r][v], left, right[v]);
     }

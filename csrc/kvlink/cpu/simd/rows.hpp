@@ -57,23 +57,28 @@ KVLINK_INLINE VecU narrow_to_bfloat16(Vec value) {
   return select((bits & 0x7fffffffu) > 0x7f800000u, (bits >> 16) | 0x40u, rounded);
 }
 
-// An element of a stored type in the topmost bits of each lane, anything below it, as a float.
-template <DType kDType>
+// An element of a stored type in the topmost bits of each lane as a float. Below it is anything, or
+// nothing.
+template <DType kDType, bool kNothingBelow = false>
 KVLINK_INLINE Vec from_top_bits(VecU top) {
   static_assert(dtype_bytes(kDType) <= 2);
   const VecI bits = (VecI)top;
   if constexpr (kDType == DType::kBFloat16) {
-    return from_bits(top & 0xffff0000u);
+    return from_bits(kNothingBelow ? top : top & 0xffff0000u);
   } else if constexpr (kDType == DType::kInt8) {
     return __builtin_convertvector(bits >> 24, Vec);
   } else if constexpr (kDType == DType::kFloat8E4M3) {
-    // Exponent and mantissa go where those of a float are; the power of two mends the exponent's
-    // bias, and normalises what was subnormal.
-    const Vec value = from_bits((VecU)(bits >> 4) & 0x87f00000u) * 0x1p120f;
-    const VecI is_nan = (top & 0x7f000000u) == 0x7f000000u;
-    return select(is_nan, from_bits(bits_of(value) | 0x7ff00000u), value);
+    // NOTE: no arithmetic on subnormal floats, which would take many times as long.
+    const VecI magnitude = (VecI)((top >> 4) & 0x07f00000u);
+    const Vec small = __builtin_convertvector(magnitude, Vec) * 0x1p-29f;
+    const Vec normal = from_bits((VecU)magnitude + 0x3c000000u);
+    const Vec value = select(magnitude < 0x00800000, small, normal);
+    const VecU nan = (VecU)(magnitude == 0x07f00000) & 0x7ff00000u;
+    return from_bits(bits_of(value) | nan | (top & 0x80000000u));
   } else {
     constexpr bool kHalf = kDType == DType::kFloat16;
+    // Exponent and mantissa go where those of a float are; the power of two mends the exponent's
+    // bias, and normalises what was subnormal.
     const Vec value = from_bits((VecU)(bits >> 3) & (kHalf ? 0x8fffe000u : 0x8fe00000u)) * 0x1p112f;
     const VecI is_special = (top & 0x7c000000u) == 0x7c000000u;
     return select(is_special, from_bits(bits_of(value) | 0x7f800000u), value);
