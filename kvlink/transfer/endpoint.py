@@ -13,7 +13,7 @@ from kvlink import _C
 from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.layout import Shard
 from kvlink.pool import KVPool
-from kvlink.transfer.arguments import is_integer, is_number
+from kvlink.transfer.arguments import is_integer, is_number, wait_end
 from kvlink.transfer.descriptor import descriptor_key
 from kvlink.transfer.errors import LinkClosed
 from kvlink.transfer.grant import Grant
@@ -106,7 +106,7 @@ class Endpoint(LendsGroups):
         stopped there): the region is unregistered then, but its memory must stay. InvalidArgument
         when it is not registered.
         """
-        end = time.monotonic() + timeout
+        end = wait_end(timeout)
         found = self._regions.remove(region)
         self._peers.tell_regions()
         lent = self._table.revoke(found)
@@ -200,6 +200,7 @@ class Endpoint(LendsGroups):
         SecretMismatch, VersionMismatch, PathUnavailable, LinkRefused, ProtocolError, LinkClosed,
         InvalidArgument.
         """
+        wait_end(timeout)
         return self._peers.connect(address, require, timeout)
 
     def accept(self, timeout: float) -> Link:
@@ -208,6 +209,7 @@ class Endpoint(LendsGroups):
         Only needed to use the link from this side: the peer's pushes need no call here. A peer that
         connects again comes as a new link.
         """
+        wait_end(timeout)
         if self._closed:
             raise LinkClosed("the endpoint is closed")
         return self._peers.accept(timeout)
@@ -230,12 +232,13 @@ class Endpoint(LendsGroups):
         Waits up to `timeout` seconds for peers that are inside pages at this moment. One that is
         stopped there is logged: until it ends, its late write could still land in those pages.
         """
+        end = wait_end(timeout)
         if self._closed:
             return
         self._closed = True
         self._table.shut()
         self._peers.close_links()
-        end = time.monotonic() + timeout
+        end = wait_end(timeout)
         while not (self._peers.quiet and not self._table.open) and time.monotonic() < end:
             self.service.wake()
             time.sleep(0.002)

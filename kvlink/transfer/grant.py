@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvlink import _C
 from kvlink.errors import InvalidArgument
+from kvlink.transfer.arguments import is_integer, wait_end
 from kvlink.transfer.errors import TransferTimeout
 from kvlink.transfer.region import Region
 from kvlink.transfer.reservation import Reservation, SlotTable
@@ -67,7 +68,7 @@ class Grant(Reservation):
         returning its Arrival.
         """
         began = time.monotonic_ns()
-        deadline_ns = began + int(max(0.0, timeout) * 1e9)
+        deadline_ns = int(wait_end(timeout) * 1e9)
         if self._arrival is not None:
             return self._arrival
         status = self._outcome or self._control.arrive(self.key, deadline_ns)
@@ -100,10 +101,9 @@ class Grant(Reservation):
 
         Raises TransferTimeout, or why the grant failed.
         """
-        stored = self._stored_layer(layer)
+        stored, deadline_ns = self._stored_layer(layer), int(wait_end(timeout) * 1e9)
         if self._arrival is not None:
             return
-        deadline_ns = time.monotonic_ns() + int(max(0.0, timeout) * 1e9)
         status = self._outcome or self._control.wait_layer(self.key, stored, deadline_ns)
         if status == _PENDING:
             raise TransferTimeout(f"layer {layer}: not there after {timeout} s")
@@ -126,8 +126,8 @@ class Grant(Reservation):
 
     def _stored_layer(self, layer: int) -> int:
         layer_map = self.region.descriptor.layer_map
-        if not 0 <= layer < len(layer_map):
-            raise InvalidArgument(f"layer: expected 0 to {len(layer_map) - 1}; got {layer}")
+        if not is_integer(layer) or not 0 <= layer < len(layer_map):
+            raise InvalidArgument(f"layer: expected 0 to {len(layer_map) - 1}; got {layer!r}")
         return layer_map[layer]
 
     def _settle(self, status: _C.TransferStatus) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from kvlink import _C
 from kvlink.errors import InvalidArgument
+from kvlink.transfer.arguments import wait_end
 from kvlink.transfer.errors import (
     GrantRevoked,
     TransferCancelled,
@@ -17,9 +18,8 @@ from kvlink.transfer.errors import (
 from kvlink.transfer.group_descriptor import GroupDescriptor
 from kvlink.transfer.transfer import Progress, Transfer
 
-# How members end because of another one; whose own end is told a moment before theirs.
+# How members end because of another one.
 _CONSEQUENCES = (GrantRevoked, TransferCancelled)
-_CAUSE_WAIT = 0.1  # s
 
 
 class GroupTransfer:
@@ -69,7 +69,7 @@ class GroupTransfer:
     def wait_source_reusable(self, timeout: float = 30.0) -> None:
         """Until all source pages may be overwritten, whatever the outcome. Raises
         TransferTimeout."""
-        end = time.monotonic() + timeout
+        end = wait_end(timeout)
         for _, transfer in self._moving:
             transfer.wait_source_reusable(max(0.0, end - time.monotonic()))
 
@@ -78,25 +78,25 @@ class GroupTransfer:
         pages be read. Raises TransferTimeout, or why the first member failed, as
         `Transfer.wait_arrived`: by then the others are cancelled, and a pull touches the
         destination pages no more."""
-        end = time.monotonic() + timeout
+        end = wait_end(timeout)
         for idx, transfer in self._moving:
             try:
                 transfer.wait_arrived(max(0.0, end - time.monotonic()))
             except TransferTimeout:
                 raise
             except TransferError as error:
-                cause = self._cause(idx, error)
+                cause = self._cause(idx, error, end)
                 self.cancel()
                 if self._kind == _C.SlotKind.OFFER:
                     self.wait_source_reusable(max(0.1, end - time.monotonic()))
                 raise cause from None
 
-    def _cause(self, idx: int, error: TransferError) -> TransferError:
+    def _cause(self, idx: int, error: TransferError, end: float) -> TransferError:
         """Why the group failed: not that the other members were taken back because of it."""
         if isinstance(error, _CONSEQUENCES):
             for other, transfer in self._moving:
                 try:
-                    transfer.wait_arrived(_CAUSE_WAIT)
+                    transfer.look(end)
                 except (*_CONSEQUENCES, TransferTimeout):
                     continue
                 except TransferError as failure:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from kvlink import _C
 from kvlink.errors import InvalidArgument
+from kvlink.transfer.arguments import wait_end
 from kvlink.transfer.errors import TransferError, TransferTimeout, status_error
 from kvlink.transfer.grant import Arrival, Grant
 from kvlink.transfer.group_descriptor import GroupDescriptor
@@ -120,7 +121,7 @@ class _Group(Generic[ReservationT]):
 
     def wait_released(self, timeout: float) -> None:
         """Until all have ended and the pages are the owner's alone. Raises TransferTimeout."""
-        end = time.monotonic() + timeout
+        end = wait_end(timeout)
         for member in self.members:
             member.wait_released(max(0.0, end - time.monotonic()))
         self.advance()
@@ -173,7 +174,7 @@ class GrantGroup(_Group[Grant]):
         Raises TransferTimeout (the group stays open) or the reason why its first member failed; as
         `Grant.wait`. A group that has failed or arrived stays so.
         """
-        end = time.monotonic() + timeout
+        end = wait_end(timeout)
         if self._arrivals is not None:
             return self._arrivals
         arrivals = []

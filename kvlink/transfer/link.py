@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvlink import _C
 from kvlink.errors import InvalidArgument
 from kvlink.transfer import wire
+from kvlink.transfer.arguments import wait_end
 from kvlink.transfer.errors import (
     LinkClosed,
     PeerLost,
@@ -92,7 +93,7 @@ class Link(LinkFacts, MovesGroups):
         """Uses the offered pages where they lie: no byte moves, and the time it takes does not
         depend on the request's length. Raises as `begin`, and PathUnavailable on paths that map
         nothing."""
-        with self.watch.beginning(_C.SlotKind.OFFER):
+        with self.watch.beginning(_C.SlotKind.OFFER, "adoption"):
             session = self._current()
             descriptor = session.remote.parse(_C.SlotKind.OFFER, offer)
             pool, pages, control, key = session.path_link.adopt(descriptor)
@@ -105,6 +106,7 @@ class Link(LinkFacts, MovesGroups):
         """How a transfer of the peer's grants and offers stands or ended, by its id: a
         `TransferStatus` (PENDING, OK, or why it failed), or None when the peer does not know it.
         Idempotent. Raises TransferTimeout, PeerLost, LinkClosed, InvalidArgument."""
+        wait_end(timeout)
         if not isinstance(transfer_id, bytes) or len(transfer_id) != wire.TRANSFER_ID_BYTES:
             raise InvalidArgument(f"transfer_id: expected 16 bytes; got {transfer_id!r}")
         return self._current().query(transfer_id, timeout)
@@ -113,7 +115,7 @@ class Link(LinkFacts, MovesGroups):
 
     def wait_connected(self, timeout: float) -> None:
         """Until there is a session. Raises TransferTimeout (with the last reason), LinkClosed."""
-        end = time.monotonic() + timeout
+        end = wait_end(timeout)
         with self._changed:
             while self.state != "connected":
                 if self._closed:

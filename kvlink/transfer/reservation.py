@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvlink import _C
 from kvlink.errors import InvalidArgument
-from kvlink.transfer.arguments import is_integer, is_number
+from kvlink.transfer.arguments import is_integer, is_number, wait_end
 from kvlink.transfer.descriptor import Descriptor
 from kvlink.transfer.errors import (
     LinkClosed,
@@ -224,7 +224,7 @@ class Reservation:
 
     def wait_released(self, timeout: float) -> None:
         """Until it has ended and the pages are the owner's alone. Raises TransferTimeout."""
-        end = time.monotonic() + timeout
+        end = wait_end(timeout)
         if not self._released.is_set():
             self._control.wait_closed(self.key, int(end * 1e9))
         while not self._released.is_set():

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvlink import _C
 from kvlink.errors import InvalidArgument
-from kvlink.transfer.errors import StaleTransfer, TransferTimeout, status_error
+from kvlink.transfer.arguments import is_integer, wait_end
+from kvlink.transfer.errors import (
+    StaleTransfer,
+    TransferError,
+    TransferTimeout,
+    status_error,
+)
 from kvlink.transfer.plan import TransferPlan
 
 if TYPE_CHECKING:
@@ -135,14 +142,28 @@ class Transfer:
         if status != _OK:
             raise status_error(status, self._name(), self._moving.progress()["message"])
 
+    def look(self, end: float) -> None:
+        """For groups: as `wait_arrived` without waiting for the outcome; where it is not known here
+        yet, the owner of the pages is asked, until `end` (time.monotonic)."""
+        with contextlib.suppress(TransferTimeout):
+            return self.wait_arrived(0.0)
+        status = None
+        if (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(TransferError):  # the link's end, not this transfer's
+                status = self.link.query(self.transfer_id, timeout=left)
+        if status in (None, _PENDING):
+            raise TransferTimeout(f"{self._name()}: it has not ended")
+        if status != _OK:
+            raise status_error(status, self._name())
+
     def readiness(self, layer: int) -> _C.Readiness:
         """Of a pull: what `paged_attention(..., ready=)` waits for before it reads `layer` of the
         destination pool. What has landed is not verified before `wait_arrived`. Raises
         InvalidArgument for pushes (`Grant.readiness` tells their receiver) and for layers that
         this transfer does not move."""
         layer_map = self.plan.dst.layers
-        if not 0 <= layer < len(layer_map):
-            raise InvalidArgument(f"layer: expected 0 to {len(layer_map) - 1}; got {layer}")
+        if not is_integer(layer) or not 0 <= layer < len(layer_map):
+            raise InvalidArgument(f"layer: expected 0 to {len(layer_map) - 1}; got {layer!r}")
         for idx, (_, stored, _) in enumerate(self.plan.parts):
             if stored == layer_map[layer]:
                 name = f"transfer {self.transfer_id.hex()}, layer {layer}"
@@ -174,4 +195,4 @@ class Transfer:
 
 
 def _deadline_ns(timeout: float) -> int:
-    return time.monotonic_ns() + int(max(0.0, timeout) * 1e9)
+    return int(wait_end(timeout) * 1e9)

@@ -89,8 +89,8 @@ class LinkWatch:
     # --- transfers ------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def beginning(self, kind: Any) -> Iterator[None]:
-        """Around what may refuse a transfer or an adoption; `kind` of what the peer opened."""
+    def beginning(self, kind: Any, what: str = "") -> Iterator[None]:
+        """Around what may refuse a transfer (or `what`); `kind` of what the peer opened."""
         try:
             yield
         except KVLinkError as error:
@@ -99,8 +99,9 @@ class LinkWatch:
             # The caller has the error; what no later try would change is worth a warning, once.
             level = _DEBUG if reason in self._told or reason not in _MISTAKES else _WARNING
             self._told.add(reason)
-            event(level, "refused", "%s refused: %s: %s", _MOVE[kind], reason, error, reason=reason,
-                  **self._fields())  # fmt: skip
+            what = what or _MOVE[kind]
+            event(level, "refused", "%s refused: %s: %s", what, reason, error, kind=what,
+                  reason=reason, **self._fields())  # fmt: skip
             raise
 
     def begun(self, kind: Any, transfer_id: bytes, moving: Any, num_pages: int) -> Moving:

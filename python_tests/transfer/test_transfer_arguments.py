@@ -101,6 +101,40 @@ def test_wrong_arguments_are_named(client: Endpoint, server: Endpoint) -> None:
             client.connect(address)
 
 
+def test_wrong_timeouts_are_named(client: Endpoint, server: Endpoint) -> None:
+    server.register(PoolSpec().build())
+    link = client.connect(server.address)
+    grant = server.grant([1], 1)
+    group = server.grant_group([(None, [2], 1)])
+    transfer = link.begin([1], grant.to_bytes())
+    moving = link.begin_group([(None, [2])], group.to_bytes())
+    for call in (
+        lambda t: client.connect(server.address, timeout=t),
+        lambda t: client.accept(t),
+        lambda t: client.unregister(client.register(PoolSpec().build()), t),
+        lambda t: client.close(t),
+        lambda t: link.query(bytes(16), t),
+        lambda t: link.wait_connected(t),
+        lambda t: grant.wait(t),
+        lambda t: grant.wait_layer(0, t),
+        lambda t: grant.wait_released(t),
+        lambda t: group.wait(t),
+        lambda t: group.wait_released(t),
+        lambda t: transfer.wait_arrived(t),
+        lambda t: transfer.wait_source_reusable(t),
+        lambda t: moving.wait_arrived(t),
+        lambda t: moving.wait_source_reusable(t),
+    ):
+        for wrong in ("1", None, float("nan"), float("inf")):
+            with pytest.raises(InvalidArgument, match=rf"timeout: expected .*; got {wrong!r}"):
+                call(wrong)
+    for layer in (4, -1, "0"):
+        with pytest.raises(InvalidArgument, match=f"layer: expected 0 to 3; got {layer!r}"):
+            grant.wait_layer(layer, 0.0)  # type: ignore[arg-type]
+    transfer.cancel()
+    moving.cancel()
+
+
 def test_a_closed_endpoint_says_so(client: Endpoint) -> None:
     pool = PoolSpec().build()
     client.close()

@@ -111,9 +111,10 @@ def test_owner_of_adopted_pages_dies(receiver: Receiver, path: str) -> None:
 @pytest.mark.parametrize("path", ["host_shm"], indirect=True, scope="module")
 def test_lease_ends_at_its_deadline(receiver: Receiver, sender: Peer) -> None:
     sender.call("connect", receiver.address)
-    offer = receiver.endpoint.offer(PAGES, TOKENS, ttl=0.2)
+    offer = receiver.endpoint.offer(PAGES, TOKENS)
     sender.call("adopt", offer.to_bytes())
     sender.call("check_lease", offer.to_bytes())
+    assert offer.extend(0.1)
     offer.wait_released(5)
     assert offer.status == TransferStatus.EXPIRED
     with pytest.raises(GrantExpired):
@@ -123,11 +124,12 @@ def test_lease_ends_at_its_deadline(receiver: Receiver, sender: Peer) -> None:
 @pytest.mark.parametrize("path", ["host_shm"], indirect=True, scope="module")
 def test_a_stopped_adopter_keeps_the_pages_quarantined(receiver: Receiver) -> None:
     with new_sender(receiver) as peer:
-        offer = receiver.endpoint.offer(PAGES, TOKENS, ttl=0.3)
+        offer = receiver.endpoint.offer(PAGES, TOKENS)
         peer.call("adopt", offer.to_bytes())
         peer.signal(signal.SIGSTOP)
+        assert offer.extend(0.1)
+        eventually(lambda: offer.status == TransferStatus.EXPIRED)
         with pytest.raises(TransferTimeout):
-            offer.wait_released(1.0)
-        assert offer.status == TransferStatus.EXPIRED
+            offer.wait_released(0.3)
         peer.signal(signal.SIGCONT)
         offer.wait_released(5)

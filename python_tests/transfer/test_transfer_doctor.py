@@ -48,7 +48,8 @@ def test_the_path_of_a_link(peer: Peer, secret: Path) -> None:
     assert (found["path"], found["path_detail"]) == ("host_shm", "mapped memory")
     assert found["why_not"] == {}
     assert found["control_version"] == 2
-    assert 0 < found["round_trip_ms"] < found["connect_ms"] + 5000
+    assert found["round_trip_ms"] > 0
+    assert found["connect_ms"] > 0
     text = doctor("--peer", address, "--secret-file", secret, "--require", "host_shm").stdout
     assert text.splitlines()[0] == f"peer 'peer' at {address}"
     assert "host_shm (mapped memory)" in text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import threading
-import time
 
 import pytest
 from receiving import PAGES, SPEC, TOKENS, Receiver, eventually
@@ -57,9 +56,10 @@ def test_link_closed_by_the_sender(receiver: Receiver, sender: Peer) -> None:
 
 
 def test_deadline_can_be_moved(receiver: Receiver, sender: Peer) -> None:
-    grant = receiver.grant(ttl=0.3)
+    grant = receiver.grant(ttl=10.0)
+    before = grant.deadline
     assert grant.extend(30.0)
-    time.sleep(0.5)
+    assert not receiver.endpoint._table.control.expire(grant.key, int(before * 1e9) + 1)
     assert grant.status == TransferStatus.PENDING
     sender.call("connect", receiver.address)
     sender.call("push", PAGES, grant.to_bytes())
@@ -152,10 +152,10 @@ def test_slots_run_out_and_come_back() -> None:
 
 
 def test_nothing_is_left_behind(sender: Peer, path: str) -> None:
-    def count() -> tuple[int, int, list[str]]:
+    def count() -> tuple[int, int]:
         gc.collect()
         threads = sum(1 for thread in threading.enumerate() if thread.name.startswith("kvlink"))
-        return len(os.listdir("/proc/self/fd")), threads, sorted(os.listdir("/dev/shm"))
+        return len(os.listdir("/proc/self/fd")), threads
 
     def once() -> None:
         receiver = Receiver(path)
@@ -167,7 +167,11 @@ def test_nothing_is_left_behind(sender: Peer, path: str) -> None:
     once()
     before = count()
     theirs = sender.call("num_fds")
+    files = set(os.listdir("/dev/shm"))
     for _ in range(3):
         once()
     assert count() == before
     eventually(lambda: sender.call("num_fds") <= theirs)
+    # Others on this machine have some for a moment, too.
+    left = set(os.listdir("/dev/shm")) - files
+    eventually(lambda: not left & set(os.listdir("/dev/shm")))

@@ -102,7 +102,7 @@ def test_the_same_rows_twice(receiver: Receiver, sender: Peer) -> None:
 @pytest.mark.parametrize("how", ["revoke", "expire", "commit", "reuse"])
 def test_a_stale_write_cannot_land(receiver: Receiver, sender: Peer, how: str) -> None:
     sender.call("connect", receiver.address)
-    grant = receiver.grant(ttl=0.2 if how == "expire" else 30.0)
+    grant = receiver.grant()
     token = grant.to_bytes()
     late = sender.call("begin", PAGES, token)
     sender.call("push_layer", late, 0)
@@ -110,6 +110,7 @@ def test_a_stale_write_cannot_land(receiver: Receiver, sender: Peer, how: str) -
     error: type[Exception] = GrantRevoked
     if how == "expire":
         error = GrantExpired
+        assert grant.extend(0.05)
         with pytest.raises(GrantExpired):
             grant.wait(10)
     elif how == "commit":
@@ -165,8 +166,9 @@ def test_revoke_while_a_writer_is_stopped(receiver: Receiver) -> None:
 
 def test_a_writer_that_goes_on_ends_the_quarantine(receiver: Receiver, sender: Peer) -> None:
     sender.call("connect", receiver.address)
-    grant = receiver.grant(ttl=0.2)
+    grant = receiver.grant()
     assert sender.call("enter", grant.to_bytes()) == "OK"
+    assert grant.extend(0.1)
     with pytest.raises(GrantExpired):
         grant.wait(10)
     with pytest.raises(TransferTimeout):
@@ -180,14 +182,16 @@ def test_revoke_and_deadline_end_a_verification_that_waits(
     receiver: Receiver, sender: Peer
 ) -> None:
     sender.call("connect", receiver.address)
-    for error, ttl in ((GrantRevoked, 30.0), (GrantExpired, 0.3)):
-        grant = receiver.grant(ttl=ttl)
+    for error in (GrantRevoked, GrantExpired):
+        grant = receiver.grant()
         transfer = sender.call("push", PAGES, grant.to_bytes())
         sender.call("wait_source_reusable", transfer)
         assert sender.call("enter", grant.to_bytes()) == "OK"
         revoke = threading.Timer(0.1, grant.revoke)
         if error is GrantRevoked:
             revoke.start()
+        else:
+            assert grant.extend(0.1)
         with pytest.raises(error):
             grant.wait(10)
         assert not grant.released

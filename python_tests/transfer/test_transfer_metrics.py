@@ -21,7 +21,6 @@ from kvlink.transfer import (
     SecretMismatch,
     TransferCancelled,
 )
-from kvlink.transfer.paths import ucx
 
 pytestmark = pytest.mark.two_process
 NUM_ROWS = TOKENS * 4 * 4 * 2  # layers, heads, planes
@@ -218,8 +217,6 @@ def test_names_follow_the_conventions(receiver: Receiver, sender: Peer, scrape: 
 
 
 def test_the_ucx_path() -> None:
-    if not ucx.report()["available"]:
-        pytest.skip(f"ucx: {ucx.report()['why']}")
     receiver = Receiver("ucx")
     with receiver.endpoint, Endpoint("prefill", secret=SECRET, paths=("ucx",)) as endpoint:
         scrape, pool = Scrape(endpoint), SPEC.build()

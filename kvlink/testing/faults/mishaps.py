@@ -51,10 +51,14 @@ class FaultyParty(Party):
         return told
 
     def leave(self, shape: str, request: int) -> None:
-        """Writes foreign KV into the pages it is inside of (a grant's), and leaves."""
+        """Writes foreign KV into the pages it is inside of (a grant's), and leaves. Over ucx it is
+        put there, if the transfer puts at all."""
         path_link, descriptor = self.open_link.path_link, self._inside
         assert descriptor is not None
-        if descriptor.kind == _C.SlotKind.GRANT:
+        if descriptor.kind == _C.SlotKind.GRANT and self.open_link.path == "ucx":
+            job = self._job
+            self.pools[job.shape].put(job.pages, TOKENS[job.shape], request)
+        elif descriptor.kind == _C.SlotKind.GRANT:
             pool, pages = path_link.mapped(descriptor)
             write_kv(pool, SPECS[shape], pages, descriptor.num_tokens, request)
         path_link.leave(descriptor)
@@ -133,7 +137,7 @@ class FaultyParty(Party):
         return holdings() | {"resident bytes": pages * os.sysconf("SC_PAGESIZE")}
 
 
-_KIND = re.compile(r"\b(\w*(?:Error|Mismatch|Refused|Unreachable|Unavailable))\b")
+_REFUSAL = re.compile(r"\b(\w*(?:Error|Mismatch|Refused|Unreachable|Unavailable))\b")
 
 
 class CountingHandler(logging.Handler):
@@ -149,9 +153,7 @@ class CountingHandler(logging.Handler):
         line = record.getMessage()
         if record.levelno >= logging.ERROR or record.exc_info:
             self.unexpected.append(self.format(record))
-        elif found := re.search(
-            r"\b(\w*(?:Error|Mismatch|Refused|Unreachable|Unavailable))\b", line
-        ):
+        elif found := _REFUSAL.search(line):
             self.refusals[found[1]] += 1
         elif " dropped: " in line:
             self.refusals["link dropped"] += 1

@@ -44,9 +44,9 @@ KINDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "close": (3, MOVES),
 }
 _TTL = {"none": 20, "full": 20, "flip": 5, "reuse": 5, "late": 5}  # nothing waits for these
-# Only a mapping lets a peer be inside at will; and on one host only the end of a peer, or of its
-# part, ends a connection: a cut that the peer does not know of is between hosts.
-_NOT_ON = {"host_shm": {"wire cut"}, "ucx": {"kill inside", "stop inside"}}
+# On one host only the end of a peer, or of its part, ends a connection: a cut of which the peer
+# does not know is between hosts.
+_NOT_ON: dict[str, set[str]] = {"host_shm": {"wire cut"}, "ucx": set()}
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from kvlink import _C
 from kvlink.errors import InvalidArgument
 from kvlink.pool import KVPool
-from kvlink.transfer.errors import ProtocolError, UnknownRegion, status_error
+from kvlink.transfer.errors import ProtocolError, status_error
 from kvlink.transfer.paths import Blob, Peer
+from kvlink.transfer.paths.base import BaseLink, BasePath, check_told, slot_key
 
 if TYPE_CHECKING:
     from kvlink.transfer.descriptor import Descriptor
@@ -19,16 +20,14 @@ if TYPE_CHECKING:
 _CONTROL = struct.Struct("<Q")  # bytes of the control segment
 
 
-class HostShm:
-    """Descriptors of the control segment and of the shared pools go to the peer."""
+class HostShm(BasePath):
+    """Descriptors of the control segment and of the shared pools go to the peer. Whether peers are
+    on one host shows when they connect."""
 
     name = "host_shm"
 
     def __init__(self, control: Any) -> None:
         self._control = control
-
-    def missing(self) -> None:
-        """It is always there; whether peers are on one host shows when they connect."""
 
     def describe(self, bit: int) -> Blob:
         """The control segment."""
@@ -39,56 +38,39 @@ class HostShm:
         segment = region.pool.segment
         return b"", () if segment is None or not region.descriptor.shared else (segment.fd,)
 
-    def undescribe(self, bit: int) -> None:
-        """Nothing was made for it."""
-
-    def forget_region(self, region: Region) -> None:
-        """Nothing was kept of it."""
-
     def connect(self, peer: Peer, bit: int, peer_bit: int, blob: bytes, fds: list[int]) -> ShmLink:
         """Maps the peer's control segment."""
-        if len(fds) != 1 or len(blob) != _CONTROL.size:
-            raise ProtocolError(f"describe: {len(fds)} descriptors and {len(blob)} bytes")
+        check_told("describe", blob, fds, _CONTROL.size, 1)
         try:
             control = _C.Control.attach(fds[0], *_CONTROL.unpack(blob))
             return ShmLink(peer, control, bit)
         except (InvalidArgument, OSError) as error:
             raise ProtocolError(f"control segment: {error}") from error
 
-    def close(self) -> None:
-        """Nothing to end: memory goes with its users."""
 
-
-class ShmLink:
+class ShmLink(BaseLink[KVPool]):
     """The peer's memory, mapped here."""
 
     detail = "mapped memory"
 
     def __init__(self, peer: Peer, control: Any, bit: int) -> None:
-        self._peer = peer
+        super().__init__(peer, _C.ShmLink(control, bit))
         self._control = control
         self._bit = bit
-        self._moving = _C.ShmLink(control, bit)
-        self._pools: dict[int, KVPool] = {}
 
     def add_region(self, descriptor: RegionDescriptor, blob: bytes, fds: list[int]) -> None:
         """Maps it, when it is shared."""
         number = descriptor.region_id
-        if len(fds) != int(descriptor.shared) or blob:
-            raise ProtocolError(f"region {number}: {len(fds)} descriptors, {len(blob)} bytes")
+        check_told(f"region {number}", blob, fds, 0, int(descriptor.shared))
         if not descriptor.shared:
             return
         try:
-            self._pools[number] = KVPool.attach(
+            self._regions[number] = KVPool.attach(
                 descriptor.layout, num_pages=descriptor.num_pages,
                 layer_map=descriptor.layer_map, fd=fds[0],
             )  # fmt: skip
         except (InvalidArgument, OSError) as error:
             raise ProtocolError(f"region {number}: {error}") from error
-
-    def remove_region(self, region_id: int) -> None:
-        """Transfers and leases under way keep their mapping."""
-        self._pools.pop(region_id, None)
 
     def begin(
         self,
@@ -120,11 +102,7 @@ class ShmLink:
 
     def mapped(self, descriptor: Descriptor) -> tuple[KVPool, Any]:
         """The pool, and the page ids where they lie: read-only, and not checked yet."""
-        pool = self._pools.get(descriptor.region_id)
-        if pool is None:
-            raise UnknownRegion(
-                f"{self._peer.name!r} has no shared region {descriptor.region_id} on this link"
-            )
+        pool = self.region_of(descriptor)
         return pool, self._control.page_list(descriptor.first_page, descriptor.num_pages)
 
     def release(self, key: Any) -> None:
@@ -140,26 +118,10 @@ class ShmLink:
         """Ends what `enter` began."""
         self._control.leave(slot_key(descriptor), self._bit)
 
-    def failed(self) -> None:
-        """The control connection tells of every end."""
-
-    def counters(self) -> dict[str, int]:
-        """Nothing is retried and nothing waits for credits."""
-        return {}
-
-    def close(self, status: Any) -> None:
-        """Stops the moving thread."""
-        self._moving.close(status)
-
     def quiet(self) -> bool:
         """The kernel closes a process's sockets after its last thread has left user code, and a
         side that closes a link has stopped its own thread before."""
         return True
-
-
-def slot_key(descriptor: Descriptor) -> Any:
-    """The use of the slot that a grant or an offer stands for."""
-    return _C.SlotKey(descriptor.slot, descriptor.generation)
 
 
 def make(control: Any) -> HostShm:

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 from kvlink import _C
 from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.pool import KVPool
-from kvlink.transfer.errors import PathUnavailable, ProtocolError, UnknownRegion
+from kvlink.transfer.errors import PathUnavailable, ProtocolError
 from kvlink.transfer.paths import Blob, Path, Peer
+from kvlink.transfer.paths.base import BaseLink, BasePath, check_told, slot_key
+from kvlink.transfer.region import RegionDescriptor
 
 if TYPE_CHECKING:
     from kvlink.transfer.descriptor import Descriptor
     from kvlink.transfer.paths import Missing
     from kvlink.transfer.plan import TransferPlan
-    from kvlink.transfer.region import Region, RegionDescriptor
+    from kvlink.transfer.region import Region
 
 _BEGIN_TIMEOUT_NS = 5_000_000_000
 _CHECKSUM_BYTES = 8
@@ -66,7 +68,7 @@ def report() -> dict[str, Any]:
     }
 
 
-class Ucx:
+class Ucx(BasePath):
     """One UCX context for an endpoint, made with its first session."""
 
     name = "ucx"
@@ -102,10 +104,6 @@ class Ucx:
         if link is not None:
             link.close(_C.TransferStatus.CANCELLED)
 
-    def describe_region(self, region: Region) -> Blob:
-        """Nothing beyond what every path tells."""
-        return b"", ()
-
     def forget_region(self, region: Region) -> None:
         """Its memory is registered no more, if it was for a put or a get."""
         with self._lock:
@@ -120,8 +118,7 @@ class Ucx:
         if link is None:
             raise ProtocolError("describe: this side has not described itself")
         try:
-            if fds:
-                raise ProtocolError(f"describe: {len(fds)} descriptors")
+            check_told("describe", blob, fds, len(blob), 0)
             checksum, blob = blob[:_CHECKSUM_BYTES], blob[_CHECKSUM_BYTES:]
             if checksum != _checksum(blob):  # UCX ends the process over an address that is none
                 raise ProtocolError("describe: not the address that the peer sent")
@@ -151,30 +148,19 @@ class Ucx:
         return None
 
 
-class UcxLink:
-    """A worker of our own that talks to one of the peer's."""
-
-    def __init__(self, peer: Peer, link: Any) -> None:
-        self._peer = peer
-        self._link = link
-        self._regions: dict[int, RegionDescriptor] = {}
+class UcxLink(BaseLink[RegionDescriptor]):
+    """A worker of our own that talks to one of the peer's. To close it destroys the worker: nothing
+    comes in through it any more."""
 
     @property
     def detail(self) -> str:
         """The transports and devices in use."""
-        return ", ".join(self._link.transports()) or "not connected"
+        return ", ".join(self._moving.transports()) or "not connected"
 
     def add_region(self, descriptor: RegionDescriptor, blob: bytes, fds: list[int]) -> None:
         """Remembers its layout."""
-        if fds or blob:
-            raise ProtocolError(
-                f"region {descriptor.region_id}: {len(fds)} descriptors, {len(blob)} bytes"
-            )
+        check_told(f"region {descriptor.region_id}", blob, fds, 0, 0)
         self._regions[descriptor.region_id] = descriptor
-
-    def remove_region(self, region_id: int) -> None:
-        """Transfers under way know what they need."""
-        self._regions.pop(region_id, None)
 
     def begin(
         self,
@@ -186,40 +172,28 @@ class UcxLink:
         generations: Any,
     ) -> Any:
         """Asks the owner of the pages and waits for its answer, for 5 s at most."""
-        region = self._regions.get(descriptor.region_id)
-        if region is None:
-            raise UnknownRegion(
-                f"{self._peer.name!r} has no region {descriptor.region_id} on this link"
-            )
-        key = _C.SlotKey(descriptor.slot, descriptor.generation)
-        return self._link.begin(
-            kind, key, plan.parts, plan.heads, own.pool.view, own_ids, region.layout.to_bytes(),
-            region.num_stored_layers, region.num_pages, descriptor.num_tokens, generations,
-            time.monotonic_ns() + _BEGIN_TIMEOUT_NS,
+        region = self.region_of(descriptor)
+        return self._moving.begin(
+            kind, slot_key(descriptor), plan.parts, plan.heads, own.pool.view, own_ids,
+            region.layout.to_bytes(), region.num_stored_layers, region.num_pages,
+            descriptor.num_tokens, generations, time.monotonic_ns() + _BEGIN_TIMEOUT_NS,
         )  # fmt: skip
 
     def adopt(self, descriptor: Descriptor) -> tuple[KVPool, Any, Any, Any]:
         """Never: the peer's memory is not mapped here."""
         raise PathUnavailable("ucx: pages can only be used in place over host_shm; pull them")
 
-    def release(self, key: Any) -> None:
-        """Nothing is ever adopted."""
-
     def failed(self) -> str | None:
         """UCX lost the peer, or the peer broke the protocol."""
-        return self._link.failed() or None
+        return self._moving.failed() or None
 
     def counters(self) -> dict[str, int]:
         """`copied_chunks` went through a buffer, `in_place_chunks` were read by a peer on this host
         where they were packed, `direct_chunks` were put or got; `credit_waits`: chunks that waited
         for room in the window; `asked_again`: questions to a peer that had been silent;
         `dropped_messages`: of another session, or without a question."""
-        counters: dict[str, int] = self._link.counters()
+        counters: dict[str, int] = self._moving.counters()
         return counters
-
-    def close(self, status: Any) -> None:
-        """Ends every transfer, and destroys the worker: nothing comes in through it any more."""
-        self._link.close(status)
 
     def quiet(self) -> bool:
         """No transport that this path uses lets a peer write without our worker."""
@@ -228,21 +202,24 @@ class UcxLink:
     def enter(self, descriptor: Descriptor) -> str:
         """Has the pages pinned for this side and stays inside, as a writer about to put: "OK", or
         why not. For fault injection."""
-        region = self._regions[descriptor.region_id]
-        key = _C.SlotKey(descriptor.slot, descriptor.generation)
-        status = self._link.enter(
-            descriptor.kind, key, region.stored_model_layers[0], region.shard.kv_heads.start,
+        region = self._regions.get(descriptor.region_id)
+        # Of a region that is gone: its owner says why nobody may enter.
+        layer, head = (
+            (region.stored_model_layers[0], region.shard.kv_heads.start) if region else (0, 0)
+        )
+        status = self._moving.enter(
+            descriptor.kind, slot_key(descriptor), layer, head,
             time.monotonic_ns() + _BEGIN_TIMEOUT_NS,
         )  # fmt: skip
         return str(status.name)
 
     def leave(self, descriptor: Descriptor) -> None:
-        """Ends what `enter` began."""
-        self._link.leave()
+        """Ends what `enter` began; a transfer that may put does so before."""
+        self._moving.leave()
 
     def inject(self, fault: str, count: int = 1) -> None:
         """For fault tests: "drop", "duplicate", "flip_bit" or "delay" the next messages."""
-        self._link.inject(getattr(_C.UcxFault, fault.upper()), count)
+        self._moving.inject(getattr(_C.UcxFault, fault.upper()), count)
 
 
 def _checksum(blob: bytes) -> bytes:

@@ -251,7 +251,7 @@ void Link::on_message(std::string_view bytes, Payload payload) {
   {
     std::lock_guard lock(mutex_);
     const auto found = transfers_.find(header.transfer);
-    if (found != transfers_.end()) transfer = found->second.lock();
+    if (found != transfers_.end() && header.seq != kHeldSeq) transfer = found->second.lock();
   }
   if (!transfer) return on_begun(header, payload);
   if (header.type != Type::kPulled) return transfer->on_answer(header);

@@ -22,6 +22,7 @@ class UcxTransfer;
 // What a fault test asks for; of the messages that this side sends from then on.
 enum class Fault : uint8_t { kDrop = 0, kDuplicate = 1, kFlipBit = 2, kDelay = 3 };
 inline constexpr int kNumFaults = 4;
+inline constexpr uint64_t kHeldSeq = ~uint64_t{0};  // of the chunk that a fault test holds
 
 // A peer's pool, as far as a transfer needs to know it before it begins.
 struct RemotePool {
@@ -52,7 +53,8 @@ class Link : public std::enable_shared_from_this<Link> {
   void close(Status status);
   bool closed() const { return worker_->closed(); }
   void inject(Fault fault, int count);
-  // For fault tests: pins the pages of a slot, as a writer that is about to put, until leave().
+  // For fault tests: pins the pages of a slot, as a writer that is about to put, until leave(). As
+  // part of the transfer that is open to it, if there is one; then leave() puts first, if it may.
   Status enter(SlotKey key, SlotKind kind, int32_t model_layer, int32_t model_head,
                int64_t deadline_ns);
   void leave();
@@ -128,6 +130,7 @@ class Link : public std::enable_shared_from_this<Link> {
   std::unordered_map<uint64_t, std::shared_ptr<Beginning>> beginnings_;
   uint64_t next_number_ = 1;
   Header entered_;  // for leave()
+  std::weak_ptr<UcxTransfer> held_;
   std::map<std::string, uint32_t> block_numbers_;
   std::string failed_;
   bool closing_ = false;

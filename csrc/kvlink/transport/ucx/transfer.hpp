@@ -35,6 +35,13 @@ class UcxTransfer final : public PostedTransfer {
   // Until the owner knows that this side gave up, if it did.
   void wait_cancelled(int64_t deadline_ns);
   void on_link_closed();
+  SlotKey key() const { return spec_.key; }
+
+  // --- for fault tests ---
+  // From now on it is about to move a chunk, for which it asks with *enter; false when it has ended.
+  bool hold(Header* enter);
+  // Moves it if it can (`inside`: the pages are pinned), and leaves.
+  void let_go(bool inside);
 
  protected:
   bool move_chunk(int32_t part, int64_t first, int64_t count) override;
