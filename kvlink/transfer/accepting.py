@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import select
 import socket
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from kvlink.transfer.service import Service
 
 _HANDSHAKE_TIMEOUT = 5.0  # s
 _MAX_INCOMING = 64
+_CROWDED_TIMEOUT = 0.2  # s, for TLS, while so many knock: ten times what an honest peer takes
 
 Done = Callable[[Joined], None]
 
@@ -32,6 +34,7 @@ class Acceptor:
         self._done = done
         self._incoming: dict[Incoming, None] = {}  # the oldest first
         self._shut = False
+        self._full = False  # new connections wait in the listeners' queues
         sock, unix = addresses.listen_unix()
         self._listeners = [sock]
         tcp = None
@@ -57,6 +60,8 @@ class Acceptor:
                 self._forget(incoming, f"no handshake within {_HANDSHAKE_TIMEOUT} s")
             else:
                 incoming.flush()
+        if self._full and not self._shut:
+            self._listen()
         return bool(self._incoming)
 
     def shut(self) -> None:
@@ -80,30 +85,50 @@ class Acceptor:
         self._incoming.clear()
 
     def _listen(self) -> None:
+        self._full = False
         for listener in self._listeners:
             on_readable = functools.partial(self._on_connections, listener)
             self._service.watch(listener.fileno(), on_readable)
 
     def _on_connections(self, listener: socket.socket) -> None:
         for _ in range(_MAX_INCOMING):
+            if not self._make_room(listener):
+                self._full = True
+                for each in self._listeners:
+                    self._service.unwatch(each.fileno())
+                return
             try:
                 sock, _where = listener.accept()
             except OSError:
                 return
             self._on_connection(sock)
 
+    def _make_room(self, listener: socket.socket) -> bool:
+        """For whoever waits there. Those who have proved themselves stay, and so do those who have
+        just come: a crowd must not push out anybody whose next word is already here."""
+        if len(self._incoming) < _MAX_INCOMING:
+            return True
+        waiting = select.poll()
+        waiting.register(listener, select.POLLIN)
+        if not waiting.poll(0):
+            return False
+        slowest = next((each for each in self._incoming if not each.secure), None)
+        if slowest is None or time.monotonic() - slowest.began < _CROWDED_TIMEOUT:
+            return False
+        self._forget(slowest, f"{_MAX_INCOMING} others knock, and it is the slowest")
+        return True
+
     def _on_connection(self, sock: socket.socket) -> None:
         if self._shut:
             sock.close()
             return
-        if len(self._incoming) >= _MAX_INCOMING:
-            oldest = next(iter(self._incoming))
-            self._forget(oldest, f"{_MAX_INCOMING} others knock, and it is the slowest")
         addresses.tune(sock, self._own.peer_timeout)
         incoming = Incoming(sock, self._own, _HANDSHAKE_TIMEOUT)
         fd = sock.fileno()
 
         def on_readable() -> None:
+            if incoming not in self._incoming:
+                return  # turned away a moment ago; its descriptor may be another's by now
             # A session that is made watches the same descriptor, so ours goes first.
             self._service.unwatch(fd)
             if self._shut:
@@ -114,6 +139,8 @@ class Acceptor:
                 self._service.watch(fd, on_readable)
                 return
             self._incoming.pop(incoming, None)
+            if self._full:
+                self._listen()
             if incoming.made is not None:
                 self._done(incoming.made)
 
@@ -131,10 +158,11 @@ class Incoming:
 
     def __init__(self, sock: socket.socket, own: OwnSide, timeout: float) -> None:
         self.channel = Channel(sock, own.credentials.begin(server_side=True))
-        self.deadline = time.monotonic() + timeout
+        self.began = time.monotonic()
+        self.deadline = self.began + timeout
         self.made: Joined | None = None
         self._own = own
-        self._secure = False
+        self.secure = False  # it has proved that it holds the secret
         self._name = ""
         self._peer: Peer | None = None
         self._welcome: wire.Welcome | None = None
@@ -145,9 +173,9 @@ class Incoming:
     def on_readable(self) -> bool:
         """Takes what is there; False when this object has nothing more to do."""
         try:
-            if not self._secure:
-                self._secure = self.channel.shake()
-                if not self._secure:
+            if not self.secure:
+                self.secure = self.channel.shake()
+                if not self.secure:
                     return True
             return not any(self._take(frame, fds) for frame, fds in self.channel.take())
         except PeerGone as error:
@@ -164,7 +192,7 @@ class Incoming:
     def refuse(self, error: Exception) -> None:
         """Tells the peer and the log why there will be no link, and forgets it."""
         self._own.watch.turned_away(self._name, error)
-        if self._secure:
+        if self.secure:
             with contextlib.suppress(PeerGone, ProtocolError):
                 self.channel.send(handshake.refusal(error))
         self.drop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import socket
+import threading
 import time
 
 from kvlink.testing.transfer_peer import SECRET
@@ -70,3 +71,43 @@ def closed(sock: socket.socket) -> bool:
             except ConnectionError:
                 return True
     return False
+
+
+class Crowd:
+    """Strangers who are silent, or say something of no use, and knock again once turned away."""
+
+    def __init__(self, server: Endpoint, number: int) -> None:
+        self._where = b"\0" + (Address.from_bytes(server.address).unix or "").encode()
+        self._number = number
+        self._over = threading.Event()
+        self.num_knocks = 0
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        poll = select.poll()
+        open_socks: dict[int, socket.socket] = {}
+        while not self._over.wait(0.002):
+            for fd, _ in poll.poll(0):  # they never get an answer, so this is the end
+                poll.unregister(fd)
+                open_socks.pop(fd).close()
+            while len(open_socks) < self._number:
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                sock.setblocking(False)
+                if sock.connect_ex(self._where):
+                    sock.close()
+                    break
+                if self.num_knocks % 2:
+                    sock.send(b"\x16\x03\x01")  # the begin of a TLS record
+                self.num_knocks += 1
+                open_socks[sock.fileno()] = sock
+                poll.register(sock, select.POLLIN)
+        for sock in open_socks.values():
+            sock.close()
+
+    def __enter__(self) -> Crowd:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join(30)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from knocking import HELLO, ended, knock, proven, receive
+from knocking import HELLO, Crowd, ended, knock, proven, receive
 from receiving import eventually
 
 from kvlink.errors import InvalidArgument
@@ -199,6 +199,16 @@ def test_a_crowd_that_never_speaks_keeps_nobody_out(client: Endpoint, server: En
     works(client, server)
     for sock in crowd:
         sock.close()
+
+
+def test_a_crowd_that_comes_again_and_again_keeps_nobody_out(
+    client: Endpoint, server: Endpoint
+) -> None:
+    with Crowd(server, 2 * accepting._MAX_INCOMING) as crowd:
+        eventually(lambda: crowd.num_knocks > 2 * accepting._MAX_INCOMING)
+        for _ in range(5):
+            client.connect(server.address, timeout=30.0).close()
+        assert crowd.num_knocks > 3 * accepting._MAX_INCOMING
 
 
 # --- paths -------------------------------------------------------------------------------------

@@ -86,6 +86,7 @@ def test_a_put_that_was_begun_before_the_revocation(
     returned: list[bytes] = []
     with open_endpoint("decode", path) as endpoint:
         pool = spec.build()
+        before = pool_bytes(pool).tobytes()
         endpoint.register(pool)
         peer.call("connect", reachable(endpoint))
         grant = endpoint.grant(
@@ -96,7 +97,6 @@ def test_a_put_that_was_begun_before_the_revocation(
         assert grant.revoke()
         with pytest.raises(TransferTimeout):
             grant.wait_released(0.2)
-        before = pool_bytes(pool).tobytes()
         peer.call("leave")
         grant.wait_released(10)
         landed = returned[0] != before

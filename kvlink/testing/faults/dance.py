@@ -9,13 +9,13 @@ from typing import Any
 
 from kvlink.errors import KVLinkError, OutOfPages
 from kvlink.testing.faults import frames
-from kvlink.testing.faults.party import Party
+from kvlink.testing.faults.mishaps import FaultyParty
 from kvlink.testing.faults.peer import PeerDied, PeerFailed, PeerProcess, Remote
 from kvlink.testing.faults.scenario import Scenario
 from kvlink.testing.faults.tap import Tap
 from kvlink.transfer import TransferError
 
-CONNECT_TIMEOUT = 0.7  # s
+CONNECT_TIMEOUT, PATIENCE = 0.7, 30.0  # s
 GONE, STOPPED, SKIPPED = "(gone)", "(stopped)", "(skipped)"
 
 
@@ -33,7 +33,11 @@ class Dance:
     """
 
     def __init__(
-        self, scenario: Scenario, survivor: Party, peer: PeerProcess, whereabouts: dict[str, bytes]
+        self,
+        scenario: Scenario,
+        survivor: FaultyParty,
+        peer: PeerProcess,
+        whereabouts: dict[str, bytes],
     ) -> None:
         self.scenario, self.survivor, self.peer = scenario, survivor, peer
         self.outcomes: dict[tuple[str, str], str] = {}
@@ -60,7 +64,7 @@ class Dance:
         self._unread = 0  # results that a stopped peer has not given yet
         self._dead = False
         timeout = scenario.ttl + 0.5
-        patience = 10.0 if scenario.kind == "none" else CONNECT_TIMEOUT
+        patience = PATIENCE if scenario.patient else CONNECT_TIMEOUT
         pending = scenario.kind in ("flip", "reuse", "cancel")  # an offer stays for the next reader
         self._args: dict[str, Callable[[], tuple[Any, ...]]] = {
             "connect": lambda: (self.address[self._other(scenario.dialer)], patience),
@@ -78,6 +82,8 @@ class Dance:
     def run(self) -> None:
         """Every step, and the fault where the scenario has it."""
         sc = self.scenario
+        self.survivor.be_patient(sc.patient)
+        self.peer.call("be_patient", sc.patient)
         if sc.kind.startswith("frame "):
             self._arm()
         for name, side, call in self.steps():

@@ -25,7 +25,7 @@ _MUST_END_AS = {
     "flip": {"DigestMismatch"},
     "reuse": {"GenerationMismatch"},
 }
-BACK_BOUND = 5.0  # s, until a link finds its peer again
+BACK_BOUND = 30.0  # s, until a link finds its peer again
 PEER_LIFE = 100  # faults, after which a peer ends in order and its exit code counts
 
 
@@ -134,7 +134,9 @@ class Lane:
         self.peer.bury()
         self.peer = PeerProcess("peer", self.path)
         link = self.survivor.link
-        again = Dance(scenario, self.survivor, self.peer, self._whereabouts)
+        calm = replace(scenario, kind="none")
+        again = Dance(calm, self.survivor, self.peer, self._whereabouts)
+        self.survivor.be_patient(True)
         again.token = dance.token
         problems: list[str] = []
         steps = {"connect", "accept", "begin"}
@@ -165,7 +167,7 @@ class Lane:
         shapes = dict.fromkeys(("survivor", "peer"), shape)
         scenario = replace(
             draw(seed, self.path), kind="none", at="", move=move, owner=owner, shapes=shapes,
-            seed=seed + 10**9, ttl=5.0,
+            seed=seed + 10**9, ttl=30.0,
         )  # fmt: skip
         dance = Dance(scenario, self.survivor, self._living_peer(), self._whereabouts)
         dance.run()

@@ -13,6 +13,7 @@ from typing import Any
 from kvlink import _C
 from kvlink.testing.faults import frames
 from kvlink.testing.faults.party import NUM_SLOTS, Party
+from kvlink.testing.faults.tuning import be_patient
 from kvlink.testing.faults.watched import SPECS, TOKENS, eventually, holdings, write_kv
 from kvlink.transfer import Grant, TransferError, TransferTimeout
 from kvlink.transfer.descriptor import Descriptor
@@ -35,6 +36,9 @@ class FaultyParty(Party):
         rows = job.posted * TOKENS[job.shape] * len(SPECS[job.shape].shard.kv_heads) * 2
         if not eventually(lambda: transfer.progress().num_rows == rows, timeout):
             raise TransferTimeout(f"expected {rows} rows; {transfer.progress().num_rows} are there")
+
+    def be_patient(self, patient: bool) -> None:
+        be_patient(patient)
 
     def arm(self, action: str, nth: int, seed: int) -> None:
         frames.arm(action, nth, seed)

@@ -25,7 +25,7 @@ from kvlink.transfer import (
 from kvlink.transfer.errors import status_error
 
 NUM_SLOTS = 16
-RELEASE_BOUND = 5.0  # s, for everything to be back once no peer is stopped
+RELEASE_BOUND = 20.0  # s, for everything to be back once no peer is stopped
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 
 from kvlink.errors import KVLinkError
 
-CALL_TIMEOUT = 20.0  # s
+CALL_TIMEOUT = 60.0  # s
 _PR_SET_PDEATHSIG = 1
 
 

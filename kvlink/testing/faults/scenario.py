@@ -76,6 +76,11 @@ class Scenario:
         return "peer" if self.owner == "survivor" else "survivor"
 
     @property
+    def patient(self) -> bool:
+        """Nothing in it makes anybody wait in vain."""
+        return self.kind in ("none", "full", "flip", "reuse")
+
+    @property
     def deadly(self) -> bool:
         """The peer's process ends."""
         return self.kind in ("kill", "kill inside", "restart")

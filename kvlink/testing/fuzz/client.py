@@ -22,15 +22,10 @@ from kvlink.transfer.tls import Credentials
 STAGES = {"before TLS": 15, "in TLS": 20, "after WELCOME": 15, "session": 50}
 _PATIENCE = 5.0  # s
 _MAX_SOFT = 40
-_MAX_SHED = 1e-3  # of the frames
 
 
 def _never() -> bool:
     return False
-
-
-class _Shed(Exception):
-    """The endpoint ended a handshake in which nothing was wrong yet."""
 
 
 class Fuzzer:
@@ -44,7 +39,6 @@ class Fuzzer:
         self._path = host_shm.HostShm(self._control)
         self.counts: Counter[str] = Counter()
         self.problems: list[str] = []
-        self.num_shed = 0
 
     def run(self, num_frames: int) -> None:
         """Until that many mutated frames were sent."""
@@ -56,18 +50,10 @@ class Fuzzer:
                     self._before_tls(sock)
                 else:
                     self._inside(sock, stage)
-            except _Shed as error:
-                self._count_shed(stage, error)
-            except PeerGone as error:
+            except (PeerGone, ProtocolError) as error:
                 self.problems.append(f"{stage}: a good frame was refused: {error}")
             finally:
                 sock.close()
-
-    def _count_shed(self, stage: str, error: Exception) -> None:
-        """An endpoint at which many knock may end a handshake that is under way; not often."""
-        self.num_shed += 1
-        if self.num_shed > 1 + self.counts.total() * _MAX_SHED:
-            self.problems.append(f"{stage}: {self.num_shed} good handshakes were ended: {error}")
 
     def _knock(self) -> socket.socket:
         end = time.monotonic() + _PATIENCE
@@ -121,21 +107,12 @@ class Fuzzer:
 
     def _inside(self, sock: socket.socket, stage: str) -> None:
         channel = Channel(sock, self._credentials.begin(server_side=False))
-        try:
-            sequence = self._greet(channel, stage)
-        except (PeerGone, ProtocolError) as error:
-            raise _Shed(str(error)) from error
+        sequence = self._greet(channel, stage)
         if stage == "session":
             sequence = self._softly(channel)
         name, data = hard(self._choose, sequence)
         self.counts[f"{stage}, {name}"] += 1
-        try:
-            channel.send_bytes(data)
-        except PeerGone as error:
-            if stage != "session":
-                raise _Shed(str(error)) from error
-            self.problems.append(f"{stage}: gone before it was spoilt: {error}")
-            return
+        channel.send_bytes(data)
         if must_be_refused(data, sequence, stage):
             self._refused(channel, f"{stage}, {name}: {data[:64].hex()}", told=stage != "session")
 
