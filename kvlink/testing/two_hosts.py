@@ -135,7 +135,7 @@ class TwoHosts:
             for idx, end in enumerate(self._ends):
                 _run([*self.prefix(idx), "tc", "qdisc", "add", "dev", end, "root", *netem])
             self.wire = "veth with netem"
-        except subprocess.CalledProcessError:
+        except (OSError, subprocess.SubprocessError):  # no tc, or no netem in this kernel
             self._relay = SlowWire(pids, self._delay_s, self._loss)
             self._ends = ("kvwire", "kvwire")
             self.wire = "tun, carried in user space: the kernel has no netem"

@@ -14,7 +14,7 @@ from kvlink.testing.faults.peer import PeerDied, PeerFailed, PeerProcess
 from kvlink.testing.fuzz.client import run_fuzzer
 
 SILENCE = 60.0  # s without a word of any client: a hang
-MAX_GROWTH = 48 << 20  # bytes of resident memory
+MAX_GROWTH = 16 << 20  # bytes of resident memory: outcomes remembered, caches that fill
 _PAUSE = 0.02  # s between two good transfers
 _SETTLE = 10.0  # s, for what the last connections held
 

@@ -38,7 +38,7 @@ class UcxTransfer final : public PostedTransfer {
   SlotKey key() const { return spec_.key; }
 
   // --- for fault tests ---
-  // From now on it is about to move a chunk, for which it asks with *enter; false when it has ended.
+  // From now on it is about to move a chunk, for which it asks with *enter; false when it ended.
   bool hold(Header* enter);
   // Moves it if it can (`inside`: the pages are pinned), and leaves.
   void let_go(bool inside);
