@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from kvlink.testing.faults.campaign import run_campaign
@@ -10,7 +12,8 @@ from kvlink.testing.faults.scenario import _NOT_ON, KINDS, draw
 
 pytestmark = [pytest.mark.two_process, pytest.mark.timeout(300)]
 
-NUM_FAULTS = 60
+SANITIZED = "KVLINK_EXPECTED_BUILD" in os.environ  # run_sanitized.py
+NUM_FAULTS = 24 if SANITIZED else 60
 
 
 @pytest.mark.parametrize("path", ["host_shm", "ucx"])
