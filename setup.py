@@ -75,14 +75,15 @@ def cpu_sources() -> list[Path]:
     sources = [path for name in folders for path in (CSRC / "kvlink" / name).rglob("*.cpp")]
     if find_ucx_headers() is None:
         sources = [path for path in sources if path.parent.name != "ucx"]
-    bindings = [path for path in (CSRC / "bindings").glob("*.cpp") if path.stem != "cuda_module"]
+    bindings = [path for path in (CSRC / "bindings").glob("*.cpp") if "cuda" not in path.stem]
     return sorted(sources + bindings)
 
 
 # What kvlink._cuda has beside its kernels.
 CUDA_HOST_SOURCES = [
-    *(CSRC / "bindings" / f"{name}.cpp" for name in ("cuda_module", "errors", "op_args", "pool")),
-    *(CSRC / "bindings" / "tensor.cpp", CSRC / "kvlink" / "layout" / "serialise.cpp"),
+    *sorted((CSRC / "bindings").glob("cuda_*.cpp")),
+    *(CSRC / "bindings" / f"{name}.cpp" for name in ("errors", "op_args", "pool", "tensor")),
+    CSRC / "kvlink" / "layout" / "serialise.cpp",
 ]
 
 

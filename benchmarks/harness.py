@@ -48,8 +48,8 @@ def limits(device: str) -> dict[str, float]:
     """Rates of this machine, in 10^9 a second, measured once.
 
     "read" and "copy" (bytes; a copied byte counts once), "fma" (float32 operations). On the CPU
-    with num_threads() threads. A CUDA device's copy is torch's, and reads count as fast as its
-    reads and writes together.
+    with num_threads() threads. A CUDA device's copy is torch's, reads count as fast as its reads
+    and writes together, and its "fma" is a torch product of two bfloat16 matrices.
     """
     if device == "cuda":
         import torch
@@ -57,7 +57,10 @@ def limits(device: str) -> dict[str, float]:
         source = torch.ones(_PROBE_BYTES, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         copied = _PROBE_BYTES / measure(lambda: target.copy_(source), device=device) / 1e9
-        return {"copy": copied, "read": 2 * copied}
+        size = 8192
+        left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+        product = 2 * size**3 / measure(lambda: left @ right, device=device) / 1e9
+        return {"copy": copied, "read": 2 * copied, "fma": product}
     return {
         "read": _C.probe_read_bandwidth(_PROBE_BYTES, _PROBE_SECONDS) / 1e9,
         "copy": _C.probe_copy_bandwidth(_PROBE_BYTES, _PROBE_SECONDS) / 1e9,

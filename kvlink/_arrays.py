@@ -34,6 +34,15 @@ def _remember(dtype: Any) -> str:
     return name
 
 
+def device_of(array: Any) -> tuple[int, int]:
+    """Its DLPack device, (1, 0) of what has none."""
+    ask = getattr(array, "__dlpack_device__", None)
+    if ask is None:
+        return (1, 0)
+    kind, number = ask()
+    return int(kind), int(number)
+
+
 def empty_like(array: Any, shape: tuple[int, ...], dtype: str | None = None) -> Any:
     """An uninitialised array of `array`'s library, device and (unless given) dtype."""
     library = sys.modules.get(library_of(array))

@@ -32,6 +32,29 @@ def digest_pages(
 ) -> tuple[Any, ...]:
     """(rows, digest). Layers are stored layers."""
 
+def merge_states(outs: Sequence[Any], lses: Sequence[Any], out: Any, lse: Any, stream: int) -> None:
+    """See kvlink.merge_states."""
+
+def paged_attention(
+    q: Any,
+    pool: PoolView,
+    layer: int,
+    page_table: Any,
+    seq_lens: Any,
+    q_indptr: Any,
+    page_indptr: Any,
+    causal: bool,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Any,
+    alibi_slopes: Any,
+    out: Any,
+    lse: Any,
+    stream: int,
+) -> None:
+    """See kvlink.paged_attention; window 0 and softcap 0 mean none."""
+
 def relayout_pages(
     *,
     src: PoolView,

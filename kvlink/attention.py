@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvlink import _C
-from kvlink._arrays import as_int32, as_reference, dtype_of, empty_like, from_reference
+from kvlink._arrays import as_int32, as_reference, device_of, dtype_of, empty_like, from_reference
+from kvlink._cuda_part import cuda_ops, stream_of
 from kvlink.backends import (
     FLOATS,
     STORED,
@@ -23,12 +24,17 @@ _FEATURES = frozenset(
     {
         "decode", "extend", "ragged", "bidirectional", "window", "softcap", "sinks",
         "alibi_slopes", "lse", "out", "csr_page_table", "head_dim_v", "latent", "ready",
+        "mixed_dtypes", "any_head_dim", "any_strides",
     }
 )  # fmt: skip
+_ON_CUDA = _FEATURES - {"latent", "ready", "mixed_dtypes", "any_head_dim", "any_strides"}
+_HALVES = frozenset({"float16", "bfloat16"})
+_CUDA_PART = ("kvlink._cuda",)
 
 # In order of preference.
 BACKENDS = (
     Capabilities("cpu", frozenset({"cpu"}), FLOATS, STORED, _FEATURES),
+    Capabilities("cuda", frozenset({"cuda"}), _HALVES, _HALVES, _ON_CUDA, packages=_CUDA_PART),
     Capabilities(
         "triton", TRITON_DEVICES, FLOATS, STORED, _FEATURES - {"ready"}, packages=TRITON_PACKAGES
     ),
@@ -36,6 +42,7 @@ BACKENDS = (
 )
 MERGE_BACKENDS = (
     Capabilities("cpu", frozenset({"cpu"}), FLOATS, FLOATS, frozenset()),
+    Capabilities("cuda", frozenset({"cuda"}), FLOATS, FLOATS, frozenset(), packages=_CUDA_PART),
     Capabilities("triton", TRITON_DEVICES, FLOATS, FLOATS, frozenset(), packages=TRITON_PACKAGES),
 )
 
@@ -49,7 +56,16 @@ def choose_backend(
     "mask", ... Raises Unsupported naming what is missing when no backend (or not the one asked
     for) can do it, InvalidArgument when there is no such backend.
     """
-    return choose(BACKENDS, backend, pool.device, q_dtype, pool.layout.dtype, features)
+    layout = pool.layout
+    dims = {layout.head_dim, layout.head_dim_v}
+    implied = {
+        "latent": layout.form == "latent",
+        "mixed_dtypes": layout.dtype != q_dtype,
+        "any_head_dim": max(dims) > 256 or any(dim % 16 for dim in dims),
+        "any_strides": (layout.k.stride_dim, layout.v.stride_dim) != (1, 1),
+    }
+    features = [*features, *(name for name, needed in implied.items() if needed)]
+    return choose(BACKENDS, backend, pool.device, q_dtype, layout.dtype, features)
 
 
 def paged_attention(
@@ -74,6 +90,7 @@ def paged_attention(
     backend: str = "auto",
     ready: Any = None,
     ready_timeout: float = 1.0,
+    stream: int | None = None,
 ) -> Any:
     """Attention of new tokens over their sequences' pages: decode, extend, or both in one batch.
 
@@ -99,6 +116,11 @@ def paged_attention(
     (`Grant.readiness(layer)`), or several of them. The call waits for it without the GIL, at most
     `ready_timeout` seconds. What has landed is not verified yet: drop the result if the grant then
     fails.
+
+    On a CUDA pool all arrays are on its device, nothing is waited for, and the work is queued on
+    `stream` as for `append_kv`. "cuda" takes no lists; a CUDA graph may capture its call; an entry
+    of the page table that names no page, a wrong length or a wrong indptr is never used there, and
+    raised by a later call; a row's bits depend on whether `q_indptr` is given, too.
 
     `backend` is "auto" or the name of one in BACKENDS; see `choose_backend`. Raises
     InvalidArgument, PageTableError (an entry that would be read is unmapped or names no page),
@@ -143,6 +165,8 @@ def paged_attention(
     if chosen.name == "reference":
         _C.wait_ready(awaited, ready_timeout)
         _run_reference(pool, arguments)
+    elif chosen.name == "cuda":
+        cuda_ops().paged_attention(*arguments, stream=stream_of(pool.device, stream))
     else:
         _C.paged_attention(*arguments, ready=awaited, ready_timeout=ready_timeout)
     return (out, lse) if return_lse else out
@@ -173,7 +197,13 @@ def _run_reference(pool: KVPool, arguments: tuple[Any, ...]) -> None:
 
 
 def merge_states(
-    out_a: Any, lse_a: Any, out_b: Any = None, lse_b: Any = None, *, backend: str = "auto"
+    out_a: Any,
+    lse_a: Any,
+    out_b: Any = None,
+    lse_b: Any = None,
+    *,
+    backend: str = "auto",
+    stream: int | None = None,
 ) -> tuple[Any, Any]:
     """Joins attention results over disjoint sets of positions into the result over all of them.
 
@@ -182,7 +212,7 @@ def merge_states(
     log), all contiguous. Returns (out, lse) in the dtype and library of the first out. The same
     states in the same order give the same bits. A state whose lse is -inf has seen nothing and is
     not read. Give sinks to one of the partial calls only. `backend` is "auto" or the name of one in
-    MERGE_BACKENDS. Raises InvalidArgument, Unsupported.
+    MERGE_BACKENDS; "cuda" queues the work on `stream`, as `append_kv` does. Raises InvalidArgument, Unsupported.
     """
     if out_b is None and lse_b is None:
         outs, lses = list(out_a), list(lse_a)
@@ -192,10 +222,12 @@ def merge_states(
         raise InvalidArgument("outs: expected at least one state; got none")
     out = empty_like(outs[0], tuple(outs[0].shape))
     lse = empty_like(outs[0], tuple(outs[0].shape)[:2], "float32")
-    device = getattr(outs[0], "__dlpack_device__", lambda: (1, 0))()
-    dtype = dtype_of(outs[0], "outs[0]")
-    if choose(MERGE_BACKENDS, backend, device, dtype, dtype).name == "triton":
+    device, dtype = device_of(outs[0]), dtype_of(outs[0], "outs[0]")
+    chosen = choose(MERGE_BACKENDS, backend, device, dtype, dtype).name
+    if chosen == "triton":
         _triton_ops().merge_states(outs, lses, into=(out, lse))
+    elif chosen == "cuda":
+        cuda_ops().merge_states(outs, lses, out, lse, stream=stream_of(device, stream))
     else:
         _C.merge_states(outs, lses, out, lse)
     return out, lse

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from kvlink import _C
 from kvlink._arrays import dtype_of
+from kvlink._cuda_part import cuda_ops, on_cuda, stream_of
 from kvlink._layer_pairs import checked_shard, stored_pairs, wanted_layers
 from kvlink.backends import (
     FLOATS,
@@ -22,8 +21,6 @@ from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.layout import Shard
 from kvlink.pool import KVPool
 from kvlink.rope import Rope
-
-_DEVICE_CUDA = 2  # as in DLPack
 
 _APPEND = frozenset({"layers", "rope"})
 
@@ -85,7 +82,7 @@ def append_kv(
     if name == "triton":
         _triton_ops().append_kv(k, v, pool, layer, slots, rope=rope, stream=stream)
     elif name == "cuda":
-        _cuda_ops().append_kv(k, v, pool.view, layer, slots, _stream(pool, stream))
+        cuda_ops().append_kv(k, v, pool.view, layer, slots, stream_of(pool.device, stream))
     else:
         _C.append_kv(k, v, pool.view, layer, slots, rope)
 
@@ -188,8 +185,8 @@ def digest_pages(
         token_position=token_position,
     )
     if _on_cuda(pool):
-        result = _cuda_ops().digest_pages(
-            pool=pool.view, pages=pages, stream=_stream(pool, stream), **arguments
+        result = cuda_ops().digest_pages(
+            pool=pool.view, pages=pages, stream=stream_of(pool.device, stream), **arguments
         )
     else:
         result = _C.digest_pages(pool=pool.view, pages=_C.PageIds(pages, "pages"), **arguments)
@@ -229,9 +226,9 @@ def _relayout(
             f"{src_pool.device} and {dst_pool.device}"
         )
     if _on_cuda(dst_pool):
-        result = _cuda_ops().relayout_pages(
+        result = cuda_ops().relayout_pages(
             src=src_pool.view, src_pages=src_pages, dst=dst_pool.view, dst_pages=dst_pages,
-            stream=_stream(dst_pool, stream), **arguments,
+            stream=stream_of(dst_pool.device, stream), **arguments,
         )  # fmt: skip
     else:
         result = _C.relayout_pages(
@@ -242,32 +239,13 @@ def _relayout(
 
 
 def _on_cuda(pool: KVPool) -> bool:
-    return pool.device[0] == _DEVICE_CUDA
-
-
-def _cuda_ops() -> Any:
-    try:
-        return importlib.import_module("kvlink._cuda")
-    except ImportError as error:
-        raise Unsupported(
-            f"the pool is on CUDA, but kvlink has no CUDA part here: {error}"
-        ) from None
+    return on_cuda(pool.device)
 
 
 def _triton_ops() -> Any:
     import kvlink.triton
 
     return kvlink.triton
-
-
-def _stream(pool: KVPool, stream: int | None) -> int:
-    """The handle given, else torch's current stream if torch is there, else the default stream."""
-    if stream is not None:
-        return stream
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return 0
-    return int(torch.cuda.current_stream(pool.device[1]).cuda_stream)
 
 
 def _distinct_layers(pool: KVPool, layers: Sequence[int]) -> list[int]:

@@ -17,6 +17,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from kvlink.pool import KVPool
+
+float32 = torch.float32  # kvlink makes results in the library of q: of a DeviceArray, this module
 ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1, 2)  # of the schedule; 0 takes threads in their order
 
@@ -98,3 +101,14 @@ class DeviceArray:
         assert managed
         ctypes.c_int32.from_address(managed + 8).value = 2  # the type of the device: kDLCUDA
         return capsule
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> DeviceArray:
+    """Whatever is not written stays NaN."""
+    return DeviceArray(torch.full(shape, float("nan"), dtype=dtype))
+
+
+def pool_on_device(pool: KVPool) -> KVPool:
+    """The same memory as a pool of CUDA device 0."""
+    layer_map = list(pool.layer_map)
+    return KVPool(pool.layout, pool.num_pages, pool._planes, layer_map, (2, 0), pool)

@@ -27,7 +27,7 @@ CXX_LAYERS = {
 # Module (or package) of kvlink -> those it may import; itself and `errors` go without saying.
 _LAYOUT = {"_planes", "_serialise", "_shard", "layout"}
 _POOL = _LAYOUT | {"_tensor_axes", "pool", "_C"}
-_OPERATORS = _POOL | {"_arrays", "backends", "reference"}
+_OPERATORS = _POOL | {"_arrays", "_cuda_part", "backends", "reference"}
 PYTHON_LAYERS = {
     "errors": set(),
     "_planes": set(),
@@ -38,10 +38,11 @@ PYTHON_LAYERS = {
     "pool": _POOL,
     "pages": set(),
     "_arrays": _LAYOUT,
+    "_cuda_part": {"_cuda"},
     "backends": set(),
     "rope": {"_C", "_planes", "_arrays", "backends"},
     "_layer_pairs": _POOL,
-    "cache_ops": _POOL | {"_layer_pairs", "_arrays", "backends", "rope", "triton"},
+    "cache_ops": _POOL | {"_layer_pairs", "_arrays", "_cuda_part", "backends", "rope", "triton"},
     "attention": _OPERATORS | {"triton"},  # reference and triton when they are chosen
     "reference": _LAYOUT,
     "triton": {"_planes"},  # usable without anything compiled

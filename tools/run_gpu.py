@@ -60,15 +60,16 @@ def main() -> int:
         steps.append(step("tests", [sys.executable, *TESTS]))
         sanitizer = shutil.which("compute-sanitizer")
         if sanitizer and not arguments.quick:
-            small = [*TESTS, "-k", "bad_ids or float16"]
+            small = [*TESTS, "-k", "bad_ids or float16 or merge"]
             steps.append(
                 step("memcheck", [sanitizer, "--error-exitcode", "9", sys.executable, *small])
             )
         seconds = "0.2" if arguments.quick else "1"
-        bench = [sys.executable, "benchmarks/bench_cache_ops.py", "--device", "cuda", "--json"]
-        steps.append(step("benchmarks", [*bench, "--seconds", seconds]))
-        lines = steps[-1]["output"].splitlines()
-        report["figures"] = [json.loads(line) for line in lines if line.startswith("{")]
+        for family in ("cache_ops", "attention"):
+            bench = [sys.executable, f"benchmarks/bench_{family}.py", "--device", "cuda", "--json"]
+            steps.append(step(f"benchmarks of {family}", [*bench, "--seconds", seconds]))
+            lines = steps[-1]["output"].splitlines()
+            report["figures"] += [json.loads(line) for line in lines if line.startswith("{")]
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"gpu-{report['date']}-{report['commit'][:12]}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,16 +1,13 @@
-#include <cuda_runtime.h>
-#include <pybind11/pybind11.h>
+#include "cuda_module.hpp"
+
 #include <pybind11/stl.h>
 
 #include <optional>
 
 #include "errors.hpp"
-#include "kvlink/base/check.hpp"
 #include "kvlink/cuda/append_kv.hpp"
-#include "kvlink/cuda/error_record.hpp"
 #include "kvlink/cuda/relayout_pages.hpp"
 #include "op_args.hpp"
-#include "pool.hpp"
 #include "tensor.hpp"
 
 namespace kvlink::bindings {
@@ -18,23 +15,6 @@ namespace kvlink::bindings {
 namespace py = pybind11;
 
 namespace {
-
-// Makes the pool's device current, and gives the caller's back.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(const PoolView& pool) {
-    KVLINK_CHECK(pool.device.type == dlpack::kDeviceCuda,
-                 "pool: expected one on a CUDA device; got ", "device type ", pool.device.type);
-    cuda::check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
-    cuda::check_cuda(cudaSetDevice(pool.device.id), "cudaSetDevice");
-  }
-  ~DeviceGuard() { cudaSetDevice(before_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int before_ = 0;
-};
 
 // Page ids on the device: the caller's own array, or a copy of what is on the host.
 class DevicePageIds {
@@ -84,8 +64,6 @@ class DevicePageIds {
   int64_t size_ = 0;
   cudaStream_t stream_;
 };
-
-cudaStream_t as_stream(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
 void append_kv(const py::object& k, const py::object& v, const PoolView& pool,
                const py::object& layers, const py::object& slots, uintptr_t stream) {
@@ -205,4 +183,5 @@ PYBIND11_MODULE(KVLINK_CUDA_MODULE, module) {
              py::arg("model_head"), py::arg("num_tokens"), py::arg("start"),
              py::arg("token_position"), py::arg("stream"),
              "(rows, digest). Layers are stored layers.");
+  register_cuda_attention(module);
 }

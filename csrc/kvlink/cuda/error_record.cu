@@ -34,14 +34,31 @@ ErrorRecord* error_record() {
 void report_errors() {
   const ErrorRecord seen = std::atomic_ref(*error_record()).exchange(kNoError);
   if (seen == kNoError) return;
-  constexpr const char* kNames[] = {"slots", "src_pages", "dst_pages", "pages"};
+  constexpr const char* kOutside = "lies outside the pool and was skipped";
+  constexpr struct {
+    const char *name, *complaint;
+  } kArguments[] = {
+      {"slots", kOutside},
+      {"src_pages", kOutside},
+      {"dst_pages", kOutside},
+      {"pages", kOutside},
+      {"page_table", "is needed, but names no page of the pool"},  // index: in row-major order
+      {"seq_lens", "is not between the sequence's query rows and what its page table holds"},
+      {"q_indptr or page_indptr", "does not rise within what it divides"},
+  };
   const auto argument = static_cast<int>(seen >> 61);
   const auto index = static_cast<int64_t>(seen >> 32 & ((1 << 29) - 1));
   const auto value = static_cast<int32_t>(seen & 0xffffffffu);
-  const std::string text = concat("an earlier call on CUDA: ", kNames[argument], "[", index,
-                                  "] lies outside the pool and was skipped; got ", value);
-  if (argument == static_cast<int>(BadEntry::kSlots)) throw InvalidArgument(text);
-  throw PageTableError(text);
+  const std::string text = concat("an earlier call on CUDA: ", kArguments[argument].name, "[",
+                                  index, "] ", kArguments[argument].complaint, "; got ", value);
+  switch (static_cast<BadEntry>(argument)) {
+    case BadEntry::kSlots:
+    case BadEntry::kSeqLens:
+    case BadEntry::kIndptr:
+      throw InvalidArgument(text);
+    default:
+      throw PageTableError(text);
+  }
 }
 
 }  // namespace kvlink::cuda

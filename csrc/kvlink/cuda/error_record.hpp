@@ -9,7 +9,15 @@
 
 namespace kvlink::cuda {
 
-enum class BadEntry : int { kSlots = 0, kSrcPages = 1, kDstPages = 2, kPages = 3 };
+enum class BadEntry : int {
+  kSlots = 0,
+  kSrcPages = 1,
+  kDstPages = 2,
+  kPages = 3,
+  kPageTable = 4,
+  kSeqLens = 5,
+  kIndptr = 6,
+};
 
 // argument << 61 | index << 32 | value, of the first bad entry that was seen; all ones: none.
 // Indices beyond 2^29 - 1 and values beyond int32 saturate.

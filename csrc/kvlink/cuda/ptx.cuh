@@ -86,6 +86,30 @@ __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
 // --- arithmetic
 // -----------------------------------------------------------------------------------
 
+// Two values rounded to nearest even; `low` in the low half.
+template <DType kDType>
+__device__ uint32_t pack_halves(float low, float high) {
+  uint32_t pair;
+  if constexpr (kDType == DType::kBFloat16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+
+// Half i (0: low, 1: high) of a pair.
+template <DType kDType, int i>
+__device__ float half_of(uint32_t pair) {
+  if constexpr (kDType == DType::kBFloat16) {
+    return __uint_as_float(i == 0 ? pair << 16 : pair & 0xffff0000u);
+  } else {
+    float value;
+    asm("cvt.f32.f16 %0, %1;\n" : "=f"(value) : "h"(static_cast<uint16_t>(pair >> (16 * i))));
+    return value;
+  }
+}
+
 // 2^x, to 2 units in the last place; 0 for -inf.
 __device__ inline float exp2_fast(float x) {
   float result;

@@ -68,9 +68,13 @@ inline void load_matrices_transposed(uint32_t (&parts)[4], const void* row) {
   emulation::meet_lanes(0xffffffffu, "ldmatrix.trans", &mine, &MatrixLoad::meet<true>);
 }
 
-// Half i (0 or 1) of a register.
 template <DType kDType>
-float half_of(uint32_t pair, int i) {
+uint32_t pack_halves(float low, float high) {
+  return Storage<kDType>::store(low) | static_cast<uint32_t>(Storage<kDType>::store(high)) << 16;
+}
+
+template <DType kDType, int i>
+float half_of(uint32_t pair) {
   return Storage<kDType>::load(static_cast<uint16_t>(pair >> (16 * i)));
 }
 
@@ -86,12 +90,13 @@ struct Product {
       const auto* mine = static_cast<const Product*>(lanes[lane]);
       const int g = lane / 4, t = lane % 4;
       for (int part = 0; part < 4; ++part) {
-        for (int i = 0; i < 2; ++i) {
-          a[g + part % 2 * 8][2 * t + i + part / 2 * 8] = half_of<kDType>(mine->a[part], i);
-        }
+        float* row = &a[g + part % 2 * 8][2 * t + part / 2 * 8];
+        row[0] = half_of<kDType, 0>(mine->a[part]);
+        row[1] = half_of<kDType, 1>(mine->a[part]);
       }
       for (int part = 0; part < 2; ++part) {
-        for (int i = 0; i < 2; ++i) b[2 * t + i + part * 8][g] = half_of<kDType>(mine->b[part], i);
+        b[2 * t + part * 8][g] = half_of<kDType, 0>(mine->b[part]);
+        b[2 * t + 1 + part * 8][g] = half_of<kDType, 1>(mine->b[part]);
       }
     }
     for (int lane = 0; lane < 32; ++lane) {

@@ -1,0 +1,39 @@
+// What the parts of kvlink._cuda share.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+
+#include "kvlink/base/check.hpp"
+#include "kvlink/cuda/error_record.hpp"
+#include "pool.hpp"
+
+namespace kvlink::bindings {
+
+// Makes a device current, and gives the caller's back.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    cuda::check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+    cuda::check_cuda(cudaSetDevice(device), "cudaSetDevice");
+  }
+  explicit DeviceGuard(const PoolView& pool) : DeviceGuard(cuda_device(pool)) {}
+  ~DeviceGuard() { cudaSetDevice(before_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  static int cuda_device(const PoolView& pool) {
+    KVLINK_CHECK(pool.device.type == dlpack::kDeviceCuda,
+                 "pool: expected one on a CUDA device; got device type ", pool.device.type);
+    return pool.device.id;
+  }
+
+  int before_ = 0;
+};
+
+inline cudaStream_t as_stream(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+void register_cuda_attention(pybind11::module_& module);
+
+}  // namespace kvlink::bindings
