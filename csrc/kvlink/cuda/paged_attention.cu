@@ -185,8 +185,8 @@ __global__ void __launch_bounds__(kTileThreads) extend(const __grid_constant__ A
   }
 }
 
-// Grid: items (splits of sequences) in x, as many as run at once; KV heads x tiles of their query
-// heads in y.
+// Grid: KV heads x tiles of their query heads in x, so that neighbours read the same pages; items
+// (splits of sequences) in y, as many as run at once.
 template <DType kDType, int kMaxDim>
 __global__ void __launch_bounds__(kTileThreads) decode(const __grid_constant__ Args args) {
   using Tile = AttentionTile<kDType, kMaxDim, kDecodeRows / 16>;
@@ -197,12 +197,12 @@ __global__ void __launch_bounds__(kTileThreads) decode(const __grid_constant__ A
   const int num_items = args.plans[args.num_seqs].first_item;
   auto* outs = reinterpret_cast<float*>(shared_memory());  // [kTileWarps][kDecodeRows][kOutStride]
   auto* states = reinterpret_cast<State*>(outs + kTileWarps * kDecodeRows * kOutStride);
-  for (int item = static_cast<int>(blockIdx.x); item < num_items;
-       item += static_cast<int>(gridDim.x)) {
+  for (int item = static_cast<int>(blockIdx.y); item < num_items;
+       item += static_cast<int>(gridDim.y)) {
     const SequencePlan plan = args.plans[find_sequence(args, item)];
     const int num_kv_heads = p.kv.layout.num_kv_heads;
-    Tile tile(p, plan, args.errors, static_cast<int>(blockIdx.y) % num_kv_heads,
-              static_cast<int>(blockIdx.y) / num_kv_heads * kDecodeRows);
+    Tile tile(p, plan, args.errors, static_cast<int>(blockIdx.x) % num_kv_heads,
+              static_cast<int>(blockIdx.x) / num_kv_heads * kDecodeRows);
     const int split = plan.first_split + item - plan.first_item;
     tile.place(split * kSplitTokens, (split + 1) * kSplitTokens);
     tile.attend();
@@ -405,7 +405,7 @@ void run(const Instance& with, Args args, int64_t max_items, cudaStream_t stream
   constexpr unsigned kBlocksEach = 8;  // of a processor; some wait for their turn
   const auto rows = static_cast<unsigned>(
       std::min<int64_t>(max_items, ceil_div(num_processors() * kBlocksEach, columns)));
-  launch("paged_attention: decode", with.decode, dim3(rows, columns), kTileThreads,
+  launch("paged_attention: decode", with.decode, dim3(columns, rows), kTileThreads,
          with.decode_shared_bytes, stream, args);
   launch("paged_attention: combine", with.combine,
          dim3(static_cast<unsigned>(ceil_div(int64_t{args.num_seqs} * p.num_q_heads, kTileWarps))),
