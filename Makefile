@@ -46,6 +46,7 @@ lint: build
 	@$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES))
 
 pytest: build
+	@KVLINK_EMULATION=1 $(BIN)/python setup.py -q build_ext --build-lib build/emulation
 	$(BIN)/python -m pytest
 
 # A second build beside the first: nothing that other targets use is touched.
