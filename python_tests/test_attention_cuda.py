@@ -31,6 +31,7 @@ def on_device(inputs: AttentionInputs) -> tuple[list[Any], dict[str, Any]]:
         name: value.cuda() if isinstance(value, torch.Tensor) else value
         for name, value in inputs.kwargs.items()
     }
+    kwargs["backend"] = "cuda"
     return [q.cuda(), device_pool, 0, page_table.cuda(), seq_lens.cuda()], kwargs
 
 
@@ -102,7 +103,9 @@ def test_merge_states(dtype: torch.dtype) -> None:
     lses = [torch.randn(70, 3) * 5 for _ in range(3)]
     lses[1][:9] = float("-inf")
     outs[1][:9] = float("nan")
-    merged, lse = kvlink.merge_states([out.cuda() for out in outs], [lse.cuda() for lse in lses])
+    merged, lse = kvlink.merge_states(
+        [out.cuda() for out in outs], [lse.cuda() for lse in lses], backend="cuda"
+    )
     expected, expected_lse = merge_reference(outs, lses)
     assert_close(merged.cpu(), expected)
     assert_close(lse.cpu(), expected_lse, "lse")

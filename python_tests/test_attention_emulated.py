@@ -28,7 +28,7 @@ def attend(args: Any, kwargs: dict[str, Any], **more: Any) -> tuple[torch.Tensor
     q, pool, layer, page_table, seq_lens = args
     arrays = [DeviceArray(each) for each in (page_table.contiguous(), seq_lens)]
     out, lse = kvlink.paged_attention(
-        DeviceArray(q), pool_on_device(pool), layer, *arrays, return_lse=True, **more,
+        DeviceArray(q), pool_on_device(pool), layer, *arrays, return_lse=True, backend="cuda", **more,
         **{name: on_device(value) for name, value in kwargs.items()},
     )  # fmt: skip
     return out.tensor, lse.tensor
@@ -119,15 +119,19 @@ def test_what_is_not_covered_is_told(emulated_cuda: Emulation) -> None:
     refused("cuda lacks feature 'mixed_dtypes'", q_dtype="float16")
     refused("cuda lacks.*KV dtype int8", kv_dtype="int8", kv_scale="head")
     refused("cuda lacks feature 'latent'", form="latent", num_kv_heads=1)
-    refused("head_dim: supported are multiples of 16; got 24", head_dim=24)
-    refused("up to 256; got bfloat16 and 512", head_dim=512)
-    refused("contiguous rows", form="strided")
+    refused("cuda lacks feature 'any_head_dim'", head_dim=24)
+    refused("cuda lacks feature 'any_head_dim'", head_dim=512)
+    refused("cuda lacks feature 'any_strides'", form="strided")
     inputs = make_attention(AttentionCase(**BFLOAT16))
     with pytest.raises(Unsupported, match="cuda lacks feature 'ready'"):
         attend(inputs.args, inputs.kwargs, ready=[])
     with pytest.raises(InvalidArgument, match="seq_lens: expected an array on CUDA device 0"):
         kvlink.paged_attention(
-            DeviceArray(inputs.args[0]), pool_on_device(inputs.pool), 0, *inputs.args[3:]
+            DeviceArray(inputs.args[0]),
+            pool_on_device(inputs.pool),
+            0,
+            *inputs.args[3:],
+            backend="cuda",
         )
 
 
@@ -146,7 +150,9 @@ def test_merge_states(emulated_cuda: Emulation, dtype: torch.dtype, num_states: 
     for seed in SEEDS:
         emulated_cuda.seed(seed)
         merged, lse = kvlink.merge_states(
-            [DeviceArray(out) for out in outs], [DeviceArray(lse) for lse in lses]
+            [DeviceArray(out) for out in outs],
+            [DeviceArray(lse) for lse in lses],
+            backend="cuda",
         )
         results.append(merged.tensor)
         assert_close(merged.tensor, expected)

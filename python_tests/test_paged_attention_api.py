@@ -125,7 +125,10 @@ def int32(*values: int) -> torch.Tensor:
         (dict(softcap=-1.0), "softcap: expected > 0 or None; got -1.0"),
         (dict(sinks=torch.zeros(3)), "sinks: expected num_q_heads = 4 as in q; got 3"),
         (dict(alibi_slopes=torch.zeros(4).double()), "alibi_slopes: expected dtype float32"),
-        (dict(backend="gpu"), "backend: expected auto or one of cpu, triton, reference; got 'gpu'"),
+        (
+            dict(backend="gpu"),
+            "backend: expected auto or one of cpu, cuda, triton, reference; got 'gpu'",
+        ),
     ],
 )
 def test_wrong_values_are_named(changes: dict[str, Any], message: str) -> None:

@@ -17,6 +17,7 @@ constexpr int kPlanThreads = 256;
 constexpr int kSplitTokens = 512;  // counted from position 0, so they depend on nothing else
 constexpr int kDecodeRows = 16;
 constexpr int kExtendRows = 64;
+constexpr int kResident = 2;  // blocks on a processor that registers must suffice for
 constexpr int64_t kMaxWorkspaceBytes = int64_t{256} << 20;
 
 // Softmax of one row over one split: sum is of 2^(score - max), out is weighted the same way.
@@ -156,7 +157,8 @@ __device__ Denominator denominator(const PagedAttentionParams& p, int head, Stat
 
 // Grid: items (tiles of rows) in x, KV heads in y.
 template <DType kDType, int kMaxDim>
-__global__ void __launch_bounds__(kTileThreads) extend(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kTileThreads, kResident)
+    extend(const __grid_constant__ Args args) {
   using Tile = AttentionTile<kDType, kMaxDim, kExtendRows / 16>;
   const PagedAttentionParams& p = args.p;
   const int item = static_cast<int>(blockIdx.x);
@@ -188,7 +190,8 @@ __global__ void __launch_bounds__(kTileThreads) extend(const __grid_constant__ A
 // Grid: KV heads x tiles of their query heads in x, so that neighbours read the same pages; items
 // (splits of sequences) in y, as many as run at once.
 template <DType kDType, int kMaxDim>
-__global__ void __launch_bounds__(kTileThreads) decode(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kTileThreads, kResident)
+    decode(const __grid_constant__ Args args) {
   using Tile = AttentionTile<kDType, kMaxDim, kDecodeRows / 16>;
   constexpr int kOutStride = kMaxDim + 4;  // rows of a warp's result in shared memory
   static_assert(Tile::kSharedBytes >= sizeof(float) * kTileWarps * kDecodeRows * (kOutStride + 2));
