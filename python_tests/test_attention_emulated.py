@@ -28,8 +28,8 @@ def attend(args: Any, kwargs: dict[str, Any], **more: Any) -> tuple[torch.Tensor
     q, pool, layer, page_table, seq_lens = args
     arrays = [DeviceArray(each) for each in (page_table.contiguous(), seq_lens)]
     out, lse = kvlink.paged_attention(
-        DeviceArray(q), pool_on_device(pool), layer, *arrays, return_lse=True, backend="cuda", **more,
-        **{name: on_device(value) for name, value in kwargs.items()},
+        DeviceArray(q), pool_on_device(pool), layer, *arrays, return_lse=True, backend="cuda",
+        **more, **{name: on_device(value) for name, value in kwargs.items()},
     )  # fmt: skip
     return out.tensor, lse.tensor
 
