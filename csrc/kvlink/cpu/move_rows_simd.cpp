@@ -72,8 +72,56 @@ void copy_runs(const RowMove& move, const RowBox* boxes, int64_t num_boxes) {
   }
 }
 
+enum class Write { kNothing, kStore, kStream };
+
+// Rows of kStripes whole stripes, digested as they are copied or, with kNothing, as they lie.
+template <Write kWrite, int kStripes>
+uint64_t digest_whole_rows(const RowMove& move, const RowBox* boxes, int64_t num_boxes) {
+  const HeadStarts starts(move);
+  Words keys[kStripes];
+  keys[0] = Words::load(kFirstKeys);
+  for (int i = 1; i < kStripes; ++i) {
+    for (int j = 0; j < kWordParts; ++j) keys[i].part[j] = keys[i - 1].part[j] + row_digest::kStep;
+  }
+  DigestSum sum;
+  RowWalk<false> walk(move, boxes, num_boxes, kWrite == Write::kNothing);
+  FetchAhead<false> ahead(walk);
+  for (; !walk.done(); walk.next()) {
+    ahead.stripes<kStripes>();
+    const char* src = walk.src();
+    char* dst = walk.dst();
+    Words acc = Words::zero();
+    KVLINK_UNROLL
+    for (int i = 0; i < kStripes; ++i) {
+      const Words words = Words::load(src + 64 * i);
+      if (kWrite == Write::kStore) words.store(dst + 64 * i);
+      if (kWrite == Write::kStream) words.stream(dst + 64 * i);
+      add_stripe(acc, words, keys[i]);
+    }
+    sum.add_row(acc, starts[walk.head()], digest_shift(move, walk));
+  }
+  return sum.total();
+}
+
+// The same, where the row's length is one of those that models have; null for others.
+template <Write kWrite>
+RowFunction* whole_rows(int64_t row_bytes) {
+  switch (row_bytes) {
+    case 64: return digest_whole_rows<kWrite, 1>;
+    case 128: return digest_whole_rows<kWrite, 2>;
+    case 256: return digest_whole_rows<kWrite, 4>;
+    case 512: return digest_whole_rows<kWrite, 8>;
+    default: return nullptr;
+  }
+}
+
 uint64_t copy_and_digest(const RowMove& move, const RowBox* boxes, int64_t num_boxes) {
   const bool streaming = can_stream(move);
+  const int64_t row_bytes = move.dims * dtype_bytes(move.dst.dtype);
+  if (auto* whole = streaming ? whole_rows<Write::kStream>(row_bytes)
+                              : whole_rows<Write::kStore>(row_bytes)) {
+    return whole(move, boxes, num_boxes);
+  }
   const HeadStarts starts(move);
   DigestSum sum;
   RowWalk<false> walk(move, boxes, num_boxes, false);
@@ -100,9 +148,11 @@ void digest_strided(const RowMove& move, const char* row, RowLanes& lanes) {
 }
 
 uint64_t digest_heads(const RowMove& move, const RowBox* boxes, int64_t num_boxes) {
+  const bool strided = is_strided(move.dst, move.dims);
+  auto* whole = whole_rows<Write::kNothing>(move.dims * dtype_bytes(move.dst.dtype));
+  if (whole && !strided) return whole(move, boxes, num_boxes);
   const HeadStarts starts(move);
   DigestSum sum;
-  const bool strided = is_strided(move.dst, move.dims);
   RowWalk<false> walk(move, boxes, num_boxes, true);
   FetchAhead<false> ahead(walk);
   for (; !walk.done(); walk.next()) {

@@ -127,6 +127,13 @@ class FetchAhead {
   KVLINK_INLINE void bytes(int64_t num_bytes) {
     for (int64_t i = 0; i < num_bytes; i += row_digest::kStripeBytes) stripe();
   }
+  // A whole run of kStripes stripes; for callers that go by such runs alone.
+  template <int kStripes>
+  KVLINK_INLINE void stripes() {
+    KVLINK_UNROLL
+    for (int i = 0; i < kStripes; ++i) __builtin_prefetch(at_ + i * row_digest::kStripeBytes);
+    next_run();
+  }
   // What is left of the run that is fetched now.
   KVLINK_INLINE void run() {
     do {

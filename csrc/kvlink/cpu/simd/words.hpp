@@ -106,18 +106,23 @@ alignas(64) inline constexpr uint64_t kFirstKeys[8] = {
     row_digest::key(0), row_digest::key(1), row_digest::key(2), row_digest::key(3),
     row_digest::key(4), row_digest::key(5), row_digest::key(6), row_digest::key(7)};
 
+KVLINK_INLINE void add_stripe(Words& acc, const Words& words, const Words& keys) {
+  KVLINK_UNROLL
+  for (int i = 0; i < kWordParts; ++i) {
+    acc.part[i] += multiply_halves(words.part[i] ^ keys.part[i]);
+    acc.part[i] += exchange_neighbours(words.part[i]);
+  }
+}
+
 // The lanes of one row, stripe by stripe.
 class RowLanes {
  public:
   KVLINK_INLINE RowLanes() : keys_(Words::load(kFirstKeys)) {}
 
   KVLINK_INLINE void stripe(const Words& words) {
+    add_stripe(acc_, words, keys_);
     KVLINK_UNROLL
-    for (int i = 0; i < kWordParts; ++i) {
-      acc_.part[i] += multiply_halves(words.part[i] ^ keys_.part[i]);
-      acc_.part[i] += exchange_neighbours(words.part[i]);
-      keys_.part[i] += row_digest::kStep;
-    }
+    for (int i = 0; i < kWordParts; ++i) keys_.part[i] += row_digest::kStep;
   }
   // Whole stripes, except in the last call for a row.
   KVLINK_INLINE void bytes(const char* data, int64_t num_bytes) {
