@@ -22,13 +22,13 @@ void check_slots(const AppendKVParams& params) {
 }
 
 // Tokens that go to consecutive slots of a page make one box.
-std::vector<RowBox> plan_boxes(const AppendKVParams& params, int64_t max_tokens) {
+void plan_boxes(const AppendKVParams& params, int64_t max_tokens, int64_t first, int64_t count,
+                std::vector<RowBox>& boxes) {
   const int64_t page_size = params.kv.layout.page_size;
-  std::vector<RowBox> boxes;
-  for (int64_t t = 0; t < params.num_tokens; ++t) {
+  for (int64_t t = first; t < first + count; ++t) {
     const int64_t slot = params.slots[t];
     if (slot < 0) continue;
-    if (t > 0 && !boxes.empty() && params.slots[t - 1] == slot - 1 && slot % page_size != 0 &&
+    if (t > first && !boxes.empty() && params.slots[t - 1] == slot - 1 && slot % page_size != 0 &&
         boxes.back().num_tokens < max_tokens) {
       ++boxes.back().num_tokens;
       continue;
@@ -39,7 +39,6 @@ std::vector<RowBox> plan_boxes(const AppendKVParams& params, int64_t max_tokens)
                      .dst_slot = slot % page_size,
                      .num_tokens = 1});
   }
-  return boxes;
 }
 
 // Floats of turned keys that wait in the first cache to be stored.
@@ -124,7 +123,11 @@ void append_kv(const std::vector<AppendKVParams>& layers) {
     }
     return store(move, boxes, num_boxes);
   };
-  for_each_box(moves, plan_boxes(first, box_tokens(moves)), write);
+  const int64_t max_tokens = box_tokens(moves);
+  const auto planner = [&](int64_t token, int64_t count, std::vector<RowBox>& boxes) {
+    plan_boxes(first, max_tokens, token, count, boxes);
+  };
+  for_each_box(moves, first.num_tokens, planner, write);
 }
 
 }  // namespace kvlink::cpu

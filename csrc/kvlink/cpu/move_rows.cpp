@@ -51,32 +51,31 @@ int64_t box_tokens(const std::vector<RowMove>& moves) {
   return std::max<int64_t>(limit, 1);
 }
 
-uint64_t for_each_box(const std::vector<RowMove>& moves, const std::vector<RowBox>& boxes,
-                      const std::function<RowFunction>& function) {
-  const int64_t num_boxes = boxes.size();
-  if (moves.empty() || num_boxes == 0) return 0;
-  int64_t num_tokens = 0;
-  for (const RowBox& box : boxes) num_tokens += box.num_tokens;
+uint64_t for_each_box(const std::vector<RowMove>& moves, int64_t num_tokens,
+                      const BoxPlanner& planner, const std::function<RowFunction>& function) {
+  if (moves.empty() || num_tokens == 0) return 0;
   int64_t num_bytes = 0;
   for (const RowMove& move : moves) num_bytes += num_tokens * token_bytes(move);
-  // Every task takes a layer's planes and a stretch of boxes, one plane after the other: K and V of
+  // Every task takes a layer's planes and a stretch of tokens, one plane after the other: K and V of
   // a page are near each other, so the second finds the page's addresses translated.
   const int64_t num_planes = moves.size() > 1 && moves[1].model_plane == 1 ? 2 : 1;
   const int64_t num_layers = ceil_div(moves.size(), num_planes);
-  const int64_t parts = std::clamp<int64_t>(num_bytes / num_layers / kTaskBytes, 1, num_boxes);
-  const int64_t boxes_per_part = ceil_div(num_boxes, parts);
+  const int64_t parts = std::clamp<int64_t>(num_bytes / num_layers / kTaskBytes, 1, num_tokens);
+  const int64_t tokens_per_part = ceil_div(num_tokens, parts);
   std::atomic<uint64_t> sum{0};
   const auto run_part = [&](int64_t task) {
-    const int64_t first = task / num_layers * boxes_per_part;
-    const int64_t count = std::min(boxes_per_part, num_boxes - first);
+    thread_local std::vector<RowBox> boxes;
+    boxes.clear();
+    const int64_t first = task / num_layers * tokens_per_part;
+    planner(first, std::min(tokens_per_part, num_tokens - first), boxes);
     const RowMove* layer = &moves[task % num_layers * num_planes];
     uint64_t part_sum = 0;
     for (int64_t plane = 0; plane < num_planes; ++plane) {
-      part_sum += function(layer[plane], &boxes[first], count);
+      part_sum += function(layer[plane], boxes.data(), std::ssize(boxes));
     }
     sum.fetch_add(part_sum, std::memory_order_relaxed);
   };
-  const int64_t num_tasks = num_layers * ceil_div(num_boxes, boxes_per_part);
+  const int64_t num_tasks = num_layers * ceil_div(num_tokens, tokens_per_part);
   if (num_bytes < kTaskBytes) {  // not worth waking a thread
     for (int64_t task = 0; task < num_tasks; ++task) run_part(task);
   } else {

@@ -38,8 +38,12 @@ void check_run(const TokenRun& run, int64_t num_tokens, const LayerView& layer, 
 // Most tokens in a box, so that a box is work worth a task of its own at most.
 int64_t box_tokens(const std::vector<RowMove>& moves);
 
-// Applies `function` to every move and box on the thread pool; the sum of what it returns.
-uint64_t for_each_box(const std::vector<RowMove>& moves, const std::vector<RowBox>& boxes,
-                      const std::function<RowFunction>& function);
+// Appends the boxes of tokens first .. first + count - 1 of what is moved; called on any thread.
+using BoxPlanner = std::function<void(int64_t first, int64_t count, std::vector<RowBox>& boxes)>;
+
+// Applies `function` to every move and all boxes of `num_tokens` tokens on the thread pool; the sum
+// of what it returns.
+uint64_t for_each_box(const std::vector<RowMove>& moves, int64_t num_tokens,
+                      const BoxPlanner& planner, const std::function<RowFunction>& function);
 
 }  // namespace kvlink::cpu

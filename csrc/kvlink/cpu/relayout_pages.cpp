@@ -70,8 +70,10 @@ bool pages_join(const RowPlane& rows, int64_t page_size) {
 
 // A place in a run.
 struct Cursor {
-  Cursor(const TokenRun& run, int64_t size)
-      : page(run.pages + run.first_slot / size), slot(run.first_slot % size), page_size(size) {}
+  Cursor(const TokenRun& run, int64_t token, int64_t size)
+      : page(run.pages + (run.first_slot + token) / size),
+        slot((run.first_slot + token) % size),
+        page_size(size) {}
 
   int64_t left() const { return page_size - slot; }  // tokens in this page
   void skip(int64_t count) {                         // no more than are left
@@ -89,43 +91,51 @@ struct Cursor {
   int64_t slot, page_size;
 };
 
-// Cuts the run where either side changes its page, unless both sides go on as if it did not.
-std::vector<RowBox> plan_boxes(const RelayoutParams& params, const std::vector<RowMove>& moves) {
-  const int64_t max_tokens = box_tokens(moves);
-  const int64_t src_size = params.src_layers[0].layout.page_size;
-  const int64_t dst_size = params.dst_layers[0].layout.page_size;
-  bool src_joins = true, dst_joins = true;
-  for (const RowMove& move : moves) {
-    src_joins = src_joins && pages_join(move.src, src_size);
-    dst_joins = dst_joins && pages_join(move.dst, dst_size);
-  }
-  // NOTE: a few divisions for a box would take as long as the copy of one of 2 KiB.
-  Cursor src(params.src, src_size), dst(params.dst, dst_size);
-  std::vector<RowBox> boxes;
-  boxes.reserve(params.num_tokens / std::min({src_size, dst_size, max_tokens}) + 2);
-  for (int64_t token = 0; token < params.num_tokens;) {
-    const int64_t count = std::min({src.left(), dst.left(), max_tokens, params.num_tokens - token});
-    const auto continues = [&](const RowBox& last) {
-      return src.follows(last.src_page, last.src_slot + last.num_tokens, src_joins) &&
-             dst.follows(last.dst_page, last.dst_slot + last.num_tokens, dst_joins) &&
-             last.num_tokens + count <= max_tokens;
-    };
-    if (!boxes.empty() && continues(boxes.back())) {
-      boxes.back().num_tokens += count;
-    } else {
-      boxes.push_back({.src_page = *src.page,
-                       .src_slot = src.slot,
-                       .dst_page = *dst.page,
-                       .dst_slot = dst.slot,
-                       .num_tokens = count,
-                       .token_position = params.token_position + token});
+// Cuts a run where either side changes its page, unless both sides go on as if it did not.
+class RunCutter {
+ public:
+  RunCutter(const RelayoutParams& params, const std::vector<RowMove>& moves)
+      : params_(params),
+        max_tokens_(box_tokens(moves)),
+        src_size_(params.src_layers[0].layout.page_size),
+        dst_size_(params.dst_layers[0].layout.page_size) {
+    for (const RowMove& move : moves) {
+      src_joins_ = src_joins_ && pages_join(move.src, src_size_);
+      dst_joins_ = dst_joins_ && pages_join(move.dst, dst_size_);
     }
-    token += count;
-    src.skip(count);
-    dst.skip(count);
   }
-  return boxes;
-}
+
+  // NOTE: a few divisions for a box would take as long as the copy of one of 2 KiB.
+  void operator()(int64_t first, int64_t num_tokens, std::vector<RowBox>& boxes) const {
+    Cursor src(params_.src, first, src_size_), dst(params_.dst, first, dst_size_);
+    for (int64_t token = first, end = first + num_tokens; token < end;) {
+      const int64_t count = std::min({src.left(), dst.left(), max_tokens_, end - token});
+      const auto continues = [&](const RowBox& last) {
+        return src.follows(last.src_page, last.src_slot + last.num_tokens, src_joins_) &&
+               dst.follows(last.dst_page, last.dst_slot + last.num_tokens, dst_joins_) &&
+               last.num_tokens + count <= max_tokens_;
+      };
+      if (!boxes.empty() && continues(boxes.back())) {
+        boxes.back().num_tokens += count;
+      } else {
+        boxes.push_back({.src_page = *src.page,
+                         .src_slot = src.slot,
+                         .dst_page = *dst.page,
+                         .dst_slot = dst.slot,
+                         .num_tokens = count,
+                         .token_position = params_.token_position + token});
+      }
+      token += count;
+      src.skip(count);
+      dst.skip(count);
+    }
+  }
+
+ private:
+  const RelayoutParams& params_;
+  int64_t max_tokens_, src_size_, dst_size_;
+  bool src_joins_ = true, dst_joins_ = true;
+};
 
 // What does not stay in the caches anyway should not pass through them: its lines would be read
 // before they are written, and push out others.
@@ -148,8 +158,8 @@ RelayoutResult relayout_pages(const RelayoutParams& params) {
     move.verbatim = moves_verbatim(move);
     move.streaming = streaming;
   }
-  const std::vector<RowBox> boxes = plan_boxes(params, moves);
-  const uint64_t digest = for_each_box(moves, boxes, KVLINK_SIMD_PICK(move_rows));
+  const uint64_t digest = for_each_box(moves, params.num_tokens, RunCutter(params, moves),
+                                       KVLINK_SIMD_PICK(move_rows));
   return {.rows = static_cast<uint64_t>(params.num_tokens) * params.num_heads * moves.size(),
           .digest = digest};
 }
