@@ -56,8 +56,8 @@ uint64_t for_each_box(const std::vector<RowMove>& moves, int64_t num_tokens,
   if (moves.empty() || num_tokens == 0) return 0;
   int64_t num_bytes = 0;
   for (const RowMove& move : moves) num_bytes += num_tokens * token_bytes(move);
-  // Every task takes a layer's planes and a stretch of tokens, one plane after the other: K and V of
-  // a page are near each other, so the second finds the page's addresses translated.
+  // Every task takes a layer's planes and a stretch of tokens, one plane after the other: K and V
+  // of a page are near each other, so the second finds the page's addresses translated.
   const int64_t num_planes = moves.size() > 1 && moves[1].model_plane == 1 ? 2 : 1;
   const int64_t num_layers = ceil_div(moves.size(), num_planes);
   const int64_t parts = std::clamp<int64_t>(num_bytes / num_layers / kTaskBytes, 1, num_tokens);

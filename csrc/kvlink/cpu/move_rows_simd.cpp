@@ -107,11 +107,16 @@ uint64_t digest_whole_rows(const RowMove& move, const RowBox* boxes, int64_t num
 template <Write kWrite>
 RowFunction* whole_rows(int64_t row_bytes) {
   switch (row_bytes) {
-    case 64: return digest_whole_rows<kWrite, 1>;
-    case 128: return digest_whole_rows<kWrite, 2>;
-    case 256: return digest_whole_rows<kWrite, 4>;
-    case 512: return digest_whole_rows<kWrite, 8>;
-    default: return nullptr;
+    case 64:
+      return digest_whole_rows<kWrite, 1>;
+    case 128:
+      return digest_whole_rows<kWrite, 2>;
+    case 256:
+      return digest_whole_rows<kWrite, 4>;
+    case 512:
+      return digest_whole_rows<kWrite, 8>;
+    default:
+      return nullptr;
   }
 }
 
