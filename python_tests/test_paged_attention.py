@@ -107,6 +107,26 @@ def test_query_dtypes(level: str, q_dtype: str, kv_dtype: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16", "float8_e5m2", "int8"])
+@pytest.mark.parametrize("form", ["nhd", "hnd", "latent"])
+@pytest.mark.parametrize(
+    ("num_q_heads", "num_kv_heads", "head_dim"),
+    [(3, 3, 20), (14, 2, 33), (12, 1, 72), (32, 8, 128), (64, 4, 48)],
+)
+def test_few_rows_read_in_place(
+    level: str, kv_dtype: str, form: str, num_q_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    """Every block of rows and vectors, and their remainders: 1 to 16 rows a KV head."""
+    _C.set_simd_level(level)
+    case = AttentionCase(
+        q_lens=(1, 2, 1), seq_lens=(70, 600, 7), num_q_heads=num_q_heads, form=form,
+        num_kv_heads=1 if form == "latent" else num_kv_heads, head_dim=head_dim,
+        kv_dtype=kv_dtype, kv_scale="none", q_dtype="bfloat16", page_size=12,
+    )  # fmt: skip
+    check(case)
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("head_dim", [*range(8, 80, 8), 96, 120, 128, 192, 256, 576])
 def test_head_dims(level: str, head_dim: int) -> None:
     _C.set_simd_level(level)

@@ -49,16 +49,35 @@ def test_the_batch_does_not_matter(level: str, kv_dtype: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_chunks_of_the_new_tokens_do_not_matter(level: str) -> None:
+@pytest.mark.parametrize(
+    ("q_dtype", "kv_dtype"),
+    [
+        ("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float32", "float32"),
+        ("float32", "float16"), ("bfloat16", "float8_e4m3"), ("bfloat16", "int8"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("shape", [(6, 2, 32, None), (10, 2, 72, 40), (5, 5, 128, None)])
+def test_chunks_of_the_new_tokens_do_not_matter(
+    level: str, q_dtype: str, kv_dtype: str, shape: tuple[int, int, int, int | None]
+) -> None:
+    """Few rows read K and V in place, many widen them first: in the same order."""
     _C.set_simd_level(level)
-    case = AttentionCase(q_lens=(60,), seq_lens=(700,), num_q_heads=6, kv_dtype="bfloat16")
+    num_q_heads, num_kv_heads, head_dim, window = shape
+    case = AttentionCase(
+        q_lens=(60,), seq_lens=(700,), num_q_heads=num_q_heads, num_kv_heads=num_kv_heads,
+        head_dim=head_dim, q_dtype=q_dtype, kv_dtype=kv_dtype, window=window,
+        kv_scale="token_head" if kv_dtype in ("float8_e4m3", "int8") else "none",
+    )  # fmt: skip
     q, pool, layer, page_table, _ = make_attention(case).args
-    whole = kvlink.paged_attention(q, pool, layer, page_table, [700], q_indptr=[0, 60])
+    whole = kvlink.paged_attention(
+        q, pool, layer, page_table, [700], q_indptr=[0, 60], window=window
+    )
     row = 0
     for size in (1, 2, 5, 20, 32):
         part = kvlink.paged_attention(
-            q[row : row + size], pool, layer, page_table, [640 + row + size], q_indptr=[0, size]
-        )
+            q[row : row + size], pool, layer, page_table, [640 + row + size], q_indptr=[0, size],
+            window=window,
+        )  # fmt: skip
         assert_same_bits(part, whole[row : row + size])
         row += size
 
