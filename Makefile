@@ -55,7 +55,7 @@ SANITIZED_TESTS ?= $(wildcard $(patsubst %,python_tests/test_%.py,layout pool po
 	emulation cache_ops_emulated attention_emulated))
 
 # A quick part of the transfer tests, on every path; SANITIZED_TRANSPORT=* takes all of them.
-SANITIZED_TRANSPORT ?= threads moves faults ends sessions deaths campaign fuzz
+SANITIZED_TRANSPORT ?= threads moves faults ends sessions deaths fuzz
 SANITIZED_TRANSPORT_TESTS ?= $(filter-out $(patsubst %,%.py,$(addprefix \
 	python_tests/transfer/test_transfer_,two_hosts doctor)),$(wildcard $(patsubst \
 	%,python_tests/transfer/test_transfer_%.py,$(SANITIZED_TRANSPORT))))

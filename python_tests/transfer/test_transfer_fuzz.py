@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import time
 
 import pytest
 
+from kvlink.testing.faults.peer import PeerProcess
+from kvlink.testing.faults.tuning import SHORT
 from kvlink.testing.fuzz.campaign import MAX_GROWTH, run_fuzz
-from kvlink.testing.fuzz.client import STAGES
+from kvlink.testing.fuzz.client import STAGES, Fuzzer
 from kvlink.testing.fuzz.mutations import MUTATIONS, PLACES, corpus, hard, must_be_refused
 from kvlink.transfer import wire
+from kvlink.transfer.channel import Channel
 
 pytestmark = [pytest.mark.two_process, pytest.mark.timeout(200)]
 
@@ -25,6 +29,21 @@ def test_an_endpoint_under_mutated_frames() -> None:
     assert {name.split(",")[0] for name in found.counts} == set(STAGES)
     assert found.refusals["ProtocolError"] > NUM_FRAMES // 50
     assert found.num_good > 10
+
+
+def test_a_client_that_is_held_up_is_not_refused() -> None:
+    """What the campaign calls refused is never a bound that the campaign itself has shortened."""
+    target = PeerProcess("target", "host_shm")
+    try:
+        fuzzer = Fuzzer(target.address, 0)
+        sock = fuzzer._knock()
+        channel = Channel(sock, fuzzer._credentials.begin(server_side=False))
+        channel.shake_until(time.monotonic() + 20, lambda: False)
+        time.sleep(SHORT + 0.1)
+        assert fuzzer._greet(channel, "session") == 1
+        channel.close()
+    finally:
+        assert target.end() == 0
 
 
 def test_mutations_reach_every_type_and_many_are_refused() -> None:
