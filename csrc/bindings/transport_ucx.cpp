@@ -113,6 +113,7 @@ void register_transport_ucx(py::module_& module) {
                                                    {"asked_again", counts.asked.load()},
                                                    {"copied_chunks", counts.copied.load()},
                                                    {"in_place_chunks", counts.in_place.load()},
+                                                   {"gathered_chunks", counts.gathered.load()},
                                                    {"direct_chunks", counts.direct.load()}};
           },
           "What only this path counts.")

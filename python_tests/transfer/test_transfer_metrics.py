@@ -232,7 +232,7 @@ def test_the_ucx_path() -> None:
         assert scrape("kvlink_transfer_ended_total", outcome="ok", **labels) == 1
         assert set(link.metrics()["path_events"]) == {
             "asked_again", "credit_waits", "dropped_messages", "copied_chunks", "in_place_chunks",
-            "direct_chunks",
+            "gathered_chunks", "direct_chunks",
         }  # fmt: skip
         before = scrape("kvlink_path_events_total", **labels)
         link.close()

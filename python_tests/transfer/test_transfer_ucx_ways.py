@@ -13,15 +13,25 @@ from kvlink.transfer import GrantRevoked, TransferTimeout
 
 pytestmark = [pytest.mark.two_process, pytest.mark.timeout(60)]
 
-# Whole pages are runs of 32 KiB, in either order: long enough to be put and got.
+# Whole pages are runs of 32 KiB, in either order: long enough to be put and got, or to be sent from
+# where they lie (if in the order of a chunk, which is that of tokens).
 LONG = PoolSpec(page_size=128, num_pages=12)
 PAGES, OTHERS, TOKENS = [5, 3, 9], [1, 2, 4], 300
 LAYERS = 4
 
 
-@pytest.fixture(scope="module", params=["ucx", "ucx_tcp"])
-def path(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(scope="module", params=["ucx", "ucx_tcp", "ucx_tcp puts"])
+def setting(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A path; and whether long runs are put and got over TCP, too, as they are over RDMA."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param.endswith("puts"):
+            patch.setenv("KVLINK_UCX_PUT_OVER_TCP", "1")
+        yield str(request.param)
+
+
+@pytest.fixture(scope="module")
+def path(setting: str) -> str:
+    return setting.split()[0]
 
 
 @pytest.fixture(scope="module", params=["nhd", "hnd"])
@@ -32,15 +42,17 @@ def source(path: str, request: pytest.FixtureRequest) -> Iterator[tuple[PoolSpec
         yield spec, peer
 
 
-def way(path: str, long_runs: bool) -> str:
-    """How the chunks of a transfer go."""
-    if path == "ucx":
+def way(setting: str, order: str, same: bool) -> str:
+    """How the chunks of a push go."""
+    if setting == "ucx":
         return "in_place_chunks"
-    return "direct_chunks" if long_runs else "copied_chunks"
+    if setting.endswith("puts") and same:
+        return "direct_chunks"
+    return "gathered_chunks" if order == "nhd" else "copied_chunks"
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["same layout", "other pages"])
-def test_push(source: tuple[PoolSpec, Peer], path: str, same: bool) -> None:
+def test_push(source: tuple[PoolSpec, Peer], setting: str, path: str, same: bool) -> None:
     spec, peer = source
     dst = spec if same else replace(spec, page_size=10, num_pages=60)
     pages = OTHERS if same else list(range(31, 1, -1))
@@ -57,12 +69,13 @@ def test_push(source: tuple[PoolSpec, Peer], path: str, same: bool) -> None:
         dst.fill(want, pages, TOKENS)
         assert pool_bytes(pool).tobytes() == pool_bytes(want).tobytes()
         taken = {name for name, count in counters.items() if count}
-        assert taken == {way(path, same)}
-        assert counters[way(path, same)] >= LAYERS
+        expected = way(setting, spec.kind, same)
+        assert taken == {expected}
+        assert counters[expected] >= LAYERS
         peer.call("close_link")
 
 
-def test_pull(source: tuple[PoolSpec, Peer], path: str) -> None:
+def test_pull(source: tuple[PoolSpec, Peer], setting: str, path: str) -> None:
     spec, peer = source
     with open_endpoint("decode", path) as endpoint:
         pool = spec.build()
@@ -75,11 +88,11 @@ def test_pull(source: tuple[PoolSpec, Peer], path: str) -> None:
         spec.fill(want, OTHERS, TOKENS)
         assert pool_bytes(pool).tobytes() == pool_bytes(want).tobytes()
         counters = link.path_link.counters()
-        assert (counters["direct_chunks"] >= LAYERS) == (path == "ucx_tcp")
+        assert (counters["direct_chunks"] >= LAYERS) == setting.endswith("puts")
 
 
 def test_a_put_that_was_begun_before_the_revocation(
-    source: tuple[PoolSpec, Peer], path: str
+    source: tuple[PoolSpec, Peer], setting: str, path: str
 ) -> None:
     """It lands in pages that are still quarantined, or not at all."""
     spec, peer = source
@@ -100,7 +113,7 @@ def test_a_put_that_was_begun_before_the_revocation(
         peer.call("leave")
         grant.wait_released(10)
         landed = returned[0] != before
-        assert landed == (way(path, True) == "direct_chunks")
+        assert landed == (way(setting, spec.kind, True) == "direct_chunks")
         assert pool_bytes(pool).tobytes() == returned[0]
         with pytest.raises(GrantRevoked):
             peer.call("wait_arrived", transfer)

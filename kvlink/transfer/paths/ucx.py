@@ -189,9 +189,10 @@ class UcxLink(BaseLink[RegionDescriptor]):
 
     def counters(self) -> dict[str, int]:
         """`copied_chunks` went through a buffer, `in_place_chunks` were read by a peer on this host
-        where they were packed, `direct_chunks` were put or got; `credit_waits`: chunks that waited
-        for room in the window; `asked_again`: questions to a peer that had been silent;
-        `dropped_messages`: of another session, or without a question."""
+        where they were packed, `gathered_chunks` were sent from the pages themselves,
+        `direct_chunks` were put or got; `credit_waits`: chunks that waited for room in the window;
+        `asked_again`: questions to a peer that had been silent; `dropped_messages`: of another
+        session, or without a question."""
         counters: dict[str, int] = self._moving.counters()
         return counters
 

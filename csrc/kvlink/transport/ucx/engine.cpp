@@ -53,6 +53,7 @@ std::shared_ptr<Engine> Engine::create() {
   const std::string segment = std::to_string(kPassingChunkBytes + 4096);
   set_default(config, "TCP_TX_SEG_SIZE", segment.c_str());
   set_default(config, "TCP_RX_SEG_SIZE", segment.c_str());
+  set_default(config, "TCP_MAX_IOV", std::to_string(kMaxPieces + 8).c_str());  // and headers
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME;
   params.features = UCP_FEATURE_AM | UCP_FEATURE_RMA | UCP_FEATURE_WAKEUP;

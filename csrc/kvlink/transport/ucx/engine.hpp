@@ -16,6 +16,8 @@ namespace kvlink::transport::ucx {
 
 // Bytes of a chunk that passes through UCX's own receive buffers (port.hpp).
 inline constexpr size_t kPassingChunkBytes = size_t{512} << 10;
+// Most pieces that one is sent from.
+inline constexpr size_t kMaxPieces = 40;
 
 class Port;
 class Engine;

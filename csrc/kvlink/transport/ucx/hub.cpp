@@ -1,6 +1,8 @@
 #include "kvlink/transport/ucx/hub.hpp"
 
 #include <algorithm>
+#include <cstdlib>
+#include <string_view>
 
 #include "kvlink/layout/rows.hpp"
 #include "kvlink/transport/ucx/link.hpp"
@@ -28,6 +30,12 @@ std::shared_ptr<Hub> Hub::create(std::shared_ptr<Control> control, const Executo
   });
   return hub;
 }
+
+Hub::Hub(std::shared_ptr<Control> control, const Executor& executor, std::shared_ptr<Engine> engine)
+    : control(std::move(control)), executor(executor), engine(std::move(engine)), puts_over_tcp([] {
+        const char* text = std::getenv("KVLINK_UCX_PUT_OVER_TCP");
+        return text != nullptr && std::string_view(text) == "1";
+      }()) {}
 
 Hub::~Hub() { close(); }
 

@@ -13,15 +13,14 @@ class Link;
 // Chunks of one transfer that may be under way, and the most bytes of a staged one.
 inline constexpr int kWindow = 4;
 inline constexpr size_t kChunkBytes = size_t{1} << 20;
-// Runs from this length on are put and got directly, where both sides' bytes are the same.
+// Runs from this length on are not packed, where both sides' bytes are the same.
 inline constexpr int64_t kDirectBytes = int64_t{32} << 10;
 
 class Hub : public std::enable_shared_from_this<Hub> {
  public:
   // Throws std::runtime_error when UCX cannot start.
   static std::shared_ptr<Hub> create(std::shared_ptr<Control> control, const Executor& executor);
-  Hub(std::shared_ptr<Control> control, const Executor& executor, std::shared_ptr<Engine> engine)
-      : control(std::move(control)), executor(executor), engine(std::move(engine)) {}
+  Hub(std::shared_ptr<Control> control, const Executor& executor, std::shared_ptr<Engine> engine);
   ~Hub();
 
   void add(const std::shared_ptr<Link>& link);
@@ -35,6 +34,7 @@ class Hub : public std::enable_shared_from_this<Hub> {
   const Executor executor;
   const std::shared_ptr<Engine> engine;
   Mover mover;
+  const bool puts_over_tcp;  // KVLINK_UCX_PUT_OVER_TCP=1, for tests of direct access without RDMA
 
  private:
   void on_closed(SlotKey key, Status status);

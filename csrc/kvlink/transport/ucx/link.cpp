@@ -130,7 +130,10 @@ void Link::send(Header header, Outgoing payload, Done done) {
     header.session = peer_session_;
   }
   payload.header = header.bytes();
-  if (take_fault(Fault::kDrop)) return;
+  if (take_fault(Fault::kDrop)) {
+    if (done) done(UCS_OK);
+    return;
+  }
   if (take_fault(Fault::kDuplicate)) port_->send(payload);
   if (take_fault(Fault::kDelay)) {
     std::thread([payload, done, port = port_] {
@@ -368,7 +371,9 @@ std::shared_ptr<PostedTransfer> Link::begin(TransferSpec spec, const RemotePool&
     }
   }
   // What the peer reads in place is packed once and scattered once; a put would be copied, too.
-  header.direct = !peer_maps_ && direct_pays(spec, kDirectBytes);
+  // Over TCP, UCX itself makes messages of puts and gets, with more copies than ours have.
+  header.direct =
+      !peer_maps_ && (!port_->all_pass() || hub_->puts_over_tcp) && direct_pays(spec, kDirectBytes);
   std::string payload;
   if (!push) {
     const KVLayout& layout = spec.dst.layers.front().layout;

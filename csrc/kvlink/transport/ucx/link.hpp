@@ -53,6 +53,7 @@ class Link : public std::enable_shared_from_this<Link> {
   void close(Status status);
   bool closed() const { return worker_->closed(); }
   void inject(Fault fault, int count);
+  bool has_fault(Fault fault) const { return faults_[static_cast<size_t>(fault)].load() > 0; }
   // For fault tests: pins the pages of a slot, as a writer that is about to put, until leave(). As
   // part of the transfer that is open to it, if there is one; then leave() puts first, if it may.
   Status enter(SlotKey key, SlotKind kind, int32_t model_layer, int32_t model_head,
@@ -63,8 +64,9 @@ class Link : public std::enable_shared_from_this<Link> {
     std::atomic<uint64_t> dropped{0};
     // Chunks that waited for room in the window, and questions to a peer that had been silent.
     std::atomic<uint64_t> credit_waits{0}, asked{0};
-    // Chunks that this side sent: through a buffer, read there by the peer, put or got.
-    std::atomic<uint64_t> copied{0}, in_place{0}, direct{0};
+    // Chunks that this side sent: through a buffer, read there by the peer, from the pages
+    // themselves, put or got.
+    std::atomic<uint64_t> copied{0}, in_place{0}, gathered{0}, direct{0};
   };
   Counts counts;
 

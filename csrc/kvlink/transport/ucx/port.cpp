@@ -26,6 +26,7 @@ struct Port::Operation {
   Port* port = nullptr;
   Operation *previous = nullptr, *next = nullptr;
   std::string header;
+  std::vector<ucp_dt_iov_t> pieces;
   std::shared_ptr<void> keep, mapping;
   Done done;
 };
@@ -163,9 +164,17 @@ void Port::do_send(Outgoing message, Done done) {
     param.op_attr_mask |= UCP_OP_ATTR_FIELD_MEMH;
     param.memh = message.mapping->memh();
   }
-  start(operation,
-        api().ucp_am_send_nbx(endpoint_, kMessageId, operation->header.data(),
-                              operation->header.size(), message.data, message.size, &param));
+  const void* data = message.data;
+  size_t count = message.size;
+  if (!message.pieces.empty()) {
+    operation->pieces = std::move(message.pieces);
+    param.op_attr_mask |= UCP_OP_ATTR_FIELD_DATATYPE;
+    param.datatype = ucp_dt_make_iov();
+    data = operation->pieces.data();
+    count = operation->pieces.size();
+  }
+  start(operation, api().ucp_am_send_nbx(endpoint_, kMessageId, operation->header.data(),
+                                         operation->header.size(), data, count, &param));
 }
 
 void Port::put(std::vector<RemoteRun> runs, std::shared_ptr<void> keep, Done done) {

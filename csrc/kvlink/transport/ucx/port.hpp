@@ -39,6 +39,7 @@ struct Outgoing {
   size_t size = 0;
   std::shared_ptr<Mapping> mapping;  // of data, where it has one
   std::shared_ptr<void> keep;
+  std::vector<ucp_dt_iov_t> pieces = {};  // instead of data: `size` bytes together
 };
 
 // One contiguous piece of a put or get.

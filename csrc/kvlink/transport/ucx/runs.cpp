@@ -71,9 +71,7 @@ int64_t run_bytes(const KVLayout& a, const KVLayout& b, int32_t num_heads) {
   return least;
 }
 
-std::vector<RemoteRun> find_runs(const RelayoutParams& params, bool push,
-                                 const std::vector<RemoteBlock>& blocks,
-                                 const std::vector<uint32_t>& block_numbers) {
+std::vector<RemoteRun> cut_runs(const RelayoutParams& params, bool push) {
   const LayerView& src = *params.src_layers;
   const LayerView& dst = *params.dst_layers;
   std::vector<RemoteRun> runs;
@@ -115,6 +113,13 @@ std::vector<RemoteRun> find_runs(const RelayoutParams& params, bool push,
       token += count;
     }
   }
+  return runs;
+}
+
+std::vector<RemoteRun> find_runs(const RelayoutParams& params, bool push,
+                                 const std::vector<RemoteBlock>& blocks,
+                                 const std::vector<uint32_t>& block_numbers) {
+  std::vector<RemoteRun> runs = cut_runs(params, push);
   for (RemoteRun& run : runs) {
     run.block = block_numbers[find_block(run.remote, run.size, blocks)];
   }

@@ -6,6 +6,7 @@
 #include "kvlink/base/check.hpp"
 #include "kvlink/base/math.hpp"
 #include "kvlink/layout/rows.hpp"
+#include "kvlink/transport/ucx/runs.hpp"
 
 namespace kvlink::transport::ucx {
 
@@ -60,6 +61,12 @@ UcxTransfer::UcxTransfer(std::shared_ptr<Link> link, uint64_t number, TransferSp
   chunk_tokens_ = std::max<int64_t>(1, static_cast<int64_t>(link_->chunk_bytes()) / token);
   // Chunks end where pages do, if one holds a page.
   if (chunk_tokens_ >= layout.page_size) chunk_tokens_ -= chunk_tokens_ % layout.page_size;
+  const LayerView staged =
+      staged_view(spec_.dst.layers.front(), spec_.plan.num_heads, 0, chunk_tokens_, nullptr);
+  const KVLayout& source = spec_.src.layers.front().layout;
+  gathers_ = spec_.kind == SlotKind::kGrant && link_->port().all_pass() &&
+             same_bytes(source, staged.layout) &&
+             run_bytes(source, staged.layout, spec_.plan.num_heads) >= kDirectBytes;
 }
 
 UcxTransfer::~UcxTransfer() {
@@ -220,6 +227,9 @@ bool UcxTransfer::move_chunk(int32_t part, int64_t first, int64_t count) {
   if (direct_) return begin_direct(chunk);
   const uint64_t seq = open_chunk(chunk);
   if (seq == 0) return false;
+  if (auto pieces = pieces_of(chunk); !pieces.empty()) {
+    return gather(seq, chunk, std::move(pieces));
+  }
   if (spec_.kind == SlotKind::kGrant) return stage(seq, chunk);
   chunk.started_ns = now_ns();
   {

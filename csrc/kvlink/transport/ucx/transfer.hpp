@@ -1,5 +1,6 @@
 // The moving side of a transfer whose pages belong to a peer elsewhere.
 //   staged:  chunks are packed and converted into buffers, and sent (push) or asked for (pull)
+//   gathered: the same, but a push of long runs over TCP sends them from where they lie
 //   direct:  the peer pins its pages, and puts or gets move the runs that both layouts share
 #pragma once
 
@@ -72,6 +73,10 @@ class UcxTransfer final : public PostedTransfer {
   void close_chunk(uint64_t seq, const Chunk& chunk, Status status);
   void close_answered();
   bool stage(uint64_t seq, Chunk chunk);
+  // Empty where a chunk has to be packed.
+  std::vector<ucp_dt_iov_t> pieces_of(const Chunk& chunk) const;
+  bool gather(uint64_t seq, Chunk chunk, std::vector<ucp_dt_iov_t> pieces);
+  bool digest_source(Chunk* chunk);
   bool begin_direct(Chunk chunk);
   void on_entered(const Header& header);
   void leave(uint64_t seq, const Chunk& chunk, Status status);
@@ -83,6 +88,7 @@ class UcxTransfer final : public PostedTransfer {
   const std::shared_ptr<Link> link_;
   const uint64_t number_;
   const bool direct_;
+  bool gathers_ = false;
   const std::shared_ptr<Terms> terms_;         // what spec_'s views of the peer point into
   const std::vector<uint32_t> block_numbers_;  // of terms_->blocks, at the port
 
