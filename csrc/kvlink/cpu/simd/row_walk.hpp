@@ -9,7 +9,8 @@
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
 // Goes through runs of bytes: rows, or with kMerged what consecutive rows make on both sides. Each
-// box in the order of the destination's addresses, tokens outside heads or inside.
+// box in the order of the destination's addresses, tokens outside heads or inside; in the order of
+// the source's where stores go around the caches: those may jump, while reads that do are late.
 template <bool kMerged>
 class RowWalk {
  public:
@@ -17,7 +18,8 @@ class RowWalk {
   KVLINK_INLINE RowWalk(const RowMove& move, const RowBox* boxes, int64_t num_boxes, bool of_dst)
       : move_(&move), from_(of_dst ? &move.dst : &move.src), box_(boxes), end_(boxes + num_boxes) {
     of_dst_ = of_dst;
-    heads_inside_ = move.num_heads > 1 && move.dst.at.stride_head < move.dst.at.stride_slot;
+    const Plane& order = move.streaming ? from_->at : move.dst.at;
+    heads_inside_ = move.num_heads > 1 && order.stride_head < order.stride_slot;
     row_bytes_ = move.dims * dtype_bytes(move.dst.dtype);
     src_row_bytes_ = move.dims * dtype_bytes(from_->dtype);
     enter_box();
