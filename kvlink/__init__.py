@@ -1,12 +1,17 @@
 """KV-cache transfer and paged attention over one description of the cache."""
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from kvlink.attention import merge_states, paged_attention
-from kvlink.cache_ops import append_kv, copy_pages, digest_pages, relayout_pages
 from kvlink.layout import KVLayout, Shard
-from kvlink.pool import KVPool
-from kvlink.rope import Rope, apply_rope, rope_table
+
+# Where nothing is compiled there are layouts and kvlink.triton; the rest says so when it is used.
+_COMPILED = importlib.util.find_spec("kvlink._C") is not None
+if TYPE_CHECKING or _COMPILED:
+    from kvlink.attention import merge_states, paged_attention
+    from kvlink.cache_ops import append_kv, copy_pages, digest_pages, relayout_pages
+    from kvlink.pool import KVPool
+    from kvlink.rope import Rope, apply_rope, rope_table
 
 if TYPE_CHECKING:
     from kvlink.pages import PageAllocator
@@ -34,6 +39,10 @@ _LAZY = {"Endpoint": "kvlink.transfer", "PageAllocator": "kvlink.pages"}
 
 
 def __getattr__(name: str) -> Any:
+    if name in __all__ and not _COMPILED:
+        raise ImportError(
+            f"kvlink.{name} needs kvlink._C, which is not built here; kvlink.triton does without"
+        )
     if name not in _LAZY:
         raise AttributeError(f"module 'kvlink' has no attribute {name!r}")
     import importlib

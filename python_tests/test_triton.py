@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ INTERPRETED = Path(__file__).parent / "interpreted"
 @pytest.mark.parametrize("file", sorted(INTERPRETED.glob("test_*.py")), ids=lambda file: file.stem)
 def test_interpreted(file: Path) -> None:
     """TRITON_INTERPRET is read when kernels are defined, and must not leak into other tests."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(file)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
@@ -42,6 +43,35 @@ def test_on_the_cpu_the_device_is_what_is_missing() -> None:
     ):
         with pytest.raises(Unsupported, match=r"triton lacks device cpu \(it has cuda\)"):
             call()
+
+
+ALONE = """
+import torch
+import kvlink.triton
+rows = torch.ones(2, 1, 16)
+pages = torch.zeros(2, 4, 1, 16)
+pool = kvlink.triton.TensorPool([pages], [pages + 1])
+kvlink.triton.append_kv(rows, rows, pool, 0, torch.tensor([5, -1]))
+assert pages.sum() == 16, pages
+assert kvlink.KVLayout.nhd(num_kv_heads=1, head_dim=16, page_size=4, dtype="int8").page_size == 4
+try:
+    kvlink.append_kv
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_anything_compiled(tmp_path: Path) -> None:
+    shutil.copytree(
+        Path(kvlink.__file__).parent, tmp_path / "kvlink", ignore=shutil.ignore_patterns("*.so")
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", ALONE], env=environment, cwd=tmp_path, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("kvlink.append_kv needs kvlink._C, which is not built here")
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,10 +58,16 @@ _ATTENTION = (
 )
 
 
-def attention(max_rows: int, dims: int, wide: bool) -> AttentionConfig:
-    """For so many rows of a unit (a decode's group of query heads; 128 or more: extend)."""
+_BEFORE_SM_89 = AttentionConfig(64, 32, 4, 3)  # what 128 rows are there: without wgmma they spill
+
+
+def attention(max_rows: int, dims: int, wide: bool, recent: bool = True) -> AttentionConfig:
+    """For so many rows of a unit (a decode's group of query heads; 128 or more: extend).
+
+    `recent`: compute capability 8.9 and later.
+    """
     wanted = 16 if max_rows <= 16 else 64 if max_rows <= 64 else 128
     for rows, up_to, float32, config in _ATTENTION:
         if (float32 or wanted <= rows) and dims <= up_to and wide == float32:
-            return config
+            return _BEFORE_SM_89 if config.m == 128 and not recent else config
     raise ValueError(f"no configuration for rows of {dims} elements")  # checked by the caller

@@ -82,9 +82,9 @@ def _launch(
     shape = tile_shape(cache, short_name(a.q.dtype))
     decode = a.q_indptr is None
     wide = tl.float32 in (shape["OPERAND"], shape["OPERAND_V"])
-    config = configs.attention(
-        min(group, _DECODE_ROWS) if decode else 128, shape["MAIN"] + shape["REST"], wide
-    )
+    recent = _recent(cache.device)
+    max_rows = min(group, _DECODE_ROWS) if decode else 128
+    config = configs.attention(max_rows, shape["MAIN"] + shape["REST"], wide, recent)
     m = config.m
     num_splits, num_states = 1, 0
     out, lse, out_strides = a.out, a.lse, a.out.stride()[:2]
@@ -111,7 +111,7 @@ def _launch(
         num_splits, scale, softcap, window,
         CAUSAL=causal, HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0,
         PER_TOKEN=cache.scale == "token_head", KIND=cache.dtype,
-        OUT_KIND=short_name(a.q.dtype), NATIVE_FP8=_native_fp8(cache.device),
+        OUT_KIND=short_name(a.q.dtype), NATIVE_FP8=recent,
         PAGE_SIZE=cache.page_size, NUM_KV_HEADS=cache.num_kv_heads, GROUP=group,
         SPLIT=configs.SPLIT, IN_SPLITS=num_splits > 1, M=m, N=config.n, **shape,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
@@ -154,6 +154,6 @@ def tile_shape(pool: TensorPool, q_dtype: str) -> dict[str, Any]:
     )
 
 
-def _native_fp8(device: torch.device) -> bool:
-    """Whether the device converts float8_e4m3 by itself: compute capability 8.9 and later."""
+def _recent(device: torch.device) -> bool:
+    """Compute capability 8.9 and later: the device converts float8_e4m3 by itself."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

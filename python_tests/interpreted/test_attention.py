@@ -14,7 +14,7 @@ from kvlink.testing.cases import AttentionCase, make_attention, starts
 from kvlink.testing.tolerances import assert_close, assert_same_bits
 from kvlink.triton import TensorPool, configs, paged_attention
 
-MIXED = dict(q_lens=(1, 7, 20), seq_lens=(150, 65, 100))
+MIXED = dict(q_lens=(1, 7, 20), seq_lens=(130, 25, 70))
 STORAGE = [(dtype, "none") for dtype in ("float32", "float16", "bfloat16", "float8_e4m3", "int8")]
 STORAGE += [
     (dtype, scale)
@@ -51,7 +51,8 @@ def check(case: AttentionCase) -> None:
 def test_every_form_and_storage(form: str, kv_dtype: str, kv_scale: str) -> None:
     heads = dict(num_q_heads=3, num_kv_heads=1) if form == "latent" else {}
     sizes = dict(head_dim=40, head_dim_v=24, page_size=7, form=form, **heads)
-    for q_dtype, q_lens in (("float32", (1, 5)), ("bfloat16", (1, 1)), ("float16", (1, 1))):
+    queries = (("float32", (1, 5)), ("bfloat16", (1, 1)), ("float16", (1, 1)))
+    for q_dtype, q_lens in queries if form == "nhd" else queries[:1]:
         check(
             AttentionCase(
                 q_lens=q_lens, seq_lens=(20, 75), kv_dtype=kv_dtype, kv_scale=kv_scale,
@@ -63,7 +64,7 @@ def test_every_form_and_storage(form: str, kv_dtype: str, kv_scale: str) -> None
 @pytest.mark.parametrize("features", FEATURES, ids=lambda features: "-".join(features) or "plain")
 def test_every_feature(features: dict[str, Any]) -> None:
     check(AttentionCase(**MIXED, **features))
-    check(AttentionCase(q_lens=(1, 1), seq_lens=(70, 1100), **features))
+    check(AttentionCase(q_lens=(1, 1), seq_lens=(70, 600), **features))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_rows_whose_elements_are_not_contiguous(kv_dtype: str) -> None:
     check(AttentionCase(**MIXED, form="strided", kv_dtype=kv_dtype, head_dim=24))
 
 
-@pytest.mark.parametrize("length", [511, 512, 513, 1024, 1025])
+@pytest.mark.parametrize("length", [512, 513, 1100])
 @pytest.mark.parametrize("window", [None, 600])
 @pytest.mark.parametrize("csr", [False, True])
 def test_splits(length: int, window: int | None, csr: bool) -> None:
