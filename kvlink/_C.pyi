@@ -29,6 +29,16 @@ class ArrayView:
         owner: Any,
     ) -> None: ...
 
+class AttentionPlan:
+    """How the work of calls is divided."""
+
+    @property
+    def num_tasks(self) -> int:
+        """Pieces of work that threads take."""
+    @property
+    def shared_prefixes(self) -> list[tuple[list[int], int]]:
+        """(sequences, leading tokens) read once for all of them."""
+
 class Control:
     """Slots and page lists that peers map."""
 
@@ -254,6 +264,11 @@ class UcxHub:
 
     def __init__(self, control: Control) -> None: ...
     def close(self) -> None: ...
+    @property
+    def direct_bytes(self) -> int:
+        """Runs from this length on are put and got, where bytes are the same on both sides."""
+    @direct_bytes.setter
+    def direct_bytes(self, value: int) -> None: ...
     def forget(self, pool: PoolView) -> None:
         """Its memory is mapped for peers no more."""
     def open_link(self, bit: int) -> UcxLink: ...
@@ -344,8 +359,27 @@ def paged_attention(
     lse: Any,
     ready: Sequence[Readiness] = (),
     ready_timeout: float = 0.0,
+    q_positions: Any = None,
+    mask: Any = None,
+    mask_starts: Any = None,
+    page_generations: Any = None,
+    expected_generations: Any = None,
+    plan: Any = None,
 ) -> None:
     """See kvlink.paged_attention; window 0 and softcap 0 mean none."""
+
+def plan_attention(
+    pool: PoolView,
+    page_table: Any,
+    seq_lens: Any,
+    q_indptr: Any,
+    page_indptr: Any,
+    num_q_heads: int,
+    causal: bool,
+    window: int,
+    max_seq_lens: Any,
+) -> AttentionPlan:
+    """See kvlink.plan_attention; window 0 means none."""
 
 def probe_copy_bandwidth(num_bytes: int, seconds: float) -> float:
     """Bytes copied a second with num_threads() threads."""

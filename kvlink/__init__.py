@@ -9,6 +9,7 @@ from kvlink.layout import KVLayout, Shard
 _COMPILED = importlib.util.find_spec("kvlink._C") is not None
 if TYPE_CHECKING or _COMPILED:
     from kvlink.attention import merge_states, paged_attention
+    from kvlink.attention_plan import plan_attention
     from kvlink.cache_ops import append_kv, copy_pages, digest_pages, relayout_pages
     from kvlink.pool import KVPool
     from kvlink.rope import Rope, apply_rope, rope_table
@@ -30,6 +31,7 @@ __all__ = [
     "digest_pages",
     "merge_states",
     "paged_attention",
+    "plan_attention",
     "relayout_pages",
     "rope_table",
 ]

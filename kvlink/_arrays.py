@@ -71,6 +71,13 @@ def as_int32(values: Any, fill: int = 0) -> Any:
     return padded
 
 
+def writable_or_copy(array: Any) -> Any:
+    """The array, or a copy of a read-only numpy one, which numpy before 2.1 cannot export."""
+    if library_of(array) == "numpy" and not array.flags.writeable:
+        return array.copy()
+    return array
+
+
 def as_reference(array: Any) -> Any:
     """The array as torch sees it, for `kvlink.reference`."""
     if array is None:

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvlink import _C
-from kvlink._arrays import as_int32, as_reference, device_of, dtype_of, empty_like, from_reference
+from kvlink._arrays import (
+    as_int32,
+    as_reference,
+    device_of,
+    dtype_of,
+    empty_like,
+    from_reference,
+    writable_or_copy,
+)
 from kvlink._cuda_part import cuda_ops, stream_of
 from kvlink.backends import (
     FLOATS,
@@ -30,15 +38,20 @@ _FEATURES = frozenset(
 _ON_CUDA = _FEATURES - {"latent", "ready", "mixed_dtypes", "any_head_dim", "any_strides"}
 _HALVES = frozenset({"float16", "bfloat16"})
 _CUDA_PART = ("kvlink._cuda",)
+_SELECTING = {"mask", "q_positions", "generations"}
 
 # In order of preference.
 BACKENDS = (
-    Capabilities("cpu", frozenset({"cpu"}), FLOATS, STORED, _FEATURES),
+    Capabilities(
+        "cpu", frozenset({"cpu"}), FLOATS, STORED, _FEATURES | _SELECTING | {"plan", "cascade"}
+    ),
     Capabilities("cuda", frozenset({"cuda"}), _HALVES, _HALVES, _ON_CUDA, packages=_CUDA_PART),
     Capabilities(
         "triton", TRITON_DEVICES, FLOATS, STORED, _FEATURES - {"ready"}, packages=TRITON_PACKAGES
     ),
-    Capabilities("reference", frozenset({"cpu"}), FLOATS, STORED, _FEATURES, automatic=False),
+    Capabilities(
+        "reference", frozenset({"cpu"}), FLOATS, STORED, _FEATURES | _SELECTING, automatic=False
+    ),
 )
 MERGE_BACKENDS = (
     Capabilities("cpu", frozenset({"cpu"}), FLOATS, FLOATS, frozenset()),
@@ -84,9 +97,13 @@ def paged_attention(
     sinks: Any = None,
     alibi_slopes: Any = None,
     mask: Any = None,
+    mask_starts: Any = None,
+    q_positions: Any = None,
+    page_generations: Any = None,
+    expected_generations: Any = None,
     out: Any = None,
     return_lse: bool = False,
-    plan: Any = None,
+    plan: _C.AttentionPlan | None = None,
     backend: str = "auto",
     ready: Any = None,
     ready_timeout: float = 1.0,
@@ -106,11 +123,20 @@ def paged_attention(
     all but the last w up to the query's own (later ones are the business of `causal`). `sinks`
     float32 [Hq] are one more logit per head, without a value. `alibi_slopes` float32 [Hq].
 
+    `q_positions` int32 [T]: the rows are not the last tokens, but those at these positions, rising
+    within a sequence (a later layer that only some new tokens enter). `mask` uint8 [T, n]: what a
+    row sees of the positions from `mask_starts[b]` on (int32 [B]; default: its first new token, so
+    that a tree of drafts needs a bit per draft): bit j % 8 of byte j // 8 stands for the j-th of
+    them. It hides more than `causal` and `window` do, and shows nothing that they hide.
+    `expected_generations` (uint32, shaped as `page_table`): every page that is read must still be
+    of that generation in `page_generations` uint32 [num_pages] (`PageAllocator.generations`).
+
     Returns out [T, Hq, head_dim_v] in q's dtype and library, written into `out` if given; with
     `return_lse=True` (out, lse), lse float32 [T, Hq]: natural log of the softmax denominator, sink
     included. A row that sees nothing gives zeros and -inf. Slots past seq_len never matter,
     whatever they hold; a row's bits depend neither on the rest of the batch nor on the number of
-    threads.
+    threads. Sequences whose page tables begin with the same pages read those together; that, and
+    `plan` (`plan_attention`), changes no bit, either.
 
     `ready`: what must have landed before a page of the layer is read: a Readiness
     (`Grant.readiness(layer)`), or several of them. The call waits for it without the GIL, at most
@@ -123,16 +149,17 @@ def paged_attention(
     raised by a later call; a row's bits depend on whether `q_indptr` is given, too.
 
     `backend` is "auto" or the name of one in BACKENDS; see `choose_backend`. Raises
-    InvalidArgument, PageTableError (an entry that would be read is unmapped or names no page),
-    Unsupported, NotReady (`ready_timeout` has passed), NeverReady (the transfer has failed).
-    Nothing is written then.
+    InvalidArgument, PageTableError (an entry that would be read is unmapped, names no page, or a
+    page of another generation), Unsupported, NotReady (`ready_timeout` has passed), NeverReady (the
+    transfer has failed). Nothing is written then.
     """
     q_dtype = dtype_of(q, "q")
     needed = [
         name
         for name, given in (("mask", mask), ("plan", plan), ("sinks", sinks),
                             ("alibi_slopes", alibi_slopes), ("window", window),
-                            ("softcap", softcap), ("csr_page_table", page_indptr), ("ready", ready))
+                            ("softcap", softcap), ("csr_page_table", page_indptr), ("ready", ready),
+                            ("q_positions", q_positions), ("generations", expected_generations))
         if given is not None
     ]  # fmt: skip
     chosen = choose_backend(q_dtype, pool, needed, backend)
@@ -143,6 +170,14 @@ def paged_attention(
         raise InvalidArgument(f"softcap: expected > 0 or None; got {softcap}")
     if len(q.shape) != 3:
         raise InvalidArgument(f"q: expected shape [T, Hq, head_dim]; got {tuple(q.shape)}")
+    if (page_generations is None) != (expected_generations is None):
+        raise InvalidArgument("expected_generations: comes with page_generations, and vice versa")
+    if mask is None and mask_starts is not None:
+        raise InvalidArgument("mask_starts: expected None without a mask")
+    if mask is not None and mask_starts is None and q_positions is not None:
+        raise InvalidArgument("mask_starts: expected, since q_positions are given")
+    if plan is not None and not isinstance(plan, _C.AttentionPlan):
+        raise InvalidArgument(f"plan: expected what plan_attention returns; got {plan!r}")
     num_tokens, num_q_heads = q.shape[0], q.shape[1]
     if out is None:
         out = empty_like(q, (num_tokens, num_q_heads, layout.head_dim_v))
@@ -161,14 +196,21 @@ def paged_attention(
         layout.head_dim**-0.5 if scale is None else scale, window or 0, softcap or 0.0,
         sinks, alibi_slopes, out, lse,
     )  # fmt: skip
+    selecting: dict[str, Any] = dict(
+        q_positions=as_int32(q_positions), mask=mask, mask_starts=as_int32(mask_starts),
+        page_generations=writable_or_copy(page_generations),
+        expected_generations=writable_or_copy(expected_generations),
+    )  # fmt: skip
     awaited = _readiness(ready)
     if chosen.name == "reference":
         _C.wait_ready(awaited, ready_timeout)
-        _run_reference(pool, arguments)
+        _run_reference(pool, arguments, selecting)
     elif chosen.name == "cuda":
         cuda_ops().paged_attention(*arguments, stream=stream_of(pool.device, stream))
     else:
-        _C.paged_attention(*arguments, ready=awaited, ready_timeout=ready_timeout)
+        _C.paged_attention(
+            *arguments, ready=awaited, ready_timeout=ready_timeout, plan=plan, **selecting
+        )
     return (out, lse) if return_lse else out
 
 
@@ -180,7 +222,7 @@ def _readiness(ready: Any) -> list[_C.Readiness]:
     return items
 
 
-def _run_reference(pool: KVPool, arguments: tuple[Any, ...]) -> None:
+def _run_reference(pool: KVPool, arguments: tuple[Any, ...], selecting: dict[str, Any]) -> None:
     from kvlink.reference.paged_attention import paged_attention as reference
 
     q, _, layer, page_table, seq_lens, q_indptr, page_indptr, causal, scale, window = arguments[:10]
@@ -190,6 +232,7 @@ def _run_reference(pool: KVPool, arguments: tuple[Any, ...]) -> None:
         q_indptr=as_reference(q_indptr), page_indptr=as_reference(page_indptr), causal=causal,
         scale=scale, window=window or None, softcap=softcap or None, sinks=as_reference(sinks),
         alibi_slopes=as_reference(alibi_slopes),
+        **{name: as_reference(array) for name, array in selecting.items()},
     )  # fmt: skip
     from_reference(result, out)
     if lse is not None:

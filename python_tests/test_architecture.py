@@ -43,6 +43,7 @@ PYTHON_LAYERS = {
     "rope": {"_C", "_planes", "_arrays", "backends"},
     "_layer_pairs": _POOL,
     "cache_ops": _POOL | {"_layer_pairs", "_arrays", "_cuda_part", "backends", "rope", "triton"},
+    "attention_plan": _POOL | {"_arrays"},
     "attention": _OPERATORS | {"triton"},  # reference and triton when they are chosen
     "reference": _LAYOUT,
     "triton": {"_planes"},  # usable without anything compiled

@@ -137,8 +137,8 @@ def test_wrong_values_are_named(changes: dict[str, Any], message: str) -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(Unsupported, match="cpu lacks feature 'mask'"):
-        call(mask=torch.ones(1))
+    with pytest.raises(Unsupported, match="cpu lacks feature 'sorting'"):
+        attention.choose_backend("float32", make_attention(CASE).pool, ["sorting"])
     with pytest.raises(Unsupported, match="reference lacks feature 'plan'"):
         call(plan=object(), backend="reference")
     with pytest.raises(Unsupported, match="q dtype float64"):

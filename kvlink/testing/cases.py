@@ -41,6 +41,10 @@ class AttentionCase:
     sinks: bool = False
     alibi: bool = False
     csr: bool = False
+    mask: str | None = None  # tree (among the new tokens) or any (from any position on)
+    subset: bool = False  # query rows at any positions
+    shared: int = 0  # leading tokens whose pages all sequences share, page by page
+    generations: bool = False
     seed: int = 0
 
 
@@ -99,11 +103,17 @@ def make_attention(case: AttentionCase) -> AttentionInputs:
     used = [-(-length // case.page_size) for length in case.seq_lens]
     pool = make_pool(case, sum(used) + 3)
     order = torch.randperm(pool.num_pages, generator=generator).int()
-    page_rows = list(torch.split(order[: sum(used)], used))
+    page_rows = [pages.clone() for pages in torch.split(order[: sum(used)], used)]
+    positions = make_positions(case, generator) if case.subset else None
     layer = 1
-    for seq, (q_len, length) in enumerate(zip(case.q_lens, case.seq_lens, strict=True)):
-        begin = seen_from(case, q_len, length)
-        fill_positions(pool, layer, page_rows[seq], begin, length, generator)
+    common = [min(case.shared, n, case.seq_lens[0]) // case.page_size for n in case.seq_lens]
+    for pages, num_pages in zip(page_rows, common, strict=True):
+        pages[:num_pages] = page_rows[0][:num_pages]
+    fill_positions(pool, layer, page_rows[0], 0, max(common) * case.page_size, generator)
+    for seq, length in enumerate(case.seq_lens):
+        begin = seen_from(case, seq, positions)
+        own = max(begin, common[seq] * case.page_size)
+        fill_positions(pool, layer, page_rows[seq], own, max(own, length), generator)
         hidden_pages = begin // case.page_size
         page_rows[seq][:hidden_pages] = torch.tensor(
             [WILD_PAGE_IDS[i % len(WILD_PAGE_IDS)] for i in range(hidden_pages)]
@@ -128,13 +138,56 @@ def make_attention(case: AttentionCase) -> AttentionInputs:
         kwargs["sinks"] = torch.randn(case.num_q_heads, generator=generator)
     if case.alibi:
         kwargs["alibi_slopes"] = 0.5 ** torch.arange(1, case.num_q_heads + 1).float()
+    if case.mask:
+        kwargs["mask"], kwargs["mask_starts"] = make_mask(case, generator)
+        if case.mask == "tree" and positions is None:
+            del kwargs["mask_starts"]
+    if positions is not None:
+        kwargs["q_positions"] = positions
+    if case.generations:
+        now = torch.randint(1, 9, (pool.num_pages,), generator=generator).int()
+        known = (page_table >= 0) & (page_table < pool.num_pages)
+        kwargs["page_generations"] = now
+        kwargs["expected_generations"] = torch.where(
+            known, now[page_table.clamp(0, pool.num_pages - 1).long()], -3
+        ).int()
     seq_lens = torch.tensor(case.seq_lens, dtype=torch.int32)
     return AttentionInputs(case, (q, pool, layer, page_table, seq_lens), kwargs)
 
 
-def seen_from(case: AttentionCase, q_len: int, length: int) -> int:
-    """First position that any new token of a sequence sees."""
-    return min(visible_range(max(0, length - q_len), length, case.causal, case.window)[0], length)
+def make_positions(case: AttentionCase, generator: torch.Generator) -> torch.Tensor:
+    """int32 [T]: positions of the query rows, rising within each sequence."""
+    rows = [
+        torch.randint(0, max(1, length), (q_len,), generator=generator).sort().values
+        for q_len, length in zip(case.q_lens, case.seq_lens, strict=True)
+    ]
+    return torch.cat(rows).int()
+
+
+def make_mask(case: AttentionCase, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random bits uint8 [T, mask_bytes], some rows all 0 or 1, and mask_starts int32 [B]."""
+    starts = []
+    for q_len, length in zip(case.q_lens, case.seq_lens, strict=True):
+        first = max(0, length - q_len)
+        if case.mask == "any":
+            first = int(torch.randint(0, length + 1, (1,), generator=generator))
+        starts.append(first)
+    num_bits = max(length - start for length, start in zip(case.seq_lens, starts, strict=True))
+    shape = (sum(case.q_lens), -(-num_bits // 8) + 1)
+    bits = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    bits |= torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    kinds = torch.randint(0, 6, (shape[0], 1), generator=generator)
+    bits = torch.where(kinds == 0, 255, torch.where(kinds == 1, 0, bits)).to(torch.uint8)
+    return bits, torch.tensor(starts, dtype=torch.int32)
+
+
+def seen_from(case: AttentionCase, seq: int, positions: torch.Tensor | None) -> int:
+    """First position that any query row of a sequence sees, its mask left out."""
+    q_len, length = case.q_lens[seq], case.seq_lens[seq]
+    first = max(0, length - q_len)
+    if positions is not None and q_len:
+        first = int(positions[sum(case.q_lens[:seq])])
+    return min(visible_range(first, length, case.causal, case.window)[0], length)
 
 
 def fill_positions(

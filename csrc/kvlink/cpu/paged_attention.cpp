@@ -1,9 +1,11 @@
 #include "kvlink/cpu/paged_attention.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -16,9 +18,7 @@ namespace kvlink::cpu {
 
 namespace {
 
-constexpr int64_t kTileRows = 96;  // query rows that share a pass over K and V
-constexpr int64_t kMaxWorkspaceFloats = int64_t{1} << 24;
-constexpr int64_t kUnitsPerThread = 4;  // enough for an even load
+// --- checks --------------------------------------------------------------------------------------
 
 bool is_float(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
@@ -37,173 +37,75 @@ void check_shapes(const PagedAttentionParams& p) {
     throw Unsupported(concat("head_dim: supported up to ", kMaxHeadDim, "; got ", layout.head_dim,
                              " and head_dim_v ", layout.head_dim_v));
   }
-  KVLINK_CHECK(p.num_q_heads > 0 && p.num_q_heads % layout.num_kv_heads == 0,
-               "q: expected a number of query heads that is a multiple of the ",
-               layout.num_kv_heads, " KV heads; got ", p.num_q_heads);
   KVLINK_CHECK(p.window >= 0, "window: expected >= 0 (0: everything); got ", p.window);
   KVLINK_CHECK(p.softcap >= 0.0f, "softcap: expected >= 0 (0: none); got ", p.softcap);
 }
 
-struct Sequence {
-  const int32_t* pages;
-  int64_t num_pages;  // entries readable at pages
-  int64_t seq_len;
-  int64_t first_row;
-  int64_t num_rows;
-
-  int64_t first_position() const { return seq_len - num_rows; }
-};
-
-Sequence sequence_at(const PagedAttentionParams& p, int64_t seq) {
-  Sequence s{};
-  s.seq_len = p.seq_lens[seq];
-  s.first_row = p.q_indptr ? p.q_indptr[seq] : seq;
-  s.num_rows = (p.q_indptr ? p.q_indptr[seq + 1] : seq + 1) - s.first_row;
-  const int64_t begin = p.page_indptr ? p.page_indptr[seq] : seq * p.page_table_stride;
-  s.pages = p.page_table + begin;
-  s.num_pages = p.page_indptr ? p.page_indptr[seq + 1] - begin : p.num_entries;
-  return s;
+// Of the sequence's query row `row`, counted from its first.
+int64_t position_of(const PagedAttentionParams& p, const SequenceView& s, int64_t row) {
+  return p.q_positions ? p.q_positions[s.first_row + row] : s.seq_len - s.num_rows + row;
 }
 
-void check_indptr(const int32_t* indptr, int64_t num_seqs, int64_t total, const char* name) {
-  KVLINK_CHECK(indptr[0] == 0, name, "[0]: expected 0; got ", indptr[0]);
-  for (int64_t seq = 0; seq < num_seqs; ++seq) {
-    KVLINK_CHECK(indptr[seq + 1] >= indptr[seq], name, "[", seq + 1, "]: expected at least ",
-                 indptr[seq], ", the entry before it; got ", indptr[seq + 1]);
+int64_t mask_start(const PagedAttentionParams& p, const SequenceView& s, int64_t seq) {
+  return p.mask_starts ? p.mask_starts[seq] : s.seq_len - s.num_rows;
+}
+
+// The sequence has query rows, and its positions and mask are right. A sequence of length 0 is an
+// idle place in the batch, whatever rows it has.
+void check_rows(const PagedAttentionParams& p, int64_t seq, const SequenceView& s) {
+  if (s.seq_len == 0) return;
+  if (p.q_positions) {
+    for (int64_t row = 0; row < s.num_rows; ++row) {
+      const int64_t idx = s.first_row + row, least = row ? p.q_positions[idx - 1] : 0;
+      KVLINK_CHECK(p.q_positions[idx] >= least && p.q_positions[idx] < s.seq_len, "q_positions[",
+                   idx, "]: expected ", least, " to ", s.seq_len - 1,
+                   ", not before the row above; got ", p.q_positions[idx]);
+    }
+  } else {
+    KVLINK_CHECK(s.num_rows <= s.seq_len, "seq_lens[", seq, "]: expected at least ", s.num_rows,
+                 ", the sequence's query rows (new tokens count); got ", s.seq_len);
   }
-  KVLINK_CHECK(indptr[num_seqs] == total, name, "[", num_seqs, "]: expected ", total,
-               ", the rows or entries that it divides; got ", indptr[num_seqs]);
+  if (!p.mask || s.num_rows == 0) return;
+  const int64_t start = mask_start(p, s, seq);
+  KVLINK_CHECK(start >= 0 && start <= s.seq_len, "mask_starts[", seq, "]: expected 0 to ",
+               s.seq_len, "; got ", start);
+  KVLINK_CHECK(s.seq_len - start <= 8 * p.mask_bytes, "mask: sequence ", seq,
+               " needs a bit for each of its positions from ", start, " to ", s.seq_len - 1,
+               "; got ", p.mask_bytes, " bytes a row");
 }
 
-// Positions that any row of the sequence reads.
-VisibleRange sequence_range(const PagedAttentionParams& p, const Sequence& s) {
-  if (s.num_rows == 0) return {0, 0};
-  return {visible_range(p, s.first_position(), s.seq_len).begin,
-          visible_range(p, s.seq_len - 1, s.seq_len).end};
+void check_page(const PagedAttentionParams& p, int64_t seq, const SequenceView& s, int64_t idx) {
+  const int32_t page = s.pages[idx];
+  if (page < 0 || page >= p.kv.num_pages) {
+    throw PageTableError(concat("page_table: sequence ", seq, ", index ", idx, ": ",
+                                page == -1 ? "page is unmapped (-1)" : "no such page: ",
+                                page == -1 ? "" : std::to_string(page), "; the pool has ",
+                                p.kv.num_pages, " pages"));
+  }
+  if (s.expected_generations && p.generations[page] != s.expected_generations[idx]) {
+    throw PageTableError(concat("page_table: sequence ", seq, ", index ", idx, ": page ", page,
+                                " is of generation ", p.generations[page], "; expected ",
+                                s.expected_generations[idx]));
+  }
 }
 
-void check_sequence(const PagedAttentionParams& p, int64_t seq, const Sequence& s) {
-  KVLINK_CHECK(s.seq_len >= 0, "seq_lens[", seq, "]: expected >= 0; got ", s.seq_len);
-  // A sequence of length 0 is an idle place in the batch, whatever rows it has.
-  KVLINK_CHECK(s.seq_len == 0 || s.num_rows <= s.seq_len, "seq_lens[", seq, "]: expected at least ",
-               s.num_rows, ", the sequence's query rows (new tokens count); got ", s.seq_len);
-  const VisibleRange range = sequence_range(p, s);
+void check_sequence(const PagedAttentionParams& p, int64_t seq, const SequenceView& s) {
+  check_rows(p, seq, s);
+  if (s.num_rows == 0) return;
   const int64_t page_size = p.kv.layout.page_size;
+  // Positions that any row reads.
+  VisibleRange range{0, 0};
+  if (s.seq_len > 0) {
+    range = {visible_range(p, position_of(p, s, 0), s.seq_len).begin,
+             visible_range(p, position_of(p, s, s.num_rows - 1), s.seq_len).end};
+  }
   const int64_t end = ceil_div(range.end, page_size);
   KVLINK_CHECK(end <= s.num_pages, "page_table: sequence ", seq, " of length ", s.seq_len,
                " needs ", end, " pages of ", page_size, "; got ", s.num_pages, " entries");
-  for (int64_t i = range.begin / page_size; i < end; ++i) {
-    if (s.pages[i] < 0 || s.pages[i] >= p.kv.num_pages) {
-      throw PageTableError(concat("page_table: sequence ", seq, ", index ", i, ": ",
-                                  s.pages[i] == -1 ? "page is unmapped (-1)" : "no such page: ",
-                                  s.pages[i] == -1 ? "" : std::to_string(s.pages[i]),
-                                  "; the pool has ", p.kv.num_pages, " pages"));
-    }
-  }
+  for (int64_t i = range.begin / page_size; i < end; ++i) check_page(p, seq, s, i);
 }
 
-// A tile and the splits it sees.
-struct Unit {
-  AttentionTile tile;
-  int64_t first_split, last_split;
-  int64_t first_state = -1;  // in the workspace, one a split; -1: folded where it is attended
-
-  int64_t num_splits() const { return last_split - first_split; }
-  int64_t num_rows() const {  // but for the query heads that share a KV head
-    return int64_t{tile.num_tokens} * tile.num_kv_heads;
-  }
-};
-
-// One call of the vector code.
-struct Task {
-  int64_t unit;
-  int64_t split;  // -1: all of the unit
-};
-
-struct Plan {
-  std::vector<Unit> units;
-  std::vector<Task> tasks;
-  std::vector<int64_t> folded_later;  // units whose splits are tasks of their own
-  int64_t num_states = 0;
-  int64_t max_rows = 0;
-};
-
-// `max_heads` KV heads share a tile where they read K and V in place: memory is then read in long
-// runs.
-void add_units(const PagedAttentionParams& p, const Sequence& s, int64_t max_heads, Plan& plan) {
-  const KVLayout& layout = p.kv.layout;
-  const int64_t group = p.num_q_heads / layout.num_kv_heads;
-  const int64_t tile_tokens = std::max<int64_t>(1, kTileRows / group);
-  for (int64_t token = 0; token < s.num_rows; token += tile_tokens) {
-    const int64_t num_tokens = std::min(tile_tokens, s.num_rows - token);
-    const int64_t rows = num_tokens * group;
-    const int64_t heads =
-        attends_in_place(layout, rows) ? std::min(max_heads, kTileRows / rows) : 1;
-    const int64_t first_position = s.first_position() + token;
-    VisibleRange range{0, 0};
-    if (s.seq_len > 0) {
-      range = {visible_range(p, first_position, s.seq_len).begin,
-               visible_range(p, first_position + num_tokens - 1, s.seq_len).end};
-    }
-    for (int64_t head = 0; head < layout.num_kv_heads; head += heads) {
-      const int64_t num_heads = std::min(heads, layout.num_kv_heads - head);
-      plan.max_rows = std::max(plan.max_rows, rows * num_heads);
-      plan.units.push_back({.tile = {.params = &p,
-                                     .pages = s.pages,
-                                     .seq_len = s.seq_len,
-                                     .first_row = s.first_row + token,
-                                     .first_position = first_position,
-                                     .num_tokens = static_cast<int32_t>(num_tokens),
-                                     .first_kv_head = static_cast<int32_t>(head),
-                                     .num_kv_heads = static_cast<int32_t>(num_heads)},
-                            .first_split = range.begin / kSplitTokens,
-                            .last_split = ceil_div(range.end, kSplitTokens)});
-    }
-  }
-}
-
-// As many KV heads a tile as leave enough tiles for the threads.
-int64_t heads_per_tile(const PagedAttentionParams& p, int threads) {
-  int64_t splits = 0;
-  for (int64_t seq = 0; seq < p.num_seqs; ++seq) splits += ceil_div(p.seq_lens[seq], kSplitTokens);
-  const int64_t heads = p.kv.layout.num_kv_heads;
-  if (threads == 1) return heads;
-  const int64_t tiles = ceil_div(threads * kUnitsPerThread, std::max<int64_t>(1, splits));
-  return std::max<int64_t>(1, heads / tiles);
-}
-
-int64_t num_state_floats(int64_t num_rows, int64_t out_stride) {
-  return round_up(num_rows * (out_stride + 2), kRowAlignment);
-}
-
-// Splits of units that would keep one thread busy while the others wait become tasks of their own.
-// This decides who computes what, never what is computed.
-Plan make_plan(const PagedAttentionParams& p) {
-  Plan plan;
-  const int threads = num_threads();
-  const int64_t max_heads = heads_per_tile(p, threads);
-  for (int64_t seq = 0; seq < p.num_seqs; ++seq) add_units(p, sequence_at(p, seq), max_heads, plan);
-  int64_t total = 0;
-  for (const Unit& unit : plan.units) total += unit.num_splits() * unit.num_rows();
-  const int64_t share = std::max<int64_t>(1, total / (threads * kUnitsPerThread));
-  const int64_t state_floats = num_state_floats(plan.max_rows, padded_row(p.kv.layout.head_dim_v));
-  for (size_t i = 0; i < plan.units.size(); ++i) {
-    Unit& unit = plan.units[i];
-    const bool heavy = unit.num_splits() * unit.num_rows() > share && unit.num_splits() > 1;
-    const bool fits = (plan.num_states + unit.num_splits()) * state_floats <= kMaxWorkspaceFloats;
-    if (threads == 1 || !heavy || !fits) {
-      plan.tasks.push_back({static_cast<int64_t>(i), -1});
-      continue;
-    }
-    unit.first_state = plan.num_states;
-    plan.num_states += unit.num_splits();
-    plan.folded_later.push_back(static_cast<int64_t>(i));
-    for (int64_t split = unit.first_split; split < unit.last_split; ++split) {
-      plan.tasks.push_back({static_cast<int64_t>(i), split});
-    }
-  }
-  return plan;
-}
+// --- a call --------------------------------------------------------------------------------------
 
 // Memory that a thread keeps from call to call.
 class Buffer {
@@ -229,74 +131,235 @@ class Buffer {
 
 thread_local Buffer scratch_buffer, workspace_buffer;
 
-// States laid out one after another, each for max_rows rows.
-AttentionState state_at(float* memory, int64_t idx, int64_t max_rows, int64_t out_stride) {
-  float* out = memory + idx * num_state_floats(max_rows, out_stride);
-  float* max = out + max_rows * out_stride;
-  return {.max = max, .sum = max + max_rows, .out = out};
-}
+// A plan at work on one layer.
+class Call {
+ public:
+  Call(const PagedAttentionParams& p, const AttentionPlan& plan)
+      : p_(p),
+        plan_(plan),
+        group_(p.num_q_heads / p.kv.layout.num_kv_heads),
+        out_stride_(padded_row(p.kv.layout.head_dim_v)),
+        state_floats_(num_state_floats(plan.max_rows, out_stride_)),
+        scratch_floats_(
+            round_up(attention_scratch_floats(p.kv.layout, plan.max_rows), kRowAlignment)),
+        workspace_(workspace_buffer.reserve(plan.num_states * state_floats_)) {
+    find_rows();
+    find_splits();
+  }
 
-void run(const PagedAttentionParams& p, const Plan& plan) {
-  const auto attend = KVLINK_SIMD_PICK(attend_splits);
-  const auto fold = KVLINK_SIMD_PICK(fold_states);
-  const auto finish = KVLINK_SIMD_PICK(finish_tile);
-  const int64_t rows = plan.max_rows;
-  const int64_t out_stride = padded_row(p.kv.layout.head_dim_v);
-  const int64_t state_floats = num_state_floats(rows, out_stride);
-  const int64_t scratch_floats = round_up(attention_scratch_floats(p.kv.layout, rows), 16);
-  float* workspace = workspace_buffer.reserve(plan.num_states * state_floats);
+  void run() {
+    const auto each = [](const auto& items, const auto& body) {
+      if (items.empty()) return;
+      parallel_for(static_cast<int64_t>(items.size()), [&](int64_t idx) { body(items[idx]); });
+    };
+    each(plan_.tasks, [&](const AttentionPlan::Task& task) { run_task(task); });
+    each(plan_.to_fold, [&](int32_t unit) { fold_parts(unit, state(unit, 0), 1); });
+    each(plan_.to_finish, [&](int32_t unit) { finish_unit(unit); });
+  }
 
-  parallel_for(static_cast<int64_t>(plan.tasks.size()), [&](int64_t idx) {
-    const Task& task = plan.tasks[idx];
-    const Unit& unit = plan.units[task.unit];
-    float* scratch = scratch_buffer.reserve(scratch_floats + 2 * state_floats);
-    const AttentionState first = state_at(scratch + scratch_floats, 0, rows, out_stride);
-    const AttentionState other = state_at(scratch + scratch_floats, 1, rows, out_stride);
-    if (task.split >= 0) {
-      const int64_t state = unit.first_state + task.split - unit.first_split;
-      attend(unit.tile, task.split, task.split + 1, scratch,
-             state_at(workspace, state, rows, out_stride), other);
+ private:
+  struct Splits {
+    int64_t first, last;
+    int64_t count() const { return last - first; }
+  };
+
+  void find_rows() {
+    rows_.resize(p_.num_tokens);
+    for (int64_t seq = 0; seq < p_.num_seqs; ++seq) {
+      const SequenceView s = sequence_at(p_, seq);
+      for (int64_t i = 0; i < s.num_rows; ++i) {
+        const int64_t row = s.first_row + i, position = position_of(p_, s, i);
+        const bool idle = s.seq_len == 0;
+        rows_[row] = {.row = row,
+                      .position = position,
+                      .range = idle ? VisibleRange{0, 0} : visible_range(p_, position, s.seq_len),
+                      .mask = p_.mask && !idle ? p_.mask + row * p_.mask_stride : nullptr,
+                      .mask_begin = p_.mask && !idle ? mask_start(p_, s, seq) : 0};
+      }
+    }
+    // What every row of a group sees, of the same pages, whatever the plan was made for.
+    for (const AttentionPlan::Group& group : plan_.groups) {
+      const SequenceView leader = sequence_at(p_, group.seqs[0]);
+      int64_t num_splits = group.num_splits;
+      for (const int32_t seq : group.seqs) {
+        num_splits = std::min(num_splits, num_shared_splits(p_, leader, sequence_at(p_, seq)));
+      }
+      shared_first_.push_back(static_cast<int64_t>(shared_rows_.size()));
+      for (const int32_t row : group.rows) {
+        const TokenRow& token = rows_[row];
+        int64_t end = token.range.begin > 0 ? 0 : token.range.end;
+        if (token.mask) end = std::min(end, token.mask_begin);
+        num_splits = std::min(num_splits, end / kSplitTokens);
+        shared_rows_.push_back(token);
+      }
+      num_shared_.push_back(num_splits);
+      for (size_t i = shared_first_.back(); i < shared_rows_.size(); ++i) {
+        shared_rows_[i].range = {0, num_splits * kSplitTokens};
+        shared_rows_[i].mask = nullptr;
+      }
+    }
+  }
+
+  void find_splits() {
+    for (const AttentionPlan::Unit& unit : plan_.units) {
+      const int64_t shared = unit.group >= 0 ? num_shared_[unit.group] : 0;
+      if (unit.shared) {
+        splits_.push_back({0, shared});
+        continue;
+      }
+      const TokenRow* tokens = tokens_of(unit);
+      const int64_t end = tokens[unit.num_tokens - 1].range.end;
+      const int64_t first = std::max(shared, tokens[0].range.begin / kSplitTokens);
+      splits_.push_back({first, std::max(first, ceil_div(end, kSplitTokens))});
+    }
+  }
+
+  const TokenRow* tokens_of(const AttentionPlan::Unit& unit) const {
+    const TokenRow* rows =
+        unit.shared ? shared_rows_.data() + shared_first_[unit.group] : rows_.data();
+    return rows + unit.first_token;
+  }
+
+  AttentionTile tile_of(const AttentionPlan::Unit& unit) const {
+    return {.params = &p_,
+            .pages = sequence_at(p_, unit.seq).pages,
+            .tokens = tokens_of(unit),
+            .num_tokens = unit.num_tokens,
+            .first_kv_head = unit.first_kv_head,
+            .num_kv_heads = unit.num_kv_heads};
+  }
+
+  int64_t num_rows(const AttentionPlan::Unit& unit) const {
+    return int64_t{unit.num_tokens} * unit.num_kv_heads * group_;
+  }
+
+  // States laid out one after another, each for max_rows rows.
+  AttentionState state_in(float* memory, int64_t idx) const {
+    float* out = memory + idx * state_floats_;
+    float* max = out + plan_.max_rows * out_stride_;
+    return {.max = max, .sum = max + plan_.max_rows, .out = out};
+  }
+  AttentionState state(int32_t unit, int64_t part) const {
+    return state_in(workspace_, plan_.units[unit].first_state + part);
+  }
+
+  // The parts in which the splits of a unit are attended. More splits than the plan has parts for
+  // (it was made for something else) are one.
+  int64_t num_parts(int32_t unit) const {
+    const int64_t count = splits_[unit].count();
+    return count <= plan_.units[unit].num_parts ? std::max<int64_t>(1, count) : 1;
+  }
+
+  // The unit goes on from what its group shares, and no task begins with it.
+  bool waits(int32_t idx) const {
+    const AttentionPlan::Unit& unit = plan_.units[idx];
+    if (unit.shared || unit.group < 0) return false;
+    return unit.num_parts == 1 || splits_[idx].count() > unit.num_parts;
+  }
+
+  void attend(int32_t idx, Splits splits, bool continues, float* scratch,
+              const AttentionState& state) const {
+    if (splits.count() == 0 && !continues) {
+      std::fill_n(state.max, num_rows(plan_.units[idx]), -std::numeric_limits<float>::infinity());
+      std::fill_n(state.sum, num_rows(plan_.units[idx]), 0.0f);
+      std::fill_n(state.out, num_rows(plan_.units[idx]) * out_stride_, 0.0f);
       return;
     }
-    if (unit.num_splits() == 0) {
-      std::fill_n(first.max, rows, -std::numeric_limits<float>::infinity());
-      std::fill_n(first.out, rows * out_stride, 0.0f);
-    }
-    attend(unit.tile, unit.first_split, unit.last_split, scratch, first, other);
-    finish(unit.tile, first);
-  });
+    attend_(tile_of(plan_.units[idx]), splits.first, splits.last, continues, scratch, state,
+            state_in(scratch + scratch_floats_, 1));
+  }
 
-  parallel_for(static_cast<int64_t>(plan.folded_later.size()), [&](int64_t idx) {
-    const Unit& unit = plan.units[plan.folded_later[idx]];
-    const int64_t group = p.num_q_heads / p.kv.layout.num_kv_heads;
-    const AttentionState first = state_at(workspace, unit.first_state, rows, out_stride);
-    for (int64_t i = 1; i < unit.num_splits(); ++i) {
-      fold(first, state_at(workspace, unit.first_state + i, rows, out_stride),
-           unit.num_rows() * group, out_stride);
+  float* scratch() const { return scratch_buffer.reserve(scratch_floats_ + 2 * state_floats_); }
+
+  void run_task(const AttentionPlan::Task& task) const {
+    const AttentionPlan::Unit& unit = plan_.units[task.unit];
+    const int64_t parts = num_parts(task.unit);
+    if (task.part >= parts || waits(task.unit)) return;
+    Splits splits = splits_[task.unit];
+    if (parts > 1) splits = {splits.first + task.part, splits.first + task.part + 1};
+    float* memory = scratch();
+    if (unit.first_state >= 0) {
+      attend(task.unit, splits, false, memory, state(task.unit, task.part));
+      return;
     }
-    finish(unit.tile, first);
-  });
-}
+    const AttentionState own = state_in(memory + scratch_floats_, 0);
+    attend(task.unit, splits, false, memory, own);
+    finish_(tile_of(unit), own);
+  }
+
+  void fold_parts(int32_t idx, const AttentionState& into, int64_t first) const {
+    for (int64_t part = first; part < num_parts(idx); ++part) {
+      fold_(into, state(idx, part), num_rows(plan_.units[idx]), out_stride_);
+    }
+  }
+
+  // What the group's units have gathered for the rows of one of its sequences.
+  void copy_shared(const AttentionPlan::Unit& unit, const AttentionState& into) const {
+    const AttentionPlan::Group& group = plan_.groups[unit.group];
+    int64_t row = 0;
+    for (int64_t h = 0; h < unit.num_kv_heads; ++h) {
+      const int64_t head = unit.first_kv_head + h;
+      for (int64_t t = 0; t < unit.num_tokens; ++t, row += group_) {
+        const int64_t token = unit.group_token + t;
+        const auto from_idx = static_cast<int32_t>(
+            group.first_unit + token / group.tile_tokens * group.head_chunks + head / group.heads);
+        const AttentionState from = state(from_idx, 0);
+        const int64_t from_row =
+            (head % group.heads * plan_.units[from_idx].num_tokens + token % group.tile_tokens) *
+            group_;
+        std::copy_n(from.max + from_row, group_, into.max + row);
+        std::copy_n(from.sum + from_row, group_, into.sum + row);
+        std::copy_n(from.out + from_row * out_stride_, group_ * out_stride_,
+                    into.out + row * out_stride_);
+      }
+    }
+  }
+
+  void finish_unit(int32_t idx) const {
+    const AttentionPlan::Unit& unit = plan_.units[idx];
+    const bool continues = unit.group >= 0 && num_shared_[unit.group] > 0;
+    float* memory = scratch();
+    AttentionState own = state_in(memory + scratch_floats_, 0);
+    if (continues) copy_shared(unit, own);
+    if (waits(idx)) {
+      if (splits_[idx].count() > 0 || !continues) {
+        attend(idx, splits_[idx], continues, memory, own);
+      }
+    } else if (continues) {
+      if (splits_[idx].count() > 0) fold_parts(idx, own, 0);
+    } else {
+      own = state(idx, 0);
+      fold_parts(idx, own, 1);
+    }
+    finish_(tile_of(unit), own);
+  }
+
+  const PagedAttentionParams& p_;
+  const AttentionPlan& plan_;
+  int64_t group_, out_stride_, state_floats_, scratch_floats_;
+  float* workspace_;
+  std::vector<TokenRow> rows_, shared_rows_;        // of q; of the groups, one after the other
+  std::vector<int64_t> shared_first_, num_shared_;  // by group
+  std::vector<Splits> splits_;                      // by unit
+  decltype(KVLINK_SIMD_PICK(attend_splits)) attend_ = KVLINK_SIMD_PICK(attend_splits);
+  decltype(KVLINK_SIMD_PICK(fold_states)) fold_ = KVLINK_SIMD_PICK(fold_states);
+  decltype(KVLINK_SIMD_PICK(finish_tile)) finish_ = KVLINK_SIMD_PICK(finish_tile);
+};
 
 }  // namespace
 
-void paged_attention(const PagedAttentionParams& params) {
+void paged_attention(const PagedAttentionParams& params, const AttentionPlan* plan) {
   check_shapes(params);
-  if (params.q_indptr) {
-    check_indptr(params.q_indptr, params.num_seqs, params.num_tokens, "q_indptr");
-  } else {
-    KVLINK_CHECK(params.num_tokens == params.num_seqs, "q: expected one row for each of the ",
-                 params.num_seqs, " sequences, or q_indptr; got ", params.num_tokens);
-  }
-  if (params.page_indptr) {
-    check_indptr(params.page_indptr, params.num_seqs, params.num_entries, "page_indptr");
-  }
+  check_batch(params);
   for (int64_t seq = 0; seq < params.num_seqs; ++seq) {
     check_sequence(params, seq, sequence_at(params, seq));
   }
-  const Plan plan = make_plan(params);
+  if (plan) plan->check(params);
+  std::optional<AttentionPlan> own;
+  if (!plan) own.emplace(params, nullptr);
+  Call call(params, plan ? *plan : *own);
   wait_ready(params.ready);
-  run(params, plan);
+  call.run();
 }
 
 }  // namespace kvlink::cpu

@@ -8,6 +8,7 @@ namespace {
 
 constexpr float kNegInf = -__builtin_inff();
 constexpr int64_t kBlockVecs = kBlockTokens / kLanes;
+constexpr uint64_t kLaneBits = (uint64_t{1} << kLanes) - 1;
 
 alignas(64) constexpr char kNothing[kMaxHeadDim * 4] = {};  // a row that is not read
 static_assert(kPanelRows == kBlockTokens);
@@ -68,9 +69,7 @@ struct TileContext {
     gathered = reinterpret_cast<char*>(scratch);
   }
 
-  VisibleRange token_range(int64_t token) const {
-    return visible_range(p, tile.first_position + token, tile.seq_len);
-  }
+  VisibleRange token_range(int64_t token) const { return tile.tokens[token].range; }
 };
 
 // Calls each(position, element of the plane) for the positions of `range`.
@@ -135,16 +134,15 @@ void find_factors(const TileContext& c, int64_t kv_head, int64_t block_begin, Vi
 // --- one block -----------------------------------------------------------------------------------
 
 // Turns a row of q.k into weights exp(score - max), times the values' scales; the weights of the
-// positions outside [begin, end) are 0 whatever K holds there. Updates max and sum, and returns the
-// factor that brings what was gathered before under the new max.
+// positions that are not in `seen` are 0 whatever K holds there. Updates max and sum, and returns
+// the factor that brings what was gathered before under the new max.
 float soften_row(const TileContext& c, int64_t row, int64_t head, int64_t q_position,
-                 int64_t block_begin, VisibleRange range, float& row_max, float& row_sum) {
-  const VecI first = splat(static_cast<int32_t>(range.begin - block_begin));
-  const VecI last = splat(static_cast<int32_t>(range.end - block_begin));
+                 int64_t block_begin, uint64_t seen, float& row_max, float& row_sum) {
   float* scores = c.scores + row * kBlockTokens;
   Vec score[kBlockVecs];
   Vec largest = splat(kNegInf);
   VecI lane = lane_indices();
+  const VecI lane_bit = splat(int32_t{1}) << lane_indices();
   for (int64_t v = 0; v < kBlockVecs; ++v, lane += kLanes) {
     Vec x = load(scores + v * kLanes) * load(c.key_factors + v * kLanes);
     if (c.p.softcap > 0.0f) x = tanh(x / c.p.softcap) * c.p.softcap;
@@ -153,7 +151,8 @@ float soften_row(const TileContext& c, int64_t row, int64_t head, int64_t q_posi
           __builtin_convertvector(lane, Vec) + static_cast<float>(block_begin - q_position);
       x += distance * c.p.alibi_slopes[head];
     }
-    score[v] = select((lane >= first) & (lane < last), x, splat(kNegInf));
+    const VecI bits = splat(static_cast<int32_t>(seen >> (v * kLanes) & kLaneBits));
+    score[v] = select((bits & lane_bit) != 0, x, splat(kNegInf));
     largest = max(largest, score[v]);
   }
   const float block_max = max_lanes(largest);
@@ -178,28 +177,47 @@ VisibleRange intersect(VisibleRange a, int64_t begin, int64_t end) {
   return {a.begin > begin ? a.begin : begin, a.end < end ? a.end : end};
 }
 
-// Tokens [first, last) that see the same positions of a block.
+// Tokens [first, last) that see the same positions of a block; bit i: its position i.
 struct TokenRun {
   int64_t first, last;
-  VisibleRange seen;
+  uint64_t seen;
 };
+
+uint64_t range_bits(VisibleRange range) {  // of a block's positions
+  if (range.begin >= range.end) return 0;
+  return ~uint64_t{0} >> (64 - (range.end - range.begin)) << range.begin;
+}
+
+uint64_t seen_by(const TileContext& c, int64_t token, int64_t block_begin) {
+  const VisibleRange range =
+      intersect(c.token_range(token), block_begin, block_begin + kBlockTokens);
+  return range_bits({range.begin - block_begin, range.end - block_begin}) &
+         mask_bits(c.tile.tokens[token], c.p.mask_bytes, block_begin);
+}
 
 // Calls each(run) for the tokens that see any of the block. Values are added over runs, and over
 // those alone: what a row does not see is never multiplied, not even by 0.
 template <class Each>
 KVLINK_INLINE void for_each_run(const TileContext& c, int64_t block_begin, const Each& each) {
-  const int64_t block_end = block_begin + kBlockTokens;
-  const auto seen_by = [&](int64_t token) {
-    return intersect(c.token_range(token), block_begin, block_end);
-  };
   for (int64_t token = 0; token < c.tile.num_tokens;) {
-    TokenRun run{token, token + 1, seen_by(token)};
-    for (; run.last < c.tile.num_tokens; ++run.last) {
-      const VisibleRange other = seen_by(run.last);
-      if (other.begin != run.seen.begin || other.end != run.seen.end) break;
+    TokenRun run{token, token + 1, seen_by(c, token, block_begin)};
+    while (run.last < c.tile.num_tokens && seen_by(c, run.last, block_begin) == run.seen) {
+      ++run.last;
     }
     token = run.last;
-    if (run.seen.begin < run.seen.end) each(run);
+    if (run.seen) each(run);
+  }
+}
+
+// Calls each(range) for the stretches of positions that are in `bits`.
+template <class Each>
+KVLINK_INLINE void for_each_stretch(uint64_t bits, const Each& each) {
+  while (bits) {
+    const int64_t begin = __builtin_ctzll(bits);
+    const uint64_t from_begin = ~(bits >> begin);
+    const int64_t length = from_begin ? __builtin_ctzll(from_begin) : 64;
+    each(VisibleRange{begin, begin + length});
+    bits &= ~range_bits({begin, begin + length});
   }
 }
 
@@ -210,7 +228,7 @@ void soften_run(const TileContext& c, int64_t kv_head, int64_t block_begin, cons
   for (int64_t token = run.first; token < run.last; ++token) {
     for (int64_t i = 0; i < c.group; ++i) {
       const int64_t row = first_row + token * c.group + i;
-      c.row_scale[row] = soften_row(c, row, kv_head * c.group + i, c.tile.first_position + token,
+      c.row_scale[row] = soften_row(c, row, kv_head * c.group + i, c.tile.tokens[token].position,
                                     block_begin, run.seen, state.max[row], state.sum[row]);
     }
   }
@@ -238,6 +256,7 @@ void attend_panels(const TileContext& c, int64_t kv_head, int64_t block_begin, V
     first_token = run.first < first_token ? run.first : first_token;
     last_token = run.last;
   });
+  if (first_token >= last_token) return;  // masked out altogether
   const int64_t first_row = head_row + first_token * c.group;
   c.scoring.product(c.q + first_row * c.q_stride, {.a = nullptr,
                                                    .b = c.keys,
@@ -251,17 +270,21 @@ void attend_panels(const TileContext& c, int64_t kv_head, int64_t block_begin, V
                                                    .num_vecs = kBlockVecs});
   for_each_run(c, block_begin, [&](const TokenRun& run) {
     soften_run(c, kv_head, block_begin, run, state);
-    const int64_t row = head_row + run.first * c.group, offset = run.seen.begin - block_begin;
-    tile_product<1, FloatTerms>({.a = c.scores + row * kBlockTokens + offset,
-                                 .b = c.values + offset * c.out_stride,
-                                 .c = state.out + row * c.out_stride,
-                                 .row_scale = c.row_scale + row,
-                                 .stride_a = kBlockTokens,
-                                 .stride_b = c.out_stride,
-                                 .stride_c = c.out_stride,
-                                 .num_rows = (run.last - run.first) * c.group,
-                                 .depth = run.seen.end - run.seen.begin,
-                                 .num_vecs = c.out_stride / kLanes});
+    const int64_t row = head_row + run.first * c.group;
+    const int64_t num_rows = (run.last - run.first) * c.group;
+    for_each_stretch(run.seen, [&](VisibleRange seen) {
+      tile_product<1, FloatTerms>({.a = c.scores + row * kBlockTokens + seen.begin,
+                                   .b = c.values + seen.begin * c.out_stride,
+                                   .c = state.out + row * c.out_stride,
+                                   .row_scale = c.row_scale + row,
+                                   .stride_a = kBlockTokens,
+                                   .stride_b = c.out_stride,
+                                   .stride_c = c.out_stride,
+                                   .num_rows = num_rows,
+                                   .depth = seen.end - seen.begin,
+                                   .num_vecs = c.out_stride / kLanes});
+      for (int64_t i = 0; i < num_rows; ++i) c.row_scale[row + i] = 1.0f;  // rescaled already
+    });
   });
 }
 
@@ -325,21 +348,20 @@ void attend_in_place(const TileContext& c, int64_t block_begin, VisibleRange ran
     for (int64_t head = 0; head < c.tile.num_kv_heads; ++head) {
       const NextRows ahead = rows_ahead<kStep>(c, rows.values, v, next.keys, k, first, head);
       for_each_run(c, block_begin, [&](const TokenRun& run) {
-        const VisibleRange seen =
-            intersect(run.seen, block_begin + first, block_begin + first + kStep);
-        if (seen.begin >= seen.end) return;
         const int64_t row = head * c.head_rows + run.first * c.group;
-        const int64_t offset = seen.begin - block_begin;
-        c.valuing.add({.values = rows.values + offset,
-                       .offset_bytes = head * v.stride_head * c.element_bytes,
-                       .num_positions = seen.end - seen.begin,
-                       .dims = c.layout.head_dim_v,
-                       .weights = c.scores + row * kBlockTokens + offset,
-                       .num_rows = (run.last - run.first) * c.group,
-                       .row_scale = seen.begin == run.seen.begin ? c.row_scale + row : nullptr,
-                       .out = state.out + row * c.out_stride,
-                       .stride_out = c.out_stride,
-                       .next = ahead});
+        for_each_stretch(run.seen & range_bits({first, first + kStep}), [&](VisibleRange seen) {
+          const bool is_first = (run.seen & range_bits({0, seen.begin})) == 0;
+          c.valuing.add({.values = rows.values + seen.begin,
+                         .offset_bytes = head * v.stride_head * c.element_bytes,
+                         .num_positions = seen.end - seen.begin,
+                         .dims = c.layout.head_dim_v,
+                         .weights = c.scores + row * kBlockTokens + seen.begin,
+                         .num_rows = (run.last - run.first) * c.group,
+                         .row_scale = is_first ? c.row_scale + row : nullptr,
+                         .out = state.out + row * c.out_stride,
+                         .stride_out = c.out_stride,
+                         .next = ahead});
+        });
       });
     }
   }
@@ -379,7 +401,7 @@ void load_queries(const TileContext& c) {
   float* target = c.q;
   for (int64_t kv_head = 0; kv_head < c.tile.num_kv_heads; ++kv_head) {
     for (int64_t row = 0; row < c.head_rows; ++row, target += c.q_stride) {
-      const int64_t token = c.tile.first_row + row / c.group;
+      const int64_t token = c.tile.tokens[row / c.group].row;
       const int64_t head = (c.tile.first_kv_head + kv_head) * c.group + row % c.group;
       const char* source = static_cast<const char*>(p.q) +
                            (token * p.q_stride_token + head * p.q_stride_head) * size;
@@ -391,12 +413,14 @@ void load_queries(const TileContext& c) {
 }  // namespace
 
 void attend_splits(const AttentionTile& tile, int64_t first_split, int64_t last_split,
-                   float* scratch, const AttentionState& state, const AttentionState& other) {
+                   bool continues, float* scratch, const AttentionState& state,
+                   const AttentionState& other) {
   const TileContext context(tile, scratch);
   load_queries(context);
   for (int64_t split = first_split; split < last_split; ++split) {
-    attend_split(context, split, split == first_split ? state : other);
-    if (split != first_split) fold_states(state, other, context.num_rows, context.out_stride);
+    const bool from_scratch = split == first_split && !continues;
+    attend_split(context, split, from_scratch ? state : other);
+    if (!from_scratch) fold_states(state, other, context.num_rows, context.out_stride);
   }
 }
 
@@ -425,7 +449,7 @@ void finish_tile(const AttentionTile& tile, const AttentionState& state) {
   const auto store_row = kQueryTypes[static_cast<int>(p.q_dtype)].store_row;
   const int64_t head_rows = tile.num_tokens * group;
   for (int64_t row = 0; row < head_rows * tile.num_kv_heads; ++row) {
-    const int64_t token = tile.first_row + row % head_rows / group;
+    const int64_t token = tile.tokens[row % head_rows / group].row;
     const int64_t head = (tile.first_kv_head + row / head_rows) * group + row % group;
     float max = state.max[row], sum = state.sum[row];
     float factor = 0.0f, lse = kNegInf;

@@ -18,15 +18,26 @@ inline constexpr int64_t kBlockTokens = 64;
 inline constexpr int64_t kMaxHeadDim = 1024;
 inline constexpr int64_t kRowAlignment = 16;  // floats, of rows of V and of the output in scratch
 
-// Query rows of one sequence: num_tokens tokens from first_row on, of each the query heads of
-// num_kv_heads KV heads. The rows of a KV head follow each other: token by token, and of each token
-// its num_q_heads / num_kv_heads query heads.
+struct VisibleRange {
+  int64_t begin, end;  // positions
+};
+
+// All query heads of a new token.
+struct TokenRow {
+  int64_t row;          // of q and out
+  int64_t position;     // in its sequence
+  VisibleRange range;   // positions it sees, the mask left out
+  const uint8_t* mask;  // bits from position mask_begin on; null: none
+  int64_t mask_begin = 0;
+};
+
+// Query rows that attend the same pages: num_tokens tokens, of each the query heads of num_kv_heads
+// KV heads. The rows of a KV head follow each other: token by token, and of each token its
+// num_q_heads / num_kv_heads query heads. Ranges of later tokens neither begin nor end earlier.
 struct AttentionTile {
   const PagedAttentionParams* params;
-  const int32_t* pages;  // of the sequence, by position / page_size
-  int64_t seq_len;
-  int64_t first_row;       // of q and out
-  int64_t first_position;  // of the first token, in its sequence; negative rows see nothing
+  const int32_t* pages;    // by position / page_size
+  const TokenRow* tokens;  // [num_tokens]
   int32_t num_tokens;
   int32_t first_kv_head;
   int32_t num_kv_heads;
@@ -40,10 +51,6 @@ struct AttentionState {
   float* out;  // [num_rows, out_stride]
 };
 
-struct VisibleRange {
-  int64_t begin, end;  // positions
-};
-
 // Positions that a query at `position` sees.
 inline VisibleRange visible_range(const PagedAttentionParams& p, int64_t position,
                                   int64_t seq_len) {
@@ -51,6 +58,22 @@ inline VisibleRange visible_range(const PagedAttentionParams& p, int64_t positio
   const int64_t begin = p.window > 0 && position - p.window + 1 > 0 ? position - p.window + 1 : 0;
   if (end <= begin) return {0, 0};
   return {begin, end};
+}
+
+// Bit i: the token's mask lets it see position block_begin + i.
+inline uint64_t mask_bits(const TokenRow& token, int64_t num_bytes, int64_t block_begin) {
+  constexpr uint64_t kAll = ~uint64_t{0};
+  if (!token.mask) return kAll;
+  const int64_t first = block_begin - token.mask_begin;
+  if (first <= -64) return kAll;
+  const int64_t bit = first < 0 ? 0 : first;
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < 9 && bit / 8 + i < num_bytes; ++i) {
+    const uint64_t byte = token.mask[bit / 8 + i];
+    const int64_t shift = 8 * i - bit % 8;
+    bits |= shift < 0 ? byte >> -shift : shift < 64 ? byte << shift : 0;
+  }
+  return first < 0 ? bits << -first | kAll >> (64 + first) : bits;
 }
 
 inline int64_t padded_row(int64_t dims) {
@@ -77,10 +100,12 @@ inline int64_t attention_scratch_floats(const KVLayout& layout, int64_t num_rows
 }
 
 KVLINK_SIMD_DECLARE(
-    // Attends the tile to splits [first_split, last_split), folded into one state. `other` is a
-    // second state for the fold; unused for a single split.
+    // Attends the tile to splits [first_split, last_split), folded into one state, or, if it
+    // continues, folded into what the state holds of the splits before. `other` is a second state
+    // for the fold; unused for a single split from scratch.
     void attend_splits(const AttentionTile& tile, int64_t first_split, int64_t last_split,
-                       float* scratch, const AttentionState& state, const AttentionState& other);
+                       bool continues, float* scratch, const AttentionState& state,
+                       const AttentionState& other);
     // into += from, where every position of `from` comes after those of `into`.
     void fold_states(const AttentionState& into, const AttentionState& from, int64_t num_rows,
                      int64_t out_stride);

@@ -28,6 +28,21 @@ struct PagedAttentionParams {
   int32_t num_q_heads = 0;  // a multiple of the layer's num_kv_heads
   LayerView kv;
 
+  // What a page table entry's page must still be; both or neither.
+  const uint32_t* generations = nullptr;           // [num_pages], as they are now
+  const uint32_t* expected_generations = nullptr;  // as page_table
+  int64_t expected_stride = 0;                     // as page_table_stride
+
+  // Position of each query row in its sequence, not falling within one; null: the last positions.
+  const int32_t* q_positions = nullptr;  // [num_tokens]
+
+  // Bit j % 8 of byte j / 8 of a row: the row sees position mask_starts[seq] + j of its sequence.
+  // Positions before that are not masked.
+  const uint8_t* mask = nullptr;         // [num_tokens, mask_bytes]; nullable
+  const int32_t* mask_starts = nullptr;  // [num_seqs]; null: the position of the first query row
+  int64_t mask_stride = 0;               // bytes
+  int64_t mask_bytes = 0;
+
   float scale = 1.0f;
   bool causal = true;
   int64_t window = 0;                   // last `window` positions, itself included; 0: all

@@ -1,0 +1,42 @@
+"""`plan_attention`: the division of attention work, made once and used by many calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvlink import _C
+from kvlink._arrays import as_int32
+from kvlink.errors import InvalidArgument
+from kvlink.pool import KVPool
+
+
+def plan_attention(
+    pool: KVPool,
+    page_table: Any,
+    seq_lens: Any,
+    *,
+    num_q_heads: int,
+    q_indptr: Any = None,
+    page_indptr: Any = None,
+    causal: bool = True,
+    window: int | None = None,
+    max_seq_lens: Any = None,
+) -> _C.AttentionPlan:
+    """Divides the work of `paged_attention` calls once, for all layers of a step or many steps.
+
+    Arguments as there. The plan serves any call of the CPU backend with as many sequences, the same
+    `q_indptr`, head counts, head dims and page size, and lengths up to `max_seq_lens` (int32 [B];
+    default: `seq_lens`), whatever its window, its mask, its pages and its dtypes; others raise
+    InvalidArgument. Results are the same bits with any plan and without one: a plan decides who
+    computes what, and is balanced for the lengths, window and threads that it was made with.
+    Leading pages that sequences share are found here, and looked at again in every call.
+
+    Attributes: `num_tasks`; `shared_prefixes`: (sequences, leading tokens that are read once).
+    Raises InvalidArgument.
+    """
+    if window is not None and window < 1:
+        raise InvalidArgument(f"window: expected >= 1 or None; got {window}")
+    return _C.plan_attention(
+        pool.view, as_int32(page_table, -1), as_int32(seq_lens), as_int32(q_indptr),
+        as_int32(page_indptr), num_q_heads, causal, window or 0, as_int32(max_seq_lens),
+    )  # fmt: skip
