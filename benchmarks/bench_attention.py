@@ -254,6 +254,17 @@ def plan(seconds: float) -> harness.Figure:
     )  # fmt: skip
 
 
+def figures(options: argparse.Namespace, vllm: Side | None) -> Iterator[harness.Figure]:
+    """Of the cases that the device runs, of those named."""
+    cases = CUDA_CASES if options.device == "cuda" else CASES
+    for dtype in options.dtype:
+        for name in options.case:
+            if name in cases:
+                yield from run_case(name, cases[name], dtype, options, vllm)
+    if options.device == "cpu" and PLAN in options.case:
+        yield plan(options.seconds)
+
+
 def main() -> None:
     """Runs the cases named on the command line."""
 
@@ -265,7 +276,6 @@ def main() -> None:
     options = harness.arguments(
         "paged attention", [*CASES, PLAN, *CUDA_CASES], DTYPES, ("cpu", "cuda"), more
     )
-    cases = CUDA_CASES if options.device == "cuda" else CASES
     if bool(options.peer) != bool(options.peer_python):
         raise SystemExit("--peer and --peer-python go together")
     torch.set_num_threads(kvlink._C.num_threads())
@@ -274,18 +284,8 @@ def main() -> None:
         if options.peer:
             vllm = stack.enter_context(Side("vllm_cpu_side", python=options.peer_python))
             vllm.pause()
-        planned = options.device == "cpu" and PLAN in options.case
         harness.report(
-            itertools.chain(
-                (
-                    figure
-                    for dtype in options.dtype
-                    for name in options.case
-                    if name in cases
-                    for figure in run_case(name, cases[name], dtype, options, vllm)
-                ),
-                (plan(options.seconds) for _ in range(planned)),
-            ),
+            figures(options, vllm),
             options.json,
             options.device,
         )
