@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 
 from kvlink import _C
+from kvlink.doctor import pools_are_huge
 
 _PROBE_BYTES = 256 << 20
 _PROBE_SECONDS = 0.5
@@ -156,6 +157,10 @@ def report(figures: Iterable[Figure], as_json: bool, device: str = "cpu") -> Non
         rates = ", ".join(f"{name} {rate:.1f}" for name, rate in limits(device).items())
         where = f"{_C.num_threads()} threads, {_C.simd_level()}" if device == "cpu" else device
         print(f"{where}; limits in 10^9/s: {rates}")
+        if device == "cpu":
+            huge = [name for name, shared in (("private", False), ("shared", True))
+                    if pools_are_huge(shared)]  # fmt: skip
+            print(f"pools in huge pages: {', '.join(huge) or 'none'}")
         print(f"{'op':<18}{'case':<29}{'dtype':<13}{'peer':<12}{'ms':>10}{'GB/s':>9}"
               f"{'GFLOP/s':>9}  of limit")  # fmt: skip
     for each in figures:

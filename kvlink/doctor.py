@@ -164,7 +164,25 @@ def _memory() -> dict[str, Any]:
                 found[f"transparent_hugepage_{name}"] = setting.read().strip()
         except OSError:
             found[f"transparent_hugepage_{name}"] = "unknown"
+    for kind, shared in (("private", False), ("shared", True)):
+        try:
+            found[f"{kind}_pools_in_huge_pages"] = "yes" if pools_are_huge(shared) else "no"
+        except Exception as error:
+            found[f"{kind}_pools_in_huge_pages"] = f"unknown: {type(error).__name__}: {error}"
     return found
+
+
+def pools_are_huge(shared: bool) -> bool:
+    """Whether the host gives huge pages to pools: makes some memory as pools do, and looks."""
+    from kvlink import _C
+
+    num_bytes = 8 << 20
+    segment = _C.Segment.create(num_bytes, shared)
+    ctypes.memset(segment.address, 1, num_bytes)
+    with open("/proc/self/smaps") as smaps:
+        mapping = smaps.read().partition(f"{segment.address:x}-")[2].partition("VmFlags")[0]
+    field = "ShmemPmdMapped" if shared else "AnonHugePages"
+    return int(mapping.partition(f"{field}:")[2].split()[0]) > 0
 
 
 def _paths() -> dict[str, Any]:

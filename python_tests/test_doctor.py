@@ -55,6 +55,21 @@ def test_json_needs_neither_torch_nor_numpy() -> None:
         assert found["paths"][path]["available"] or found["paths"][path]["why"]
 
 
+def test_pools_ask_for_huge_pages() -> None:
+    """The host decides: with "never" there are none, else it gives them as long as it has some."""
+    memory = json.loads(run("--json"))["memory"]
+    for kind, setting in (("private", "enabled"), ("shared", "shmem_enabled")):
+        given = memory[f"{kind}_pools_in_huge_pages"]
+        assert given in ("yes", "no")
+        segment = _C.Segment.create(8 << 20, kind == "shared")
+        with open("/proc/self/smaps") as smaps:
+            mapping = smaps.read().partition(f"{segment.address:x}-")[2]
+        asked = "hg" in mapping.partition("VmFlags:")[2].split("\n")[0].split()
+        assert asked == os.path.exists("/sys/kernel/mm/transparent_hugepage")
+        if "[never]" in memory[f"transparent_hugepage_{setting}"]:
+            assert given == "no"
+
+
 def test_settings_are_told() -> None:
     found = json.loads(run("--json", KVLINK_SIMD="portable", OMP_NUM_THREADS="3,1"))
     assert (found["simd"]["level"], found["simd"]["why"]) == ("portable", "KVLINK_SIMD=portable")

@@ -22,6 +22,7 @@ namespace {
 std::byte* map(size_t num_bytes, int flags, int fd) {
   void* data = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, flags, fd, 0);
   if (data == MAP_FAILED) fail(concat("could not map ", num_bytes, " bytes"));
+  madvise(data, num_bytes, MADV_HUGEPAGE);  // best effort: hosts decide, shared memory apart
   return static_cast<std::byte*>(data);
 }
 
@@ -30,9 +31,7 @@ std::byte* map(size_t num_bytes, int flags, int fd) {
 Segment Segment::create(size_t num_bytes, bool shared) {
   KVLINK_CHECK(num_bytes > 0, "num_bytes: expected > 0; got 0");
   if (!shared) {
-    std::byte* data = map(num_bytes, MAP_PRIVATE | MAP_ANONYMOUS, -1);
-    madvise(data, num_bytes, MADV_HUGEPAGE);  // best effort
-    return {data, num_bytes, -1};
+    return {map(num_bytes, MAP_PRIVATE | MAP_ANONYMOUS, -1), num_bytes, -1};
   }
   const int fd = memfd_create("kvlink", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (fd < 0) fail("memfd_create");
