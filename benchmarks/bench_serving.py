@@ -9,7 +9,7 @@ long     4 prompts of 3072 tokens, 48 new tokens each
 All requests are there from the start, greedy, of one random Llama model (63 million parameters,
 float32) that is written to a temporary directory. TTFT is the time from the start to a request's
 first token, TPOT that per token after it; medians over requests. kvlink serves with its two
-processes, which share the machine's threads. transformers generates in one process with all
+processes, which share the machine's CPUs. transformers generates in one process with all
 threads: one request after the other, and all of them as one batch padded on the left. Loading is
 not counted.
 """
@@ -34,7 +34,7 @@ from harness import Figure
 
 from kvlink import _C
 from kvlink.serving.generate import Generation
-from kvlink.serving.options import Options, SideOptions, split_threads
+from kvlink.serving.options import Options, SideOptions, side_threads
 from kvlink.serving.request import Defaults
 
 VOCAB_SIZE = 8192
@@ -84,7 +84,7 @@ def write_model(path: Path) -> None:
 
 def kvlink_run(path: Path, asked: Sequence[list[int]]) -> Outcome:
     """By a prefill and a decode process."""
-    threads = split_threads(_C.num_threads())
+    threads = side_threads(_C.num_threads())
     sides = [SideOptions(num_threads=count) for count in threads]
     options = Options(str(path), "float32", prefill=sides[0], decode=sides[1], ignore_eos=True)
     lines = [json.dumps({"prompt_token_ids": prompt}).encode() for prompt in asked]

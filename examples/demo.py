@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kvlink.errors import KVLinkError
 from kvlink.serving.generate import Generation
-from kvlink.serving.options import Options, SideOptions, split_threads
+from kvlink.serving.options import Options, SideOptions, side_threads
 from kvlink.serving.report import format_report
 from kvlink.serving.request import Defaults
 
@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--seed", default=1, type=int, metavar="N")
     arguments = parser.parse_args()
 
-    threads = split_threads(0)
+    threads = side_threads()
     options = Options(
         model_dir=str(arguments.model),
         prefill=replace(PREFILL, num_threads=threads[0]),

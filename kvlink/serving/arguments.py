@@ -14,7 +14,7 @@ from kvlink.serving.options import (
     PATHS,
     Options,
     SideOptions,
-    split_threads,
+    side_threads,
 )
 from kvlink.serving.request import Defaults
 
@@ -84,19 +84,23 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--path", choices=PATHS, default="auto", help="how the KV cache moves; auto is the fastest "
         "that there is")  # fmt: skip
     add("--threads", type=count, default=0, metavar="N",
-        help="CPU threads of all processes together; 0 takes the CPUs there are")  # fmt: skip
+        help="CPU threads; 0 takes as many as there are CPUs. Decode has all of them, so have the "
+        "ranks of prefill together")  # fmt: skip
+    for side, who in (("prefill", "each rank of prefill"), ("decode", "decode")):
+        add(f"--{side}-threads", type=count, default=0, metavar="N",
+            help=f"those of {who}, if not as --threads says")  # fmt: skip
 
 
 def options_from(arguments: argparse.Namespace, model_dir: str) -> Options:
     """What the workers need to know."""
-    threads = split_threads(arguments.threads, arguments.prefill_ranks)
+    threads = side_threads(arguments.threads, arguments.prefill_ranks)
     prefill, decode = (
         SideOptions(
             page_size=getattr(arguments, f"{side}_page_size"),
             layout=getattr(arguments, f"{side}_layout"),
             kv_dtype=getattr(arguments, f"{side}_kv_dtype"),
             num_pages=getattr(arguments, f"{side}_num_pages") or arguments.num_pages,
-            num_threads=num_threads,
+            num_threads=getattr(arguments, f"{side}_threads") or num_threads,
         )
         for side, num_threads in zip(("prefill", "decode"), threads, strict=True)
     )

@@ -33,6 +33,7 @@ class Batch:
     seq_lens: IntArray  # int32 [num_seqs], new tokens included
     page_table: IntArray  # int32 [num_seqs, max_pages], -1 past the end
     logit_rows: IntArray  # int64 [num_logits]
+    logit_indptr: IntArray  # int32 [num_seqs + 1], which of them are of which chunk
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk], page_size: int) -> Batch:
@@ -57,4 +58,5 @@ class Batch:
             seq_lens=seq_lens,
             page_table=page_table,
             logit_rows=np.array(wanted, np.int64),
+            logit_indptr=np.cumsum([0, *(c.wants_logits for c in chunks)]).astype(np.int32),
         )

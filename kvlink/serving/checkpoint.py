@@ -84,7 +84,7 @@ def load_model(model_dir: Path, config: ModelConfig, dtype: str) -> Decoder:
     model.load_state_dict(weights, strict=False, assign=True)
     if config.tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval().pack()
 
 
 def _read_weights(model_dir: Path, config: ModelConfig, dtype: Any) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,6 +15,7 @@ import kvlink
 from kvlink.pool import KVPool
 from kvlink.serving.batch import Batch
 from kvlink.serving.config import ModelConfig, Rope
+from kvlink.serving.linear import Product
 
 
 class Decoder(nn.Module):
@@ -28,6 +30,17 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         # Computed where it is used, so that it survives construction on the meta device.
         self.inv_freq = inverse_frequencies(config.rope, config.head_dim)
+        self._cos_sin = kvlink.rope_table(self.inv_freq, 0)
+        # Layers share a plan whatever their windows; it is balanced for the widest.
+        self._window = None if None in config.windows else max(filter(None, config.windows))
+
+    def pack(self) -> Decoder:
+        """The weights are loaded: brings them into the form that the forward pass uses."""
+        for module in self.modules():
+            if isinstance(module, _Attention | _MLP):
+                module.pack()
+        self.logits = Product(self.lm_head, keep=self.config.tied)
+        return self
 
     @torch.inference_mode()
     def forward(
@@ -45,11 +58,61 @@ class Decoder(nn.Module):
         NeverReady: the same call may then be made again.
         """
         hidden = self.model.embed_tokens(torch.from_numpy(batch.token_ids))
-        rope = _step_rope(self.inv_freq, torch.from_numpy(batch.positions))
-        for layer in self.model.layers:
-            hidden = layer(hidden, rope, batch, pool, on_layer, awaited)
-        hidden = hidden[torch.from_numpy(batch.logit_rows)]
-        return self.lm_head(self.model.norm(hidden)).float()  # type: ignore[no-any-return]
+        step = Step(batch, pool, self._rope(batch.positions), on_layer, awaited)
+        queries = self._queries(step, batch.q_indptr)
+        *layers, last = self.model.layers
+        for layer in layers:
+            hidden = layer(hidden, step, queries)
+        # All tokens leave their K and V in the last layer; only some are asked what comes next.
+        if len(batch.logit_rows) < len(batch.positions):
+            queries = self._queries(step, batch.logit_indptr, batch.logit_rows)
+        return self.logits(self.model.norm(last(hidden, step, queries))).float()
+
+    def _rope(self, positions: Any) -> kvlink.Rope:
+        """The angles of a step's tokens; the table grows with the positions seen."""
+        needed = int(positions.max()) + 1
+        if needed > len(self._cos_sin):
+            self._cos_sin = kvlink.rope_table(self.inv_freq, 2 * needed)
+        return kvlink.Rope(self._cos_sin, positions)
+
+    def _queries(self, step: Step, q_indptr: Any, rows: Any = None) -> Queries:
+        """Of all tokens, or of `rows`."""
+        positions = step.batch.positions if rows is None else step.batch.positions[rows]
+        plan = kvlink.plan_attention(
+            step.pool,
+            step.batch.page_table,
+            step.batch.seq_lens,
+            num_q_heads=self.config.num_heads,
+            q_indptr=q_indptr,
+            window=self._window,
+        )
+        return Queries(
+            None if rows is None else torch.from_numpy(rows),
+            q_indptr,
+            None if rows is None else positions.astype(np.int32),
+            step.rope._replace(positions=positions),
+            plan,
+        )
+
+
+class Step(NamedTuple):
+    """What all layers of a forward pass have in common; see `Decoder.forward`."""
+
+    batch: Batch
+    pool: KVPool
+    rope: kvlink.Rope
+    on_layer: Callable[[int], None] | None
+    awaited: Callable[[int], tuple[Any, float]] | None
+
+
+class Queries(NamedTuple):
+    """The tokens that attend, and how: their plan serves every layer that they enter."""
+
+    rows: Tensor | None  # of the step's; None: all of them
+    q_indptr: Any
+    positions: Any  # int32, where they are not the last ones of their sequence
+    rope: kvlink.Rope
+    plan: Any
 
 
 class _Body(nn.Module):
@@ -68,8 +131,9 @@ class _Layer(nn.Module):
         self.post_attention_layernorm = _RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = _MLP(config)
 
-    def forward(self, hidden: Tensor, *args: Any) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), *args)
+    def forward(self, hidden: Tensor, step: Step, queries: Queries) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(hidden), step, queries)
+        hidden = (hidden if queries.rows is None else hidden[queries.rows]) + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
 
 
@@ -87,39 +151,38 @@ class _Attention(nn.Module):
         self.q_norm = _RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = _RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(
-        self,
-        hidden: Tensor,
-        rope: kvlink.Rope,
-        batch: Batch,
-        pool: KVPool,
-        on_layer: Callable[[int], None] | None,
-        awaited: Callable[[int], tuple[Any, float]] | None,
-    ) -> Tensor:
+    def pack(self) -> None:
+        """See `Decoder.pack`."""
+        self.qkv, self.output = Product(self.q_proj, self.k_proj, self.v_proj), Product(self.o_proj)
+
+    def forward(self, hidden: Tensor, step: Step, queries: Queries) -> Tensor:
         by_head = (hidden.shape[0], -1, self.head_dim)
-        q = self.q_proj(hidden).view(by_head)
-        k = self.k_proj(hidden).view(by_head)
-        v = self.v_proj(hidden).view(by_head)
+        q, k, v = (x.view(by_head) for x in self.qkv.parts(hidden))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
 
-        q = kvlink.apply_rope(q, rope, out=q)
-        kvlink.append_kv(k, v, pool, self.index, batch.slots, rope=rope)
-        if on_layer is not None:
-            on_layer(self.index)
-        ready, ready_timeout = (None, 0.0) if awaited is None else awaited(self.index)
+        kvlink.append_kv(k, v, step.pool, self.index, step.batch.slots, rope=step.rope)
+        if step.on_layer is not None:
+            step.on_layer(self.index)
+        q = q if queries.rows is None else q[queries.rows]
+        if len(q) == 0:
+            return hidden[:0]
+        q = kvlink.apply_rope(q, queries.rope, out=q)
+        ready, ready_timeout = (None, 0.0) if step.awaited is None else step.awaited(self.index)
         out = kvlink.paged_attention(
             q,
-            pool,
+            step.pool,
             self.index,
-            batch.page_table,
-            batch.seq_lens,
-            q_indptr=batch.q_indptr,
+            step.batch.page_table,
+            step.batch.seq_lens,
+            q_indptr=queries.q_indptr,
+            q_positions=queries.positions,
             window=self.window,
+            plan=queries.plan,
             ready=ready,
             ready_timeout=ready_timeout,
         )
-        return self.o_proj(out.view(hidden.shape[0], -1))  # type: ignore[no-any-return]
+        return self.output(out.view(len(q), -1))
 
 
 class _MLP(nn.Module):
@@ -130,9 +193,13 @@ class _MLP(nn.Module):
         self.up_proj = nn.Linear(outer, inner, bias=bias)
         self.down_proj = nn.Linear(inner, outer, bias=bias)
 
+    def pack(self) -> None:
+        """See `Decoder.pack`."""
+        self.gate_up, self.down = Product(self.gate_proj, self.up_proj), Product(self.down_proj)
+
     def forward(self, hidden: Tensor) -> Tensor:
-        gated = functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden)
-        return self.down_proj(gated)  # type: ignore[no-any-return]
+        gate, up = self.gate_up.parts(hidden)
+        return self.down(functional.silu(gate, inplace=True).mul_(up))
 
 
 class _RMSNorm(nn.Module):
@@ -161,10 +228,3 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
         keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
         return (1 - keep) * plain / rope.factor + keep * plain
     return plain
-
-
-def _step_rope(inv_freq: Tensor, positions: Tensor) -> kvlink.Rope:
-    """The angles of a step's tokens, a row of the table each."""
-    angles = positions.float()[:, None] * inv_freq
-    table = torch.cat((angles.cos(), angles.sin()), dim=-1)
-    return kvlink.Rope(table, torch.arange(len(positions)))

@@ -120,8 +120,12 @@ def available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def split_threads(num_threads: int, prefill_ranks: int = 1) -> tuple[int, int]:
-    """Threads of each rank of prefill and of decode; at least one each. 0: all CPUs this process
-    may use."""
+def side_threads(num_threads: int = 0, prefill_ranks: int = 1) -> tuple[int, int]:
+    """Threads of each rank of prefill and of decode; `num_threads` 0: as many as the CPUs that this
+    process may use.
+
+    Either side may use all of them: prefill is at work when decode has little to do, and the other
+    way round. When both are, the operating system divides the CPUs.
+    """
     total = num_threads or len(os.sched_getaffinity(0))
-    return max(1, (total - total // 2) // prefill_ranks), max(1, total // 2)
+    return max(1, total // prefill_ranks), total

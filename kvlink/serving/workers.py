@@ -40,6 +40,8 @@ class WorkerProcess:
                     **os.environ,
                     "OMP_NUM_THREADS": str(num_threads),
                     "KVLINK_NUM_THREADS": str(num_threads),
+                    # Sides share the CPUs: a thread that waits must not spin on one.
+                    "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
                 },
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno() if _has_fd(sys.stderr) else subprocess.DEVNULL,

@@ -20,7 +20,7 @@ from tiny import CONTEXT, make_prompts, to_jsonl, token_ids
 import kvlink
 from kvlink.errors import InvalidArgument
 from kvlink.serving.config import ModelConfig
-from kvlink.serving.options import Options, SideOptions, split_threads
+from kvlink.serving.options import Options, SideOptions, side_threads
 from kvlink.serving.ranks import head_view, shard_of
 
 PATHS = ("host_shm", "ucx")
@@ -183,8 +183,8 @@ def test_heads_of_a_pool_are_a_view(layout: str, kv_dtype: str, checkpoint: Chec
 
 
 def test_ranks_share_threads_and_memory(checkpoint: Checkpoints) -> None:
-    assert split_threads(16, 2) == (4, 8)
-    assert split_threads(2, 4) == (1, 1)
+    assert side_threads(16, 2) == (8, 16)
+    assert side_threads(2, 4) == (1, 2)
     _, model = checkpoint("llama2")
     config = ModelConfig.from_dir(model)
     options = Options(str(model), prefill_ranks=10**6, prefill=SideOptions(num_pages=10**5))
