@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from kvlink._shard import Shard
 from kvlink.errors import InvalidArgument, Unsupported
-from kvlink.layout import Shard
-from kvlink.pool import KVPool
 
 
-def checked_shard(pool: KVPool, shard: Shard | None, name: str) -> Shard:
+def checked_shard(shard: Shard | None, num_layers: int, num_kv_heads: int, name: str) -> Shard:
     """The shard, or all of the pool. Raises InvalidArgument if the pool has other numbers."""
     if shard is None:
-        return Shard(range(pool.num_layers), range(pool.layout.num_kv_heads))
-    if (len(shard.layers), len(shard.kv_heads)) != (pool.num_layers, pool.layout.num_kv_heads):
+        return Shard(range(num_layers), range(num_kv_heads))
+    if (len(shard.layers), len(shard.kv_heads)) != (num_layers, num_kv_heads):
         raise InvalidArgument(
-            f"{name}: expected {pool.num_layers} layers and {pool.layout.num_kv_heads} KV heads, "
+            f"{name}: expected {num_layers} layers and {num_kv_heads} KV heads, "
             f"as the pool has; got {len(shard.layers)} and {len(shard.kv_heads)}"
         )
     return shard
@@ -34,10 +33,20 @@ def wanted_layers(held: Iterable[int], layers: Iterable[int] | None) -> list[int
     return [model for model in held if model in wanted]
 
 
+def stored_layers(
+    layer_map: Sequence[int], shard: Shard, layers: Iterable[int] | None
+) -> dict[int, int]:
+    """Stored layer -> the lowest model layer that it stands for, of those that are wanted."""
+    stored: dict[int, int] = {}
+    for model in sorted(wanted_layers(shard.layers, layers)):
+        stored.setdefault(layer_map[shard.layers.index(model)], model)
+    return stored
+
+
 def stored_pairs(
-    src_pool: KVPool,
+    src_layer_map: Sequence[int],
     src_shard: Shard,
-    dst_pool: KVPool,
+    dst_layer_map: Sequence[int],
     dst_shard: Shard,
     layers: Iterable[int] | None,
 ) -> list[tuple[int, int, int]]:
@@ -46,8 +55,8 @@ def stored_pairs(
     dst_index = {model: i for i, model in enumerate(dst_shard.layers)}
     pairs: dict[int, tuple[int, int]] = {}  # stored destination -> (model layer, stored source)
     for model in sorted(wanted_layers(src_index.keys() & dst_index.keys(), layers)):
-        src = src_pool.layer_map[src_index[model]]
-        dst = dst_pool.layer_map[dst_index[model]]
+        src = src_layer_map[src_index[model]]
+        dst = dst_layer_map[dst_index[model]]
         first, already = pairs.setdefault(dst, (model, src))
         if already != src:
             raise Unsupported(
@@ -55,3 +64,9 @@ def stored_pairs(
                 "the source; it cannot hold both"
             )
     return [(model, src, dst) for dst, (model, src) in pairs.items()]
+
+
+def shared_heads(src_shard: Shard, dst_shard: Shard) -> range:
+    """The KV heads, by their numbers in the model, that both shards have."""
+    src, dst = src_shard.kv_heads, dst_shard.kv_heads
+    return range(max(src.start, dst.start), min(src.stop, dst.stop))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvlink import _C
-from kvlink._arrays import dtype_of
+from kvlink._arrays import as_reference, dtype_of
 from kvlink._cuda_part import cuda_ops, on_cuda, stream_of
-from kvlink._layer_pairs import checked_shard, stored_pairs, wanted_layers
+from kvlink._layer_pairs import checked_shard, shared_heads, stored_layers, stored_pairs
+from kvlink._moving import RELAYOUT_BACKENDS, RelayoutResult, digest_rows, move_rows
 from kvlink.backends import (
     FLOATS,
     STORED,
@@ -17,10 +18,13 @@ from kvlink.backends import (
     Capabilities,
     choose,
 )
-from kvlink.errors import InvalidArgument, Unsupported
+from kvlink.errors import InvalidArgument
 from kvlink.layout import Shard
 from kvlink.pool import KVPool
 from kvlink.rope import Rope
+
+__all__ = ["APPEND_BACKENDS", "RELAYOUT_BACKENDS", "RelayoutResult", "append_kv", "copy_pages",
+           "digest_pages", "relayout_pages"]  # fmt: skip
 
 _APPEND = frozenset({"layers", "rope"})
 
@@ -32,17 +36,8 @@ APPEND_BACKENDS = (
         packages=("kvlink._cuda",),
     ),
     Capabilities("triton", TRITON_DEVICES, FLOATS, STORED, _APPEND, packages=TRITON_PACKAGES),
+    Capabilities("reference", frozenset({"cpu"}), FLOATS, STORED, _APPEND, automatic=False),
 )  # fmt: skip
-
-
-class RelayoutResult(NamedTuple):
-    """What was moved: rows (one KV head of one token in K or V of one layer) and their digest.
-
-    Digests are 64-bit sums over rows: add up parts modulo 2**64, in any order. 0 if not asked for.
-    """
-
-    rows: int
-    digest: int
 
 
 def append_kv(
@@ -83,8 +78,21 @@ def append_kv(
         _triton_ops().append_kv(k, v, pool, layer, slots, rope=rope, stream=stream)
     elif name == "cuda":
         cuda_ops().append_kv(k, v, pool.view, layer, slots, stream_of(pool.device, stream))
+    elif name == "reference":
+        _append_by_definition(k, v, pool, layer, slots, rope)
     else:
         _C.append_kv(k, v, pool.view, layer, slots, rope)
+
+
+def _append_by_definition(
+    k: Any, v: Any, pool: KVPool, layer: int | Sequence[int], slots: Any, rope: Rope | None
+) -> None:
+    from kvlink.reference.append_kv import append_kv as reference
+
+    if rope is not None:
+        cos_sin, positions = as_reference(rope.cos_sin), as_reference(rope.positions)
+        rope = rope._replace(cos_sin=cos_sin, positions=positions)
+    reference(as_reference(k), as_reference(v), pool, layer, as_reference(slots), rope=rope)
 
 
 def relayout_pages(
@@ -102,6 +110,7 @@ def relayout_pages(
     token_position: int = 0,
     digest: bool = False,
     stream: int | None = None,
+    backend: str = "auto",
 ) -> RelayoutResult:
     """Copies a run of tokens from one pool to another, whatever their layouts, dtypes and scales.
 
@@ -121,23 +130,16 @@ def relayout_pages(
     would receive two different source layers; pools on two devices). On CUDA the work is queued on
     `stream` as for `append_kv`, and waited for only if a digest is asked for; page ids may be on
     the device; bad ones are skipped and raised by a later call; that destination pages are
-    distinct is not checked.
+    distinct is not checked. `backend` is "auto" or the name of one in RELAYOUT_BACKENDS.
     """
-    src_shard = checked_shard(src_pool, src_shard, "src_shard")
-    dst_shard = checked_shard(dst_pool, dst_shard, "dst_shard")
-    moved = stored_pairs(src_pool, src_shard, dst_pool, dst_shard, layers)
-    heads = range(
-        max(src_shard.kv_heads.start, dst_shard.kv_heads.start),
-        min(src_shard.kv_heads.stop, dst_shard.kv_heads.stop),
-    )
+    src_shard = _shard_of(src_pool, src_shard, "src_shard")
+    dst_shard = _shard_of(dst_pool, dst_shard, "dst_shard")
+    moved = stored_pairs(src_pool.layer_map, src_shard, dst_pool.layer_map, dst_shard, layers)
+    heads = shared_heads(src_shard, dst_shard)
     if not moved or not heads:
         return RelayoutResult(0, 0)
-    return _relayout(
-        src_pool,
-        src_pages,
-        dst_pool,
-        dst_pages,
-        stream,
+    return move_rows(
+        src_pool, src_pages, dst_pool, dst_pages, backend, stream,
         src_layers=[src for _, src, _ in moved],
         dst_layers=[dst for _, _, dst in moved],
         model_layers=[model for model, _, _ in moved],
@@ -145,12 +147,9 @@ def relayout_pages(
         src_head=heads.start - src_shard.kv_heads.start,
         dst_head=heads.start - dst_shard.kv_heads.start,
         model_head=heads.start,
-        num_tokens=num_tokens,
-        src_start=src_start,
-        dst_start=dst_start,
-        token_position=token_position,
-        digest=digest,
-    )
+        num_tokens=num_tokens, src_start=src_start, dst_start=dst_start,
+        token_position=token_position, digest=digest,
+    )  # fmt: skip
 
 
 def digest_pages(
@@ -163,48 +162,43 @@ def digest_pages(
     token_position: int = 0,
     layers: Iterable[int] | None = None,
     stream: int | None = None,
+    backend: str = "auto",
 ) -> RelayoutResult:
     """Rows and digest of a run of tokens as stored: what relayout_pages reports for moving it here.
 
     Arguments and errors are those of `relayout_pages`; nothing is mutated.
     """
-    shard = checked_shard(pool, shard, "shard")
-    stored: dict[int, int] = {}  # stored layer -> the lowest model layer it stands for
-    for model in sorted(wanted_layers(shard.layers, layers)):
-        stored.setdefault(pool.layer_map[shard.layers.index(model)], model)
+    shard = _shard_of(pool, shard, "shard")
+    stored = stored_layers(pool.layer_map, shard, layers)
     if not stored:
         return RelayoutResult(0, 0)
-    arguments: dict[str, Any] = dict(
-        layers=list(stored),
-        model_layers=list(stored.values()),
-        num_heads=len(shard.kv_heads),
-        head=0,
-        model_head=shard.kv_heads.start,
-        num_tokens=num_tokens,
-        start=start,
+    return digest_rows(
+        pool, pages, backend, stream,
+        layers=list(stored), model_layers=list(stored.values()), num_heads=len(shard.kv_heads),
+        head=0, model_head=shard.kv_heads.start, num_tokens=num_tokens, start=start,
         token_position=token_position,
-    )
-    if _on_cuda(pool):
-        result = cuda_ops().digest_pages(
-            pool=pool.view, pages=pages, stream=stream_of(pool.device, stream), **arguments
-        )
-    else:
-        result = _C.digest_pages(pool=pool.view, pages=_C.PageIds(pages, "pages"), **arguments)
-    return RelayoutResult(*result)
+    )  # fmt: skip
 
 
-def copy_pages(pool: KVPool, src_pages: Any, dst_pages: Any, *, stream: int | None = None) -> None:
+def copy_pages(
+    pool: KVPool,
+    src_pages: Any,
+    dst_pages: Any,
+    *,
+    stream: int | None = None,
+    backend: str = "auto",
+) -> None:
     """Copies whole pages inside a pool, in all stored layers: what copy-on-write needs.
 
     Page `src_pages[i]` goes to `dst_pages[i]`; both have a length. Raises InvalidArgument (lengths
     differ, a destination is listed twice or is a source, too) and PageTableError (an id names no
-    page). `stream` as for `relayout_pages`.
+    page). `stream` and `backend` as for `relayout_pages`.
     """
     if len(src_pages) != len(dst_pages):
         raise InvalidArgument(f"dst_pages: expected {len(src_pages)} pages; got {len(dst_pages)}")
     stored = list(range(pool.num_stored_layers))
-    _relayout(
-        pool, src_pages, pool, dst_pages, stream,
+    move_rows(
+        pool, src_pages, pool, dst_pages, backend, stream,
         src_layers=stored, dst_layers=stored, model_layers=stored,
         num_heads=pool.layout.num_kv_heads, src_head=0, dst_head=0, model_head=0,
         num_tokens=len(src_pages) * pool.layout.page_size, src_start=0, dst_start=0,
@@ -212,30 +206,8 @@ def copy_pages(pool: KVPool, src_pages: Any, dst_pages: Any, *, stream: int | No
     )  # fmt: skip
 
 
-def _relayout(
-    src_pool: KVPool,
-    src_pages: Any,
-    dst_pool: KVPool,
-    dst_pages: Any,
-    stream: int | None,
-    **arguments: Any,
-) -> RelayoutResult:
-    if src_pool.device != dst_pool.device and (_on_cuda(src_pool) or _on_cuda(dst_pool)):
-        raise Unsupported(
-            "relayout_pages: both pools on one device; got DLPack devices "
-            f"{src_pool.device} and {dst_pool.device}"
-        )
-    if _on_cuda(dst_pool):
-        result = cuda_ops().relayout_pages(
-            src=src_pool.view, src_pages=src_pages, dst=dst_pool.view, dst_pages=dst_pages,
-            stream=stream_of(dst_pool.device, stream), **arguments,
-        )  # fmt: skip
-    else:
-        result = _C.relayout_pages(
-            src=src_pool.view, src_pages=_C.PageIds(src_pages, "src_pages"),
-            dst=dst_pool.view, dst_pages=_C.PageIds(dst_pages, "dst_pages"), **arguments,
-        )  # fmt: skip
-    return RelayoutResult(*result)
+def _shard_of(pool: KVPool, shard: Shard | None, name: str) -> Shard:
+    return checked_shard(shard, pool.num_layers, pool.layout.num_kv_heads, name)
 
 
 def _on_cuda(pool: KVPool) -> bool:

@@ -41,12 +41,13 @@ PYTHON_LAYERS = {
     "_cuda_part": {"_cuda"},
     "backends": set(),
     "rope": {"_C", "_planes", "_arrays", "backends"},
-    "_layer_pairs": _POOL,
-    "cache_ops": _POOL | {"_layer_pairs", "_arrays", "_cuda_part", "backends", "rope", "triton"},
+    "_layer_pairs": {"_shard"},
+    "_moving": _POOL | {"_cuda_part", "backends"},  # and, by name, the backend that is chosen
+    "cache_ops": _OPERATORS | {"_layer_pairs", "_moving", "rope", "triton"},
     "attention_plan": _POOL | {"_arrays"},
     "attention": _OPERATORS | {"triton"},  # reference and triton when they are chosen
     "reference": _LAYOUT,
-    "triton": {"_planes"},  # usable without anything compiled
+    "triton": {"_planes", "_shard", "_layer_pairs"},  # usable without anything compiled
     "transfer": _POOL | {"pages", "cache_ops"},
     "doctor": {"_C", "_cuda", "transfer", "doctor_peer"},
     "doctor_peer": {"transfer"},

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kvlink import Shard, append_kv, digest_pages, relayout_pages
+from kvlink.reference.digest_pages import run_digest
 from kvlink.testing.pools import KINDS, Filled, fill_run, make_pool, model_pool, rows_of
-from kvlink.testing.row_digest import run_digest
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "latent"])

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kvlink import _C, KVLayout, KVPool, Shard, digest_pages, relayout_pages
+from kvlink.reference.digest_pages import run_digest
 from kvlink.testing.pools import make_pool, rows_of
-from kvlink.testing.row_digest import run_digest
 
 STREAMED_BYTES = 16 << 20  # from here on
 

@@ -17,10 +17,11 @@ from kvlink import attention
 from kvlink.backends import TRITON_DEVICES
 from kvlink.errors import Unsupported
 
-INTERPRETED = Path(__file__).parent / "interpreted"
+HERE = Path(__file__).parent
+FILES = sorted([*HERE.glob("interpreted/test_*.py"), *HERE.glob("operators/test_*.py")])
 
 
-@pytest.mark.parametrize("file", sorted(INTERPRETED.glob("test_*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_interpreted(file: Path) -> None:
     """TRITON_INTERPRET is read when kernels are defined, and must not leak into other tests."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -39,6 +40,8 @@ def test_on_the_cpu_the_device_is_what_is_missing() -> None:
     for call in (
         lambda: kvlink.paged_attention(q, pool, 0, [[0]], [1], backend="triton"),
         lambda: kvlink.append_kv(k, k, pool, 0, torch.zeros(1).long(), backend="triton"),
+        lambda: kvlink.digest_pages(pool, [0], num_tokens=1, backend="triton"),
+        lambda: kvlink.relayout_pages(pool, [0], pool, [0], num_tokens=1, backend="triton"),
         lambda: kvlink.merge_states([q], [q[..., 0].contiguous()], backend="triton"),
     ):
         with pytest.raises(Unsupported, match=r"triton lacks device cpu \(it has cuda\)"):

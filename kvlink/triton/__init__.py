@@ -8,6 +8,14 @@ TRITON_INTERPRET=1 in the environment they run on the CPU, slowly, for tests.
 from kvlink.triton.append_kv import append_kv
 from kvlink.triton.merge_states import merge_states
 from kvlink.triton.paged_attention import paged_attention
+from kvlink.triton.relayout_pages import digest_pages, relayout_pages
 from kvlink.triton.tensor_pool import TensorPool
 
-__all__ = ["TensorPool", "append_kv", "merge_states", "paged_attention"]
+__all__ = [
+    "TensorPool",
+    "append_kv",
+    "digest_pages",
+    "merge_states",
+    "paged_attention",
+    "relayout_pages",
+]

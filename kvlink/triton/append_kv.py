@@ -14,7 +14,7 @@ from kvlink.triton import configs
 from kvlink.triton.arguments import FLOATS, Sizes, check, short_name
 from kvlink.triton.error_record import POSITIONS, SLOTS, record, record_error, report_errors
 from kvlink.triton.tensor_pool import TensorPool, as_tensor_pool, on_stream, strides_of
-from kvlink.triton.values import from_float32, row_scales
+from kvlink.triton.values import from_float32, largest_finite, row_scales
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _store_rows(
     if SCALE != "none":
         at_scale = page * scale_strides[0] + slot * scale_strides[1] + head * scale_strides[2]
         if SCALE == "token_head":
-            scales = row_scales(row, KIND)
+            scales = row_scales(largest_finite(row), KIND)
             tl.store(scale + at_scale, scales, mask=wanted)
         else:
             scales = tl.load(scale + at_scale, mask=wanted, other=1.0)

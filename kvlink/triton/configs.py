@@ -18,9 +18,19 @@ class RowsConfig(NamedTuple):
 
 
 def rows(head_dim: int) -> RowsConfig:
-    """For kernels that pass over rows once: 2048 elements a program, 16 a thread."""
+    """For kernels that pass over rows once: 2048 elements a program, 8 a thread."""
     dims = 1 << max(0, head_dim - 1).bit_length()
-    return RowsConfig(max(1, 2048 // dims), dims, 4 if dims <= 2048 else 8)
+    return RowsConfig(max(1, 2048 // dims), dims, 8)
+
+
+# Of a thread of relayout_pages: without a bound ptxas keeps to 48 for sm_80, and spills.
+MOVING_REGISTERS = 128
+
+
+def moved_rows(dims: int, element_bytes: int) -> RowsConfig:
+    """For relayout_pages, whose digest takes stripes of 64 bytes; longer rows go in chunks."""
+    chunk = max(64 // element_bytes, 1 << max(0, min(dims, 1024) - 1).bit_length())
+    return RowsConfig(max(1, 2048 // chunk), chunk, 8)
 
 
 class AttentionConfig(NamedTuple):
@@ -58,7 +68,7 @@ _ATTENTION = (
 )
 
 
-_BEFORE_SM_89 = AttentionConfig(32, 32, 4, 3)  # instead of 128 rows, which spill there
+_BEFORE_SM_89 = AttentionConfig(32, 32, 4, 2)  # instead of 128 rows, which spill there
 
 
 def attention(max_rows: int, dims: int, wide: bool, recent: bool = True) -> AttentionConfig:

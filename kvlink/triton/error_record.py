@@ -18,7 +18,10 @@ SRC_PAGES = tl.constexpr(2)
 DST_PAGES = tl.constexpr(3)
 PAGE_TABLE = tl.constexpr(4)
 POSITIONS = tl.constexpr(5)
-_NAMES = {1: "slots", 2: "src_pages", 3: "dst_pages", 4: "page_table", 5: "rope.positions"}
+PAGES = tl.constexpr(6)
+_NAMES = {
+    1: "slots", 2: "src_pages", 3: "dst_pages", 4: "page_table", 5: "rope.positions", 6: "pages",
+}  # fmt: skip
 _VALUES = ("slots", "rope.positions")  # the others are page ids
 
 _EMPTY, _COMPLETE = 0, 2  # 1: a kernel is writing it

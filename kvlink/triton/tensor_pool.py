@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +23,8 @@ class TensorPool:
 
     `k` and `v` are tensors [num_pages, page_size, num_kv_heads, dims] each, of any strides: views
     (`permute`, `unflatten`, slices) of what the engine has. Without `v` the pool is latent (MLA):
-    V is the first `head_dim_v` elements of K. `scales` other than "none" take `k_scale` and
-    `v_scale` per layer, float32: [1] ("tensor"), [num_kv_heads] ("head") or
+    V is the first `head_dim_v` elements of K; with `head_dim_v=0` pages are opaque, and only moved
+    and digested. `scales` other than "none" take `k_scale` and `v_scale` per layer, float32: [1] ("tensor"), [num_kv_heads] ("head") or
     [num_pages, page_size, num_kv_heads] ("token_head"). `layer_map[i]` is the stored layer behind
     layer i. Nothing is copied. Raises InvalidArgument when the tensors do not fit together.
     """
@@ -54,9 +55,9 @@ class TensorPool:
         self.device = k[0].device
         self.layer_map = tuple(range(len(k)) if layer_map is None else layer_map)
         if v is None:
-            if head_dim_v is None or not 1 <= head_dim_v <= self.head_dim:
+            if head_dim_v is None or not 0 <= head_dim_v <= self.head_dim:
                 raise InvalidArgument(
-                    f"head_dim_v: expected 1 to {self.head_dim} without v; got {head_dim_v}"
+                    f"head_dim_v: expected 0 to {self.head_dim} without v; got {head_dim_v}"
                 )
             v, v_scale = [each[..., :head_dim_v] for each in k], k_scale
         self.head_dim_v = v[0].shape[-1]
@@ -69,6 +70,24 @@ class TensorPool:
     def num_layers(self) -> int:
         """Logical layers."""
         return len(self.layer_map)
+
+    @property
+    def opaque(self) -> bool:
+        """Only the owner knows what the elements mean."""
+        return self.head_dim_v == 0
+
+    @functools.cached_property
+    def addresses(self) -> dict[str, torch.Tensor]:
+        """Where planes "k", "v", "k_scale", "v_scale" begin: int64 [stored layer], on the device."""
+        planes = dict(k=self.k, v=self.v, k_scale=self.k_scale or [], v_scale=self.v_scale or [])
+        return {
+            name: torch.tensor([each.data_ptr() for each in layers], device=self.device)
+            for name, layers in planes.items()
+        }
+
+    def aligned(self, name: str) -> bool:
+        """Plane "k" or "v" of every layer begins at a multiple of 16 bytes."""
+        return all(each.data_ptr() % 16 == 0 for each in getattr(self, name))
 
     def scales_of(self, stored: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(k_scale, v_scale) of a stored layer, [num_pages, page_size, num_kv_heads] each."""
@@ -129,13 +148,17 @@ def on_stream(device: torch.device, stream: int | None) -> Any:
     return torch.cuda.stream(torch.cuda.ExternalStream(stream, device))
 
 
-def as_tensor_pool(pool: Any) -> TensorPool:
+def as_tensor_pool(pool: Any, opaque: bool = False) -> TensorPool:
     """A TensorPool as it is; a KVPool as one, made once. Raises Unsupported for opaque pages."""
     if isinstance(pool, TensorPool):
-        return pool
-    known = _KNOWN.get(pool)
-    if known is None:
-        _KNOWN[pool] = known = _from_kv_pool(pool)
+        known = pool
+    else:
+        made = _KNOWN.get(pool)
+        if made is None:
+            _KNOWN[pool] = made = _from_kv_pool(pool)
+        known = made
+    if known.opaque and not opaque:
+        raise Unsupported("pool: expected K and V; the pool's pages are opaque")
     return known
 
 
@@ -144,8 +167,6 @@ _KNOWN: weakref.WeakKeyDictionary[Any, TensorPool] = weakref.WeakKeyDictionary()
 
 def _from_kv_pool(pool: Any) -> TensorPool:
     layout = pool.layout
-    if layout.form == "opaque":
-        raise Unsupported("pool: expected K and V; the pool's pages are opaque")
     logical = [pool.layer_map.index(stored) for stored in range(max(pool.layer_map) + 1)]
 
     def tensors(name: str) -> list[torch.Tensor]:

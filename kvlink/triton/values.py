@@ -93,10 +93,43 @@ def _to_float8(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.conste
 
 
 @triton.jit
-def row_scales(rows, KIND: tl.constexpr):
-    """What "token_head" stores for rows [R, D] of float32: float32 [R]."""
+def from_bits(bits, KIND: tl.constexpr):
+    """Unsigned integers as the stored elements that the functions above take."""
+    if KIND == "float32":
+        return bits.to(tl.float32, bitcast=True)
+    elif KIND == "float16":
+        return bits.to(tl.float16, bitcast=True)
+    elif KIND == "bfloat16":
+        return bits.to(tl.bfloat16, bitcast=True)
+    elif KIND == "int8":
+        return bits.to(tl.int8, bitcast=True)
+    else:
+        return bits
+
+
+@triton.jit
+def to_bits(x, KIND: tl.constexpr):
+    """Stored elements as unsigned integers."""
+    if KIND == "float32":
+        return x.to(tl.uint32, bitcast=True)
+    elif KIND == "float16" or KIND == "bfloat16":
+        return x.to(tl.uint16, bitcast=True)
+    elif KIND == "int8":
+        return x.to(tl.uint8, bitcast=True)
+    else:
+        return x
+
+
+@triton.jit
+def largest_finite(rows):
+    """The largest finite magnitude of each of the rows [R, D], 0 if there is none."""
     magnitude = tl.abs(rows)
-    largest = tl.max(tl.where(magnitude < _INFINITY, magnitude, 0.0), 1)
+    return tl.max(tl.where(magnitude < _INFINITY, magnitude, 0.0), 1)
+
+
+@triton.jit
+def row_scales(largest, KIND: tl.constexpr):
+    """What "token_head" stores for rows of these largest magnitudes: float32 [R]."""
     if KIND == "float8_e4m3":
         scale = tl.div_rn(largest, tl.full(largest.shape, 448.0, tl.float32))
     elif KIND == "float8_e5m2":

@@ -1,0 +1,103 @@
+"""Moving and digesting rows by the backend that is chosen: what stands behind `relayout_pages`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+from kvlink import _C
+from kvlink._cuda_part import cuda_ops, on_cuda, stream_of
+from kvlink.backends import STORED, TRITON_DEVICES, TRITON_PACKAGES, Capabilities, choose
+from kvlink.errors import Unsupported
+from kvlink.pool import KVPool
+
+_ALL = STORED | {"uint8"}
+_NONE: frozenset[str] = frozenset()
+_CPU, _CUDA = frozenset({"cpu"}), frozenset({"cuda"})
+
+# In order of preference.
+RELAYOUT_BACKENDS = (
+    Capabilities("cpu", _CPU, _ALL, _ALL, _NONE),
+    Capabilities("cuda", _CUDA, _ALL, _ALL, _NONE, packages=("kvlink._cuda",)),
+    Capabilities("triton", TRITON_DEVICES, _ALL, _ALL, _NONE, packages=TRITON_PACKAGES),
+    Capabilities("reference", _CPU, _ALL, _ALL, _NONE, automatic=False),
+)
+
+
+class RelayoutResult(NamedTuple):
+    """What was moved: rows (one KV head of one token in K or V of one layer) and their digest.
+
+    Digests are 64-bit sums over rows: add up parts modulo 2**64, in any order. 0 if not asked for.
+    """
+
+    rows: int
+    digest: int
+
+
+def move_rows(
+    src_pool: KVPool,
+    src_pages: Any,
+    dst_pool: KVPool,
+    dst_pages: Any,
+    backend: str,
+    stream: int | None,
+    **run: Any,
+) -> RelayoutResult:
+    """`run`: which layers, heads and tokens, as `_C.relayout_pages` takes them."""
+    if src_pool.device != dst_pool.device and (
+        on_cuda(src_pool.device) or on_cuda(dst_pool.device)
+    ):
+        raise Unsupported(
+            "relayout_pages: both pools on one device; got DLPack devices "
+            f"{src_pool.device} and {dst_pool.device}"
+        )
+    name = _chosen(dst_pool, backend, src_pool.layout.dtype)
+    if name == "cuda":
+        result = cuda_ops().relayout_pages(
+            src=src_pool.view, src_pages=src_pages, dst=dst_pool.view, dst_pages=dst_pages,
+            stream=stream_of(dst_pool.device, stream), **run,
+        )  # fmt: skip
+    elif name == "triton":
+        result = _triton_ops().move_rows(
+            src_pool, src_pages, dst_pool, dst_pages, stream=stream, **run
+        )
+    elif name == "reference":
+        result = _by_definition().move_rows(src_pool, src_pages, dst_pool, dst_pages, **run)
+    else:
+        result = _C.relayout_pages(
+            src=src_pool.view, src_pages=_C.PageIds(src_pages, "src_pages"),
+            dst=dst_pool.view, dst_pages=_C.PageIds(dst_pages, "dst_pages"), **run,
+        )  # fmt: skip
+    return RelayoutResult(*result)
+
+
+def digest_rows(
+    pool: KVPool, pages: Any, backend: str, stream: int | None, **run: Any
+) -> RelayoutResult:
+    """`run`: which layers, heads and tokens, as `_C.digest_pages` takes them."""
+    name = _chosen(pool, backend, pool.layout.dtype)
+    if name == "cuda":
+        result = cuda_ops().digest_pages(
+            pool=pool.view, pages=pages, stream=stream_of(pool.device, stream), **run
+        )
+    elif name == "triton":
+        result = _triton_ops().digest_rows(pool, pages, stream=stream, **run)
+    elif name == "reference":
+        result = _by_definition().digest_rows(pool, pages, **run)
+    else:
+        result = _C.digest_pages(pool=pool.view, pages=_C.PageIds(pages, "pages"), **run)
+    return RelayoutResult(*result)
+
+
+def _chosen(pool: KVPool, backend: str, src_dtype: str) -> str:
+    if backend == "auto" and not on_cuda(pool.device):
+        return "cpu"
+    return choose(RELAYOUT_BACKENDS, backend, pool.device, src_dtype, pool.layout.dtype).name
+
+
+def _triton_ops() -> Any:
+    return importlib.import_module("kvlink.triton.relayout_pages")
+
+
+def _by_definition() -> Any:
+    return importlib.import_module("kvlink.reference.relayout_pages")
