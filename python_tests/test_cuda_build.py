@@ -99,9 +99,11 @@ def test_calls_without_a_device_say_so() -> None:
 
 
 def test_without_the_cuda_part_calls_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "kvlink._cuda", None)
-    with pytest.raises(Unsupported, match="kvlink has no CUDA part here"):
-        copy_pages(pool_on((2, 0)), [0], [1], stream=0)
+    for name in ("kvlink._cuda", "triton"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for backend in ("cuda", "auto"):
+        with pytest.raises(Unsupported, match="cuda lacks package 'kvlink._cuda'"):
+            copy_pages(pool_on((2, 0)), [0], [1], stream=0, backend=backend)
 
 
 def test_pools_of_two_devices_do_not_mix() -> None:

@@ -24,9 +24,10 @@ class TensorPool:
     `k` and `v` are tensors [num_pages, page_size, num_kv_heads, dims] each, of any strides: views
     (`permute`, `unflatten`, slices) of what the engine has. Without `v` the pool is latent (MLA):
     V is the first `head_dim_v` elements of K; with `head_dim_v=0` pages are opaque, and only moved
-    and digested. `scales` other than "none" take `k_scale` and `v_scale` per layer, float32: [1] ("tensor"), [num_kv_heads] ("head") or
-    [num_pages, page_size, num_kv_heads] ("token_head"). `layer_map[i]` is the stored layer behind
-    layer i. Nothing is copied. Raises InvalidArgument when the tensors do not fit together.
+    and digested. `scale` other than "none" takes `k_scale` and `v_scale` per layer, float32: [1]
+    ("tensor"), [num_kv_heads] ("head") or [num_pages, page_size, num_kv_heads] ("token_head").
+    `layer_map[i]` is the stored layer behind layer i. Nothing is copied. Raises InvalidArgument
+    when the tensors do not fit together.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class TensorPool:
 
     @functools.cached_property
     def addresses(self) -> dict[str, torch.Tensor]:
-        """Where planes "k", "v", "k_scale", "v_scale" begin: int64 [stored layer], on the device."""
+        """Where "k", "v", "k_scale" and "v_scale" begin: int64 [stored layer] on the device."""
         planes = dict(k=self.k, v=self.v, k_scale=self.k_scale or [], v_scale=self.v_scale or [])
         return {
             name: torch.tensor([each.data_ptr() for each in layers], device=self.device)
