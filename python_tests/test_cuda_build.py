@@ -102,7 +102,7 @@ def test_without_the_cuda_part_calls_say_so(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("kvlink._cuda", "triton"):
         monkeypatch.setitem(sys.modules, name, None)
     for backend in ("cuda", "auto"):
-        with pytest.raises(Unsupported, match="cuda lacks package 'kvlink._cuda'"):
+        with pytest.raises(Unsupported, match=r"cuda lacks package 'kvlink\._cuda'"):
             copy_pages(pool_on((2, 0)), [0], [1], stream=0, backend=backend)
 
 
