@@ -9,6 +9,7 @@ shm_convert                the same, bfloat16 to fp8 and int8
 digest                     shm_same_64k with the digest and without
 ucx_shm_4k                 ucx over shared memory, the same layout, pages of 4 KiB
 ucx_tcp_16k, ucx_tcp_1m    ucx over TCP between two network namespaces, pages of 16 KiB and 1 MiB
+ucx_tcp_line               as ucx_tcp_1m, where the wire between them carries 10 and 25 Gbit/s
 handoff_16, handoff_32k    `Link.adopt` of so many tokens x 32 layers; and the owner's offer of them
 post_layer                 one `Transfer.push_layer` call of a 32k-token transfer
 connect                    register a pool of 32 layers x 100k pages, and connect to a peer with one
@@ -167,6 +168,25 @@ def ucx_tcp(run: Run, case: str, shape: Shape, piece_bytes: int) -> Iterator[Fig
         yield from line_rate(case, piece_bytes, note, **where)  # type: ignore[arg-type]
 
 
+def ucx_tcp_line(run: Run) -> Iterator[Figure]:
+    """Wires that are slower than the processors of this machine, as those between hosts are."""
+    for rate in (10.0, 25.0):
+        try:
+            with TwoHosts(gbit_s=rate) as hosts:
+                where = {"prefixes": (hosts.prefix(0), hosts.prefix(1)), "hosts": ADDRESSES}
+                line = Stream(**where)  # type: ignore[arg-type]
+                own = Kvlink(
+                    [SAME_1M], SAME_1M, "ucx", environment={"UCX_TLS": "tcp"},
+                    **where,  # type: ignore[arg-type]
+                )  # fmt: skip
+                note = f"{rate:g} Gbit/s"
+                for figure in moves(run, "ucx_tcp_line", {note: own}, line=line):
+                    yield replace(figure, note=note) if figure.peer == "socket" else figure
+        except NotPermitted as error:
+            print(f"ucx_tcp_line: left out: {error}", file=sys.stderr)
+            return
+
+
 def plain(op: str, case: str, seconds: float, note: str = "") -> Figure:
     """A figure that no limit binds."""
     ms = round(seconds * 1e3, 5)
@@ -251,6 +271,7 @@ CASES: dict[str, Callable[[Run], Iterator[Figure]]] = {
     "ucx_shm_4k": ucx_shm_4k,
     "ucx_tcp_16k": lambda run: ucx_tcp(run, "ucx_tcp_16k", SAME_16K, 16 << 10),
     "ucx_tcp_1m": lambda run: ucx_tcp(run, "ucx_tcp_1m", SAME_1M, 1 << 20),
+    "ucx_tcp_line": ucx_tcp_line,
     "post_layer": post_layer,
     "connect": connect,
     "overlap": lambda run: overlap(run.seconds),

@@ -42,12 +42,14 @@ class TwoHosts:
     """A context manager; `prefix(idx)` runs a command on host 0 or 1, at `ADDRESSES[idx]`.
 
     `delay_s` and `loss` (a fraction) are those of one direction. They are tc's netem where the
-    kernel has it; otherwise a thread here carries the packets between two tun devices. `wire` tells
-    which.
+    kernel has it; otherwise a thread here carries the packets between two tun devices. `gbit_s`
+    bounds either direction by tc's tbf, in 10^9 bits a second. `wire` tells which.
     """
 
-    def __init__(self, *, delay_s: float = 0.0, loss: float = 0.0) -> None:
-        self._delay_s, self._loss = delay_s, loss
+    def __init__(self, *, delay_s: float = 0.0, loss: float = 0.0, gbit_s: float = 0.0) -> None:
+        if gbit_s and (delay_s or loss):
+            raise ValueError("gbit_s: expected without delay_s and loss")
+        self._delay_s, self._loss, self._gbit_s = delay_s, loss, gbit_s
         self._relay: SlowWire | None = None
         self.wire = "veth"
 
@@ -93,6 +95,8 @@ class TwoHosts:
         _run([*pair, "peer", "name", self._ends[1], "netns", pids[1]])
         if self._delay_s or self._loss:
             self._spoil(pids)
+        if self._gbit_s:
+            self._narrow()
         for idx, (end, address) in enumerate(zip(self._ends, ADDRESSES, strict=True)):
             for command in (
                 ["ip", "address", "add", f"{address}/24", "dev", end],
@@ -139,6 +143,13 @@ class TwoHosts:
             self._relay = SlowWire(pids, self._delay_s, self._loss)
             self._ends = ("kvwire", "kvwire")
             self.wire = "tun, carried in user space: the kernel has no netem"
+
+    def _narrow(self) -> None:
+        # Segments are cut behind the shaper, so they come in 64 KiB.
+        bounds = ["rate", f"{self._gbit_s:g}gbit", "burst", "256kb", "limit", "16mb"]
+        for idx, end in enumerate(self._ends):
+            _run([*self.prefix(idx), "tc", "qdisc", "add", "dev", end, "root", "tbf", *bounds])
+        self.wire = f"veth with tbf, {self._gbit_s:g} Gbit/s"
 
     def _wait_until_up(self, idx: int) -> None:
         end = self._ends[idx]

@@ -123,3 +123,11 @@ def test_latency_and_loss(monkeypatch: pytest.MonkeyPatch) -> None:
         for request in range(3):
             pair.push("large", request)
             pair.pull("large", 100 + request)
+
+
+def test_a_narrow_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as stack:
+        pair = make(stack, monkeypatch, gbit_s=0.2)
+        assert pair.hosts.wire == "veth with tbf, 0.2 Gbit/s"
+        pair.push("large", 1)
+        pair.pull("large", 2)
