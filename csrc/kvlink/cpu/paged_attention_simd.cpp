@@ -302,24 +302,23 @@ struct BlockRows {
   }
 };
 
-// The rows that are read in place a little later: kHeadsAhead KV heads on, in the order in which
-// attend_in_place reads them.
-template <int kStep>
-NextRows rows_ahead(const TileContext& c, const PanelRows& now, const Plane& plane,
-                    const PanelRows& then, const Plane& then_plane, int64_t first, int64_t head) {
-  constexpr int64_t kHeadsAhead = 4;
-  head += kHeadsAhead;
-  for (; head >= c.tile.num_kv_heads; head -= c.tile.num_kv_heads) first += kStep;
-  const bool later = first >= kBlockTokens;
-  const Plane& read = later ? then_plane : plane;
-  const char* const* rows = later ? then + (first - kBlockTokens) % kBlockTokens : now + first;
-  return {rows, head * read.stride_head * c.element_bytes};
+RowStream stream_of(const TileContext& c, const PanelRows& rows, const Plane& plane, int64_t dims,
+                    int64_t block_begin, VisibleRange range) {
+  return {.rows = rows,
+          .first = range.begin - block_begin,
+          .num_rows = range.begin < range.end ? range.end - block_begin : 0,
+          .head_bytes = dims * c.element_bytes,
+          .stride_head = plane.stride_head * c.element_bytes,
+          .num_heads = c.tile.num_kv_heads};
 }
 
 // Few rows: all KV heads of a handful of positions in turn, so that pages are read front to back.
 void attend_in_place(const TileContext& c, int64_t block_begin, VisibleRange range,
-                     const BlockRows& rows, const BlockRows& next, const AttentionState& state) {
+                     const BlockRows& rows, const RowStream& value_stream,
+                     const RowStream& next_keys, ReadAhead& ahead, const AttentionState& state) {
   const Plane &k = c.layout.k, &v = c.layout.v;
+  const bool twice = c.p.kv.k == c.p.kv.v;  // V is a part of K
+  ahead.announce(twice ? next_keys : value_stream);
   const int64_t begin = range.begin - block_begin, end = range.end - block_begin;
   for (int64_t first = begin / kLanes * kLanes; first < end; first += kLanes) {
     for (int64_t head = 0; head < c.tile.num_kv_heads; ++head) {
@@ -332,21 +331,23 @@ void attend_in_place(const TileContext& c, int64_t block_begin, VisibleRange ran
                        .num_rows = c.head_rows,
                        .sums = c.sums,
                        .scores = c.scores + row * kBlockTokens + first,
-                       .next = rows_ahead<kLanes>(c, rows.keys, k, rows.values, v, first, head)});
+                       .ahead = &ahead});
     }
   }
 
+  constexpr int64_t kLinesMeanwhile = 8;  // of memory, while a row of scores becomes weights
   for (int64_t head = 0; head < c.tile.num_kv_heads; ++head) {
     const int64_t kv_head = c.tile.first_kv_head + head;
     find_factors(c, kv_head, block_begin, range);
     for_each_run(c, block_begin,
                  [&](const TokenRun& run) { soften_run(c, kv_head, block_begin, run, state); });
+    ahead.fetch(kLinesMeanwhile * (c.head_rows + 1));
   }
 
+  if (!twice) ahead.announce(next_keys);
   constexpr int64_t kStep = 16;
   for (int64_t first = 0; first < kBlockTokens; first += kStep) {
     for (int64_t head = 0; head < c.tile.num_kv_heads; ++head) {
-      const NextRows ahead = rows_ahead<kStep>(c, rows.values, v, next.keys, k, first, head);
       for_each_run(c, block_begin, [&](const TokenRun& run) {
         const int64_t row = head * c.head_rows + run.first * c.group;
         for_each_stretch(run.seen & range_bits({first, first + kStep}), [&](VisibleRange seen) {
@@ -360,7 +361,7 @@ void attend_in_place(const TileContext& c, int64_t block_begin, VisibleRange ran
                          .row_scale = is_first ? c.row_scale + row : nullptr,
                          .out = state.out + row * c.out_stride,
                          .stride_out = c.out_stride,
-                         .next = ahead});
+                         .ahead = twice ? nullptr : &ahead});
         });
       });
     }
@@ -377,13 +378,23 @@ void attend_split(const TileContext& c, int64_t split, const AttentionState& sta
   const int64_t end = (split + 1) * kSplitTokens;
   const auto seen_in = [&](int64_t block) { return intersect(tile, block, block + kBlockTokens); };
   BlockRows rows[2];
+  ReadAhead ahead;
+  const auto keys_of = [&](const BlockRows& rows, int64_t block) {
+    return stream_of(c, rows.keys, c.layout.k, c.layout.head_dim, block, seen_in(block));
+  };
   if (c.in_place) rows[0].find(c, split * kSplitTokens, seen_in(split * kSplitTokens));
+  bool begun = false;
   for (int64_t block = split * kSplitTokens, i = 0; block < end; block += kBlockTokens, ++i) {
     const VisibleRange range = seen_in(block), next = seen_in(block + kBlockTokens);
     if (c.in_place) rows[(i + 1) % 2].find(c, block + kBlockTokens, next);
     if (range.begin >= range.end) continue;
     if (c.in_place) {
-      attend_in_place(c, block, range, rows[i % 2], rows[(i + 1) % 2], state);
+      const BlockRows &now = rows[i % 2], &then = rows[(i + 1) % 2];
+      if (!begun) ahead.begin(keys_of(now, block));
+      begun = true;
+      attend_in_place(c, block, range, now,
+                      stream_of(c, now.values, c.layout.v, c.layout.head_dim_v, block, range),
+                      keys_of(then, block + kBlockTokens), ahead, state);
       continue;
     }
     for (int64_t head = 0; head < c.tile.num_kv_heads; ++head) {

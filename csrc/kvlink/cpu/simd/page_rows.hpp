@@ -8,23 +8,11 @@
 #pragma once
 
 #include "kvlink/cpu/simd/pack_rows.hpp"
+#include "kvlink/cpu/simd/read_ahead.hpp"
 #include "kvlink/cpu/simd/rows.hpp"
 #include "kvlink/cpu/simd/tile_product.hpp"
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
-
-// What will be read soon: as many rows as are read now, asked for on the way.
-struct NextRows {
-  const char* const* rows;
-  int64_t offset_bytes;
-
-  KVLINK_INLINE void prefetch(int64_t row, int64_t at, int64_t num_bytes) const {
-    KVLINK_UNROLL
-    for (int64_t i = 0; i < num_bytes; i += 64) {
-      __builtin_prefetch(rows[row] + offset_bytes + at + i, 0, 2);
-    }
-  }
-};
 
 // How a unit of a stored type is multiplied: kTerms terms, each of which goes with one element of a
 // query row's `Terms::Left`.
@@ -57,7 +45,7 @@ struct ScoreRows {
   int64_t num_rows;
   float* sums;    // [num_rows, 2, kLanes] scratch
   float* scores;  // [num_rows, kLanes], rows kPanelRows apart
-  NextRows next;
+  ReadAhead* ahead;
 };
 
 template <class Units, int kRows>
@@ -115,8 +103,8 @@ __attribute__((noinline)) void score_rows(const ScoreRows& s) {
       }
     }
     if (at % 64 == 0) {
-      KVLINK_UNROLL
-      for (int i = 0; i < kLanes; ++i) s.next.prefetch(i, at, 64);
+      const int64_t left = s.num_bytes - at;
+      left >= 64 ? s.ahead->fetch<kLanes>() : s.ahead->fetch(kLanes * left / 64);
     }
     transpose(square);
     // Through memory: registers are for the sums, however many rows there are.
@@ -144,7 +132,7 @@ struct ValueRows {
   const float* row_scale;  // [num_rows] factors of the old `out`; null: 1
   float* out;              // [num_rows, dims], rows stride_out apart, padded to whole vectors
   int64_t stride_out;
-  NextRows next;
+  ReadAhead* ahead;  // null: nothing is to be fetched
 };
 
 template <DType kDType, int kRows, int kVecs, bool kWhole>
@@ -164,9 +152,13 @@ KVLINK_INLINE void value_block(const ValueRows& s, int64_t row, int64_t dim) {
   for (int64_t position = 0; position < s.num_positions; ++position) {
     const char* source = s.values[position] + offset;
     __asm__("" : "+r"(source));  // one address, whatever the compiler thinks of more
-    if (kWhole && row == 0) {
+    if (kWhole && row == 0 && s.ahead) {
       constexpr int kBytes = kVecs * kLanes * Row<kDType>::kBytes;
-      s.next.prefetch(position, dim * Row<kDType>::kBytes, kBytes);
+      if constexpr (kBytes >= 64) {
+        s.ahead->fetch<kBytes / 64>();
+      } else if (position % (64 / kBytes) == 0) {
+        s.ahead->fetch<1>();
+      }
     }
     Vec right[kVecs];
     KVLINK_UNROLL
