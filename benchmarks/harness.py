@@ -70,13 +70,17 @@ def limits(device: str) -> dict[str, float]:
 
 
 def limit_fraction(
-    seconds: float, needs: dict[str, float], device: str = "cpu"
+    seconds: float,
+    needs: dict[str, float],
+    device: str = "cpu",
+    rates: dict[str, float] | None = None,
 ) -> tuple[str, float]:
     """(limit, fraction) of the limit that binds: the one that alone would take longest.
 
-    `needs` gives the bytes or operations that the work asks of each limit.
+    `needs` gives the bytes or operations that the work asks of each limit; `rates` the limits that
+    were measured beside it, instead of those of the run.
     """
-    rates = limits(device)
+    rates = limits(device) | (rates or {})
     times = {name: amount / (rates[name] * 1e9) for name, amount in needs.items() if amount}
     name = max(times, key=lambda each: times[each])
     return name, times[name] / seconds
@@ -96,6 +100,24 @@ def measure(
     while len(times) < min_rounds or time.perf_counter() < end:
         times.append(time_once(work))
     return sorted(times)[len(times) // 2]
+
+
+def measure_beside_reads(
+    work: Callable[[], object], seconds: float = 1.0, turns: int = 8
+) -> tuple[float, dict[str, float]]:
+    """Median seconds of a call on the CPU, and the read rate beside it, as limit_fraction takes it.
+
+    In turns: memory that is not ours alone changes its rate within seconds. The rate is the one
+    that gives the median of the fractions of the turns.
+    """
+    work()  # fills caches and thread pools
+    times, shares = [], []
+    for _ in range(turns):
+        rate = _C.probe_read_bandwidth(_PROBE_BYTES, seconds / 4 / turns)
+        times.append(measure(work, seconds / turns, 3))
+        shares.append(1 / (times[-1] * rate))
+    taken = sorted(times)[turns // 2]
+    return taken, {"read": 1 / (sorted(shares)[turns // 2] * taken) / 1e9}
 
 
 def _time_on_host(work: Callable[[], object]) -> float:
@@ -118,9 +140,10 @@ def _time_on_device(work: Callable[[], object]) -> float:
 def figure(
     op: str, case: str, backend: str, dtype: str, page_size: int, seconds: float,
     needs: dict[str, float], peer: str = "kvlink", device: str = "cpu",
+    rates: dict[str, float] | None = None,
 ) -> Figure:  # fmt: skip
     """A figure from a time and what the work needs of the limits ("read" or "copy", "fma")."""
-    limit, fraction = limit_fraction(seconds, needs, device)
+    limit, fraction = limit_fraction(seconds, needs, device, rates)
     num_bytes = needs.get("read", 0.0) + needs.get("copy", 0.0)
     return Figure(
         op, case, backend, dtype, page_size, round(seconds * 1e3, 4),

@@ -16,9 +16,9 @@ FIELDS = [
 ]  # fmt: skip
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, family: str = "transfer") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / "bench_transfer.py"), *arguments],
+        [sys.executable, str(BENCHMARKS / f"bench_{family}.py"), *arguments],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
@@ -43,6 +43,18 @@ def test_overlap_lines() -> None:
     figures = [json.loads(line) for line in done.stdout.splitlines()]
     assert [figure["op"] for figure in figures] == ["push_layers", "push_after"]
     assert "is hidden" in figures[0]["note"]
+
+
+def test_attention_lines() -> None:
+    cases = ["scaling_1k", "plan_256"]
+    done = run("--case", *cases, "--no-torch", "--seconds", "0.05", "--json", family="attention")
+    assert done.returncode == 0, done.stderr
+    figures = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [figure["case"] for figure in figures] == ["scaling_1k", "scaling_1k", "plan_256"]
+    assert [figure["note"] for figure in figures] == ["", "1 thread", ""]
+    for figure in figures:
+        assert list(figure) == FIELDS
+        assert figure["ms"] > 0
 
 
 def test_peer_python_follows_its_peer() -> None:
