@@ -92,3 +92,26 @@ def test_special_values_do_not_disturb_their_row(
     assert torch.equal(scale_plane(dst.pool, 0, "k").reshape(-1), scales)
     expected = converted(rows.float() / scales[:, None], dst_dtype)
     assert torch.equal(rows_of(dst.pool, 0, "k").reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize("dst_dtype", QUANT_MAX)
+def test_every_mantissa_by_every_scale_of_an_amax(simd_level: str, dst_dtype: str) -> None:
+    """Quotients that a reciprocal misses by one unit, next to where rounding turns."""
+    largest = np.float32(QUANT_MAX[dst_dtype])
+    mantissas = np.arange(128, 256, dtype=np.float32)
+    odd = np.array([0x3FD0AB43, 0x3FE1368B, 0x3FFE01FF, 0x3FFFFFFF], np.uint32).view(np.float32)
+    scales = np.concatenate([mantissas / largest, odd, 1 / odd])
+    exponents = np.arange(-24, 12, dtype=np.int32)
+    rows = torch.from_numpy(np.ldexp(mantissas, exponents[:, None]))
+    shape = dict(num_kv_heads=len(scales), head_dim=128, page_size=len(rows), num_pages=1)
+    src = make_pool("nhd", dtype="bfloat16", **shape)  # type: ignore[arg-type]
+    dst = make_pool("nhd", dtype=dst_dtype, scale="head", **shape)  # type: ignore[arg-type]
+    for name in ("k", "v"):
+        values = rows if name == "k" else -rows
+        rows_of(src.pool, 0, name).copy_(values.bfloat16().view(torch.int16)[None, :, None])
+    dst.pool.set_scales(0, scales.tolist(), scales.tolist())
+    relayout_pages(src.pool, [0], dst.pool, [0], num_tokens=len(rows))
+    for name in ("k", "v"):
+        values = rows if name == "k" else -rows
+        quotients = values[None, :, None] / torch.from_numpy(scales)[:, None]
+        assert torch.equal(rows_of(dst.pool, 0, name), converted(quotients, dst_dtype))

@@ -1,6 +1,7 @@
 // Rows whose values are written anew: loaded as float32, scaled, rounded, digested and stored a
 // stripe of 64 destination bytes at a time, all in registers.
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "kvlink/base/convert.hpp"
@@ -13,30 +14,6 @@
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
 namespace {
-
-#if defined(__AVX512F__)
-// Of bfloat16, whose upper halves will do: infinity's bits or more where not all are finite.
-KVLINK_INLINE uint32_t amax_bits_of_bfloat16(const char* src, int64_t count) {
-  const __m512i magnitude = _mm512_set1_epi16(0x7fff);
-  __m512i most = _mm512_setzero_si512();
-  int64_t i = 0;
-  KVLINK_UNROLL_BY(2)
-  for (; i + 32 <= count; i += 32) {
-    most = _mm512_max_epu16(most, _mm512_and_si512(magnitude, _mm512_loadu_si512(src + i * 2)));
-  }
-  if (i < count) {
-    const __mmask32 rest = (uint32_t{1} << (count - i)) - 1;
-    const __m512i stored = _mm512_maskz_loadu_epi16(rest, src + i * 2);
-    most = _mm512_max_epu16(most, _mm512_and_si512(magnitude, stored));
-  }
-  const __m256i half =
-      _mm256_max_epu16(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
-  const __m128i quarter =
-      _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-  const __m128i least = _mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1)));
-  return ~static_cast<uint32_t>(_mm_cvtsi128_si32(least)) << 16;
-}
-#endif
 
 // Bits of the largest magnitude among the finite values; bits order like the values.
 template <DType kSrc>
@@ -125,17 +102,11 @@ __attribute__((noinline)) Stripe convert_some(const char* src, float src_scale, 
   return stripe;
 }
 
-// The next whole stripe.
-template <DType kSrc, DType kDst>
-KVLINK_INLINE Words convert_stripe(const char* src, float src_scale, float dst_scale,
-                                   bool quantises) {
-  Words words;
-  if constexpr (kQuantises<kSrc, kDst>) {
-    if (quantises && quantise_stripe<kDst>(src, dst_scale, words)) return words;
-    return Words::load(
-        convert_some<kSrc, kDst>(src, src_scale, dst_scale, kStripeElements<kDst>).bytes);
+KVLINK_INLINE void put(const Words& words, char* dst, bool streaming) {
+  if (streaming) {
+    words.stream(dst);
   } else {
-    return convert_any<kSrc, kDst>(src, src_scale, dst_scale);
+    words.store(dst);
   }
 }
 
@@ -143,16 +114,10 @@ KVLINK_INLINE Words convert_stripe(const char* src, float src_scale, float dst_s
 template <DType kSrc, DType kDst, typename Sink>
 KVLINK_INLINE void convert_run(const char* src, float src_scale, char* dst, float dst_scale,
                                int64_t count, bool streaming, const Sink& sink) {
-  const bool quantises = src_scale == 1.0f && quantises_by(dst_scale);
   int64_t i = 0;
   for (; i + kStripeElements<kDst> <= count; i += kStripeElements<kDst>) {
-    const Words words =
-        convert_stripe<kSrc, kDst>(src + i * Row<kSrc>::kBytes, src_scale, dst_scale, quantises);
-    if (streaming) {
-      words.stream(dst + i * Row<kDst>::kBytes);
-    } else {
-      words.store(dst + i * Row<kDst>::kBytes);
-    }
+    const Words words = convert_any<kSrc, kDst>(src + i * Row<kSrc>::kBytes, src_scale, dst_scale);
+    put(words, dst + i * Row<kDst>::kBytes, streaming);
     sink(words);
   }
   if (i == count) return;
@@ -221,159 +186,235 @@ __attribute__((noinline)) RowLanes keep_row(const RowMove& move, const char* src
   return lanes;
 }
 
-// Rows that follow each other by constant steps, which are 0 where something stays the same.
-struct Line {
+struct RowAt {
   const char* src;
   char* dst;
-  const float* src_scale;
+  const float* src_scale;  // of the row's own, as the next
   float* dst_scale;
-  const Words* start;
-  uint64_t shift;
-  int64_t src_step, dst_step, src_scale_step, dst_scale_step, start_step;
-  uint64_t shift_step;
-
-  KVLINK_INLINE Line(const RowMove& move, const RowWalk<false>& walk, const HeadStarts& starts) {
-    static constexpr float kOne = 1.0f;
-    const RowBox& box = walk.box();
-    const int64_t token = walk.token(), head = walk.head();
-    const bool heads = walk.heads_inside();
-    src = walk.src();
-    dst = walk.dst();
-    src_step = walk.src_step();
-    dst_step = walk.dst_step();
-    src_scale = &kOne;
-    dst_scale = const_cast<float*>(&kOne);  // not written: there is no scale of a row's own
-    src_scale_step = dst_scale_step = 0;
-    if (move.src.scale) {
-      src_scale = move.src.row_scale(box.src_page, box.src_slot + token, move.src_head + head);
-      src_scale_step = heads ? move.src.scale_at.stride_head : move.src.scale_at.stride_slot;
-    }
-    if (move.dst.scale) {
-      dst_scale = move.dst.row_scale(box.dst_page, box.dst_slot + token, move.dst_head + head);
-      dst_scale_step = heads ? move.dst.scale_at.stride_head : move.dst.scale_at.stride_slot;
-    }
-    start = &starts[head];
-    start_step = heads ? 1 : 0;
-    shift = row_digest::shift(box.token_position + token);
-    shift_step = heads ? 0 : row_digest::shift(1);
-  }
-
-  KVLINK_INLINE const char* src_row(int64_t i) const { return src + i * src_step; }
-  KVLINK_INLINE char* dst_row(int64_t i) const { return dst + i * dst_step; }
-  KVLINK_INLINE float src_scale_of(int64_t i) const { return src_scale[i * src_scale_step]; }
-  KVLINK_INLINE float* dst_scale_of(int64_t i) const { return dst_scale + i * dst_scale_step; }
+  int64_t head;
+  uint64_t shift;  // of the digest, the scale left out
 };
 
-template <DType kSrc>
-KVLINK_INLINE uint32_t row_amax_bits(const char* src, int64_t count, float scale) {
-#if defined(__AVX512F__)
-  if (kSrc == DType::kBFloat16 && scale == 1.0f) {
-    const uint32_t bits = amax_bits_of_bfloat16(src, count);
-    if (bits < 0x7f800000u) return bits;
+// Rows that are taken through one step after the other, so that the CPU always has as many of them
+// under way as a step's latency asks for.
+struct Rows {
+  static constexpr int64_t kMost = 16;
+
+  int64_t count = 0;
+  int64_t scales = 0;  // where Converter has those of the rows' own
+  RowAt at[kMost];
+
+  // The next rows of a walk, `most` at most; none at its end.
+  __attribute__((noinline)) void take(const RowMove& move, RowWalk<false>& walk, int64_t most) {
+    for (count = 0; count < most && !walk.done();) {
+      const RowBox& box = walk.box();
+      const bool heads = walk.heads_inside();
+      const int64_t head = walk.head(), token = walk.token();
+      const int64_t left = walk.line_rows(), space = most - count;
+      const int64_t num_rows = left < space ? left : space;
+      RowAt row{walk.src(), walk.dst(), nullptr,
+                nullptr,    head,       row_digest::shift(box.token_position + token)};
+      const int64_t src_step = walk.src_step(), dst_step = walk.dst_step();
+      const int64_t head_step = heads ? 1 : 0;
+      const uint64_t shift_step = heads ? 0 : row_digest::shift(1);
+      int64_t src_scale_step = 0, dst_scale_step = 0;
+      if (move.src.token_scale) {
+        const Plane& at = move.src.scale_at;
+        row.src_scale =
+            move.src.row_scale(box.src_page, box.src_slot + token, move.src_head + head);
+        src_scale_step = heads ? at.stride_head : at.stride_slot;
+      }
+      if (move.dst.token_scale) {
+        const Plane& at = move.dst.scale_at;
+        row.dst_scale =
+            move.dst.row_scale(box.dst_page, box.dst_slot + token, move.dst_head + head);
+        dst_scale_step = heads ? at.stride_head : at.stride_slot;
+      }
+      walk.skip(num_rows);
+      for (const int64_t end = count + num_rows; count < end; ++count) {
+        at[count] = row;
+        row.src += src_step;
+        row.dst += dst_step;
+        row.src_scale += src_scale_step;
+        row.dst_scale += dst_scale_step;
+        row.head += head_step;
+        row.shift += shift_step;
+      }
+    }
   }
-#endif
-  return finite_amax_bits<kSrc>(src, count, scale);
+};
+
+// Scales of the heads of a plane; 1 where it has none, or one for every row.
+void static_scales(const RowPlane& plane, int32_t first, int32_t count, float* scales) {
+  for (int32_t i = 0; i < count; ++i) {
+    scales[i] = plane.scale && !plane.token_scale ? *plane.row_scale(0, 0, first + i) : 1.0f;
+  }
 }
 
-constexpr int64_t kGroup = 8;          // rows of a line that are taken together
-constexpr int64_t kStagedStripes = 8;  // of a row, at most
+struct NoQuantiser {};
 
-// Takes a few rows through one step after the other, so that the CPU always has as many of them
-// under way as a step's latency asks for.
 template <DType kSrc, DType kDst>
-class GroupConverter {
+class Converter {
  public:
-  GroupConverter(const RowMove& move)
+  explicit Converter(const RowMove& move)
       : move_(move),
+        starts_(move),
         strided_(is_strided(move.src, move.dims) || is_strided(move.dst, move.dims)),
         // Rows whose static scales happen to agree keep their bytes.
         may_keep_(kSrc == kDst && !move.src.token_scale && !move.dst.token_scale),
         streaming_(can_stream(move)),
-        num_stripes_(ceil_div(move.dims, kStripeElements<kDst>)) {}
+        quantises_(kQuantises<kSrc, kDst> && !strided_ && !move.src.scale) {
+    static_scales(move.src, move.src_head, move.num_heads, src_scales_);
+    static_scales(move.dst, move.dst_head, move.num_heads, dst_scales_);
+    if constexpr (kQuantises<kSrc, kDst>) quantiser_.set_scales(dst_scales_, 0, move.num_heads);
+  }
 
-  KVLINK_INLINE void convert(const Line& line, int64_t first, int64_t count,
-                             FetchAhead<false>& ahead, DigestSum& sum) {
-    for (int64_t i = 0; i < count; ++i) scales_[i] = scale_row(line, first + i);
-    if (strided_ || may_keep_ || !kStages || num_stripes_ > kStagedStripes) {
-      for (int64_t i = 0; i < count; ++i) {
-        if (!strided_) ahead.run();
-        digest(line, first, i, convert_any_row(line, first + i, scales_[i]).acc(), sum);
+  // Finds the destination's scales, where rows have their own.
+  KVLINK_INLINE void prepare(const Rows& rows) {
+    if (move_.dst.token_scale) find_scales(rows);
+  }
+  // `rows`, which are prepared; those of `ahead` are fetched on the way.
+  KVLINK_INLINE void convert(const Rows& rows, const Rows& ahead, DigestSum& sum) {
+    if constexpr (kQuantises<kSrc, kDst>) {
+      if (quantises_) {
+        uint32_t left = move_.dims == 128  ? quantise<2>(rows, ahead, sum)
+                        : move_.dims == 64 ? quantise<1>(rows, ahead, sum)
+                                           : quantise<0>(rows, ahead, sum);
+        for (; left != 0; left &= left - 1) convert_row(rows, __builtin_ctz(left), sum);
+        return;
       }
-      return;
     }
-    char* staged = staged_;
-    const auto stage = [&](const Words& words) {
-      words.store(staged);
-      staged += sizeof(Words);
-    };
-    for (int64_t i = 0; i < count; ++i) {
-      ahead.run();
-      convert_run<kSrc, kDst>(line.src_row(first + i), line.src_scale_of(first + i),
-                              line.dst_row(first + i), scales_[i], move_.dims, streaming_, stage);
-    }
-    if (!move_.with_digest) return;
-    for (int64_t i = 0; i < count; ++i) {
-      RowLanes lanes;
-      lanes.bytes(staged_ + i * num_stripes_ * 64, num_stripes_ * 64);
-      digest(line, first, i, lanes.acc(), sum);
+    for (int64_t i = 0; i < rows.count; ++i) {
+      if (!strided_ && i < ahead.count) fetch(ahead.at[i].src, move_.dims * Row<kSrc>::kBytes);
+      convert_row(rows, i, sum);
     }
   }
 
  private:
-  // The destination's scale of a row, computed and stored if it is the row's own.
-  KVLINK_INLINE float scale_row(const Line& line, int64_t row) const {
-    float* at = line.dst_scale_of(row);
-    if (!move_.dst.token_scale) return *at;
-    const char* src = line.src_row(row);
-    const float src_scale = line.src_scale_of(row);
-    const uint32_t amax = strided_ ? StridedRow(move_).amax_bits<kSrc>(src, src_scale)
-                                   : row_amax_bits<kSrc>(src, move_.dims, src_scale);
-    return *at = dynamic_scale(float_from_bits(amax), kDst);
+  static KVLINK_INLINE void fetch(const char* src, int64_t num_bytes) {
+    for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(src + i);
   }
 
-  RowLanes convert_any_row(const Line& line, int64_t row, float dst_scale) const {
-    const char* src = line.src_row(row);
-    char* dst = line.dst_row(row);
-    const float src_scale = line.src_scale_of(row);
-    if (may_keep_ && src_scale == dst_scale) return keep_row(move_, src, dst);
-    if (strided_) return StridedRow(move_).convert<kSrc, kDst>(src, src_scale, dst, dst_scale);
+  KVLINK_INLINE float src_scale(const Rows& rows, int64_t i) const {
+    return move_.src.token_scale ? *rows.at[i].src_scale : src_scales_[rows.at[i].head];
+  }
+  KVLINK_INLINE int64_t dst_scale_index(const Rows& rows, int64_t i) const {
+    return move_.dst.token_scale ? rows.scales + i : rows.at[i].head;
+  }
+
+  __attribute__((noinline)) void find_scales(const Rows& rows) {
+    float* scales = dst_scales_ + rows.scales;
+    uint32_t left = (uint32_t{1} << rows.count) - 1;
+    if constexpr (kQuantises<kSrc, kDst>) {
+      const auto src = [&](int64_t i) { return rows.at[i].src; };
+      if (quantises_) {
+        left = move_.dims == 128 ? quantiser_.find_scales(src, rows.count, 128, scales)
+                                 : quantiser_.find_scales(src, rows.count, move_.dims, scales);
+      }
+    }
+    for (; left != 0; left &= left - 1) {
+      const int i = __builtin_ctz(left);
+      const float scale = src_scale(rows, i);
+      const uint32_t amax = strided_ ? StridedRow(move_).amax_bits<kSrc>(rows.at[i].src, scale)
+                                     : finite_amax_bits<kSrc>(rows.at[i].src, move_.dims, scale);
+      scales[i] = dynamic_scale(float_from_bits(amax), kDst);
+    }
+    for (int64_t i = 0; i < rows.count; ++i) *rows.at[i].dst_scale = scales[i];
+    if constexpr (kQuantises<kSrc, kDst>) {
+      if (quantises_) quantiser_.set_scales(scales, rows.scales, Rows::kMost);
+    }
+  }
+
+  // Rows of kStripes whole stripes, of any length with 0. Returns bits of the rows that are left to
+  // convert_row(), for their scale or a value is not a usual one.
+  template <int kStripes>
+  __attribute__((noinline)) uint32_t quantise(const Rows& rows, const Rows& ahead,
+                                              DigestSum& total) const {
+    const int64_t dims = kStripes ? kStripes * 64 : move_.dims;
+    const bool streaming = streaming_, with_digest = move_.with_digest;
+    const bool own_scales = move_.dst.token_scale;
+    const int64_t count = rows.count, num_ahead = ahead.count;
+    DigestSum sum;
+    uint32_t left = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (i < num_ahead) fetch(ahead.at[i].src, dims * 2);
+      const int64_t scale = own_scales ? rows.scales + i : rows.at[i].head;
+      const char* src = rows.at[i].src;
+      char* dst = rows.at[i].dst;
+      bool fits = quantiser_.can_divide(scale);
+      RowLanes lanes;
+      Words words;
+      int64_t j = 0;
+      KVLINK_UNROLL_BY(2)
+      for (; j + 64 <= dims; j += 64) {
+        fits &= quantiser_.stripe(src + j * 2, scale, words);
+        put(words, dst + j, streaming);
+        lanes.stripe(words);
+      }
+      if (kStripes == 0 && j < dims) {
+        fits &= quantiser_.some(src + j * 2, dims - j, scale, words);
+        words.store_some(dst + j, dims - j);
+        lanes.stripe(words);
+      }
+      if (!fits) {
+        left |= uint32_t{1} << i;
+      } else if (with_digest) {
+        sum.add_row(lanes.acc(), starts_[rows.at[i].head], shift(rows, i));
+      }
+    }
+    total.add(sum);
+    return left;
+  }
+
+  __attribute__((noinline)) void convert_row(const Rows& rows, int64_t i, DigestSum& sum) const {
+    const char* src = rows.at[i].src;
+    char* dst = rows.at[i].dst;
+    const float from = src_scale(rows, i), to = dst_scales_[dst_scale_index(rows, i)];
     RowLanes lanes;
-    convert_run<kSrc, kDst>(src, src_scale, dst, dst_scale, move_.dims, streaming_,
-                            [&](const Words& words) { lanes.stripe(words); });
-    return lanes;
+    if (may_keep_ && from == to) {
+      lanes = keep_row(move_, src, dst);
+    } else if (strided_) {
+      lanes = StridedRow(move_).convert<kSrc, kDst>(src, from, dst, to);
+    } else {
+      convert_run<kSrc, kDst>(src, from, dst, to, move_.dims, streaming_,
+                              [&](const Words& words) { lanes.stripe(words); });
+    }
+    if (move_.with_digest) sum.add_row(lanes.acc(), starts_[rows.at[i].head], shift(rows, i));
   }
 
-  KVLINK_INLINE void digest(const Line& line, int64_t first, int64_t i, const Words& acc,
-                            DigestSum& sum) const {
-    if (!move_.with_digest) return;
-    uint64_t shift = line.shift + static_cast<uint64_t>(first + i) * line.shift_step;
-    if (move_.dst.token_scale) shift += row_digest::scale_shift(float_bits(scales_[i]));
-    sum.add_row(acc, line.start[(first + i) * line.start_step], shift);
+  KVLINK_INLINE uint64_t shift(const Rows& rows, int64_t i) const {
+    if (!move_.dst.token_scale) return rows.at[i].shift;
+    return rows.at[i].shift + row_digest::scale_shift(float_bits(dst_scales_[rows.scales + i]));
   }
-
-  static constexpr bool kStages = Row<kDst>::kBytes == 1;
 
   const RowMove& move_;
-  const bool strided_, may_keep_, streaming_;
-  const int64_t num_stripes_;
-  float scales_[kGroup];
-  alignas(64) char staged_[kGroup * kStagedStripes * 64];
+  const HeadStarts starts_;
+  const bool strided_, may_keep_, streaming_, quantises_;
+  // By head, or by row where rows have their own.
+  float src_scales_[HeadStarts::kHeads], dst_scales_[HeadStarts::kHeads];
+  std::conditional_t<kQuantises<kSrc, kDst>, Quantiser<kDst>, NoQuantiser> quantiser_;
 };
+
+constexpr int64_t kRowsBytes = 4096;  // of the source, that are taken together
 
 template <DType kSrc, DType kDst>
 uint64_t convert_heads(const RowMove& move, const RowBox* boxes, int64_t num_boxes) {
-  GroupConverter<kSrc, kDst> converter(move);
-  const HeadStarts starts(move);
+  const int64_t fit = kRowsBytes / (move.dims * Row<kSrc>::kBytes);
+  const int64_t most = fit < 1 ? 1 : fit < Rows::kMost ? fit : Rows::kMost;
+  Converter<kSrc, kDst> converter(move);
   DigestSum sum;
   RowWalk<false> walk(move, boxes, num_boxes, false);
-  FetchAhead<false> ahead(walk);
-  for (; !walk.done(); walk.next_line()) {
-    const Line line(move, walk, starts);
-    const int64_t num_rows = walk.line_rows();
-    for (int64_t first = 0; first < num_rows; first += kGroup) {
-      const int64_t count = num_rows - first < kGroup ? num_rows - first : kGroup;
-      converter.convert(line, first, count, ahead, sum);
-    }
+  constexpr int kRing = HeadStarts::kHeads / Rows::kMost;
+  Rows rows[kRing];
+  for (int i = 0; i < kRing; ++i) rows[i].scales = i * Rows::kMost;
+  for (int i = 0; i < kRing - 1; ++i) rows[i].take(move, walk, most);
+  converter.prepare(rows[0]);
+  for (int i = 0; rows[i].count != 0; i = (i + 1) % kRing) {
+    // Scales are known a while before they are used, rows are in the caches before both.
+    Rows& ahead = rows[(i + kRing - 1) % kRing];
+    ahead.take(move, walk, most);
+    converter.prepare(rows[(i + 1) % kRing]);
+    converter.convert(rows[i], ahead, sum);
   }
   return sum.total();
 }

@@ -35,22 +35,22 @@ class RowWalk {
   KVLINK_INLINE int64_t token() const { return heads_inside_ ? outer_ : inner_; }
   KVLINK_INLINE int64_t head() const { return heads_inside_ ? inner_ : outer_; }
 
-  KVLINK_INLINE void next() {
-    if (++inner_ < num_inner_) {
-      src_ += src_inner_;
-      dst_ += dst_inner_;
-      return;
-    }
-    next_line();
-  }
+  KVLINK_INLINE void next() { skip(1); }
 
-  // Rows that follow each other by one step on either side: what next() goes through without going
-  // on to another token or head outside. The line begins at the walk's place.
+  // Rows that follow each other by one step on either side, the walk's place the first of them:
+  // what next() goes through without going on to another token or head outside.
   KVLINK_INLINE bool heads_inside() const { return heads_inside_; }
-  KVLINK_INLINE int64_t line_rows() const { return num_inner_; }
+  KVLINK_INLINE int64_t line_rows() const { return num_inner_ - inner_; }
   KVLINK_INLINE int64_t src_step() const { return src_inner_; }
   KVLINK_INLINE int64_t dst_step() const { return dst_inner_; }
-  KVLINK_INLINE void next_line() {
+  // As many times next(); line_rows() at most.
+  KVLINK_INLINE void skip(int64_t num_rows) {
+    inner_ += num_rows;
+    if (inner_ < num_inner_) {
+      src_ += num_rows * src_inner_;
+      dst_ += num_rows * dst_inner_;
+      return;
+    }
     inner_ = 0;
     if (++outer_ < num_outer_) {
       src_ = src_outer_begin_ += src_outer_;
@@ -134,14 +134,6 @@ class FetchAhead {
   KVLINK_INLINE void stripes() {
     KVLINK_UNROLL
     for (int i = 0; i < kStripes; ++i) __builtin_prefetch(at_ + i * row_digest::kStripeBytes);
-    next_run();
-  }
-  // What is left of the run that is fetched now.
-  KVLINK_INLINE void run() {
-    do {
-      __builtin_prefetch(at_);
-      at_ += row_digest::kStripeBytes;
-    } while (at_ < end_);
     next_run();
   }
 

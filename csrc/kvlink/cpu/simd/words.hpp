@@ -151,6 +151,10 @@ class DigestSum {
       sum_.part[i] += x ^ (x >> 31);
     }
   }
+  KVLINK_INLINE void add(const DigestSum& other) {
+    KVLINK_UNROLL
+    for (int i = 0; i < kWordParts; ++i) sum_.part[i] += other.sum_.part[i];
+  }
   uint64_t total() const {
     uint64_t lanes[8], sum = 0;
     sum_.store(lanes);
