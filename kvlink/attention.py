@@ -47,7 +47,12 @@ BACKENDS = (
     ),
     Capabilities("cuda", frozenset({"cuda"}), _HALVES, _HALVES, _ON_CUDA, packages=_CUDA_PART),
     Capabilities(
-        "triton", TRITON_DEVICES, FLOATS, STORED, _FEATURES - {"ready"}, packages=TRITON_PACKAGES
+        "triton",
+        TRITON_DEVICES,
+        FLOATS,
+        STORED,
+        (_FEATURES - {"ready"}) | _SELECTING,
+        packages=TRITON_PACKAGES,
     ),
     Capabilities(
         "reference", frozenset({"cpu"}), FLOATS, STORED, _FEATURES | _SELECTING, automatic=False
@@ -186,7 +191,9 @@ def paged_attention(
         _triton_ops().paged_attention(
             q, pool, layer, page_table, seq_lens, q_indptr=q_indptr, page_indptr=page_indptr,
             causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
-            alibi_slopes=alibi_slopes, out=out, lse=lse,
+            alibi_slopes=alibi_slopes, q_positions=q_positions, mask=mask, mask_starts=mask_starts,
+            page_generations=writable_or_copy(page_generations),
+            expected_generations=writable_or_copy(expected_generations), out=out, lse=lse,
         )  # fmt: skip
         return (out, lse) if return_lse else out
     page_table, seq_lens = as_int32(page_table, -1), as_int32(seq_lens)

@@ -29,6 +29,7 @@ from kvlink.triton import (
 )
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+NEWER_PTXAS = "ptxas-blackwell" if (TOOLS / "ptxas-blackwell").exists() else "ptxas"
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that a program may have
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -68,7 +69,7 @@ def compiled(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(JITFunction, "run", compile_only)
     native = sys.modules["kvlink.triton.paged_attention"]  # the name itself is the operator's
-    monkeypatch.setattr(native, "_recent", lambda _: request.param >= 89)
+    monkeypatch.setattr(native, "_capability", lambda _: request.param)
     driver.set_active(Target(request.param))
     try:
         yield request.param, kernels
@@ -108,6 +109,16 @@ def attend(
 def everything(num_q_heads: int) -> dict[str, Any]:
     per_head = torch.ones(num_q_heads)
     return dict(window=100, softcap=30.0, sinks=per_head, alibi_slopes=per_head)
+
+
+def selecting(decode: bool) -> dict[str, Any]:
+    num_tokens = 2 if decode else 64
+    ints = torch.zeros(2, 4096, dtype=torch.int32)
+    return dict(
+        mask=torch.zeros(num_tokens, 8, dtype=torch.uint8), mask_starts=[0, 0],
+        q_positions=torch.arange(32).int().repeat(2)[-num_tokens:] if not decode else [0, 0],
+        page_generations=torch.zeros(4, dtype=torch.int32), expected_generations=ints,
+    )  # fmt: skip
 
 
 ROWS = torch.empty(64, 8, 128, dtype=torch.bfloat16)
@@ -155,6 +166,9 @@ for _kind, _decode in (("decode", True), ("extend", False)):
         f"{_kind}-128-everything": lambda d=_decode: attend(
             make_pool("bfloat16", 128), 4, decode=d, **everything(32)
         ),
+        f"{_kind}-128-selecting": lambda d=_decode: attend(
+            make_pool("bfloat16", 128), 4, decode=d, **selecting(d)
+        ),
         f"{_kind}-128-fp8": lambda d=_decode: attend(
             make_pool("float8_e4m3", 128, scale="token_head"), 4, decode=d
         ),
@@ -191,7 +205,10 @@ def test_compiles_without_spills(
         if int(frame[1]):  # spills, or a call: ptxas tells which
             source = tmp_path / f"{i}.ptx"
             source.write_text(kernel.asm["ptx"])
-            told = run_tool("ptxas", "-v", f"-arch=sm_{capability}", "-o", cubin, source)
+            target = re.search(r"\.target (\w+)", kernel.asm["ptx"])
+            assert target
+            name = "ptxas" if capability < 90 else NEWER_PTXAS
+            told = run_tool(name, "-v", f"-arch={target[1]}", "-o", cubin, source)
             spilled = re.search(r"(\d+) bytes spill stores", told)
             assert spilled, told
             assert int(spilled[1]) == 0, told

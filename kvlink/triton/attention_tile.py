@@ -30,8 +30,14 @@ def attend(
     end,
     seen_from,  # first position that is read, with HAS_WINDOW: it may lie inside a tile
     table,  # the sequence's page ids
+    expected,  # and their generations, or None
+    generations,  # [num_pages] or None
     num_entries,
     num_pages,
+    mask,  # bits, or None
+    at_mask,  # int64 [M]: where the rows' bits begin
+    mask_start,  # the position that bit 0 stands for
+    mask_bytes,
     k,  # of one head: [page, slot, dim]
     v,
     k_scale,  # of one head: [page, slot]; read if PER_TOKEN
@@ -44,6 +50,7 @@ def attend(
     softcap,
     window,
     MASKED: tl.constexpr,  # False: every row sees every position of the range
+    APART: tl.constexpr,  # with MASKED: a row may see what another does not
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -75,9 +82,26 @@ def attend(
         slot = position % PAGE_SIZE
         page = tl.load(table + entry, mask=within & (entry < num_entries), other=-1)
         mapped = (page >= 0) & (page < num_pages)
+        if generations is not None:
+            now = tl.load(generations + page, mask=within & mapped, other=0)
+            mapped = mapped & (now == tl.load(expected + entry, mask=within & mapped, other=0))
         bad = within & (mapped == 0)
         bad_position = tl.minimum(bad_position, tl.where(bad, position, NO_POSITION))
         readable = within & mapped
+        if mask is not None and MASKED:
+            # --- the bits, of one row for all if they are query heads of one token ---------------
+            bit = tl.maximum(position - mask_start, 0)
+            read = within & (position >= mask_start) & (bit // 8 < mask_bytes)
+            beyond = tl.where(position >= mask_start, 0, 255)
+            if APART:
+                at = at_mask[:, None] + (bit // 8)[None, :]
+                byte = tl.load(mask + at, mask=read[None, :], other=0).to(tl.int32)
+                shown = (((byte | beyond[None, :]) >> (bit % 8)[None, :]) & 1) != 0
+            else:
+                byte = tl.load(mask + tl.max(at_mask, 0) + bit // 8, mask=read, other=0)
+                shown = (((byte.to(tl.int32) | beyond) >> (bit % 8)) & 1) != 0
+                within = within & shown
+                readable = readable & shown
         page = page.to(tl.int64)
 
         # --- scores ----------------------------------------------------------------------------
@@ -113,6 +137,9 @@ def attend(
                 visible = visible & (position[None, :] <= q_position[:, None])
             if HAS_WINDOW:
                 visible = visible & (position[None, :] > q_position[:, None] - window)
+            if mask is not None and APART:
+                visible = visible & shown
+            visible = tl.broadcast_to(visible, scores.shape)
             scores = tl.where(visible, scores, UNSEEN)
 
         # --- softmax so far --------------------------------------------------------------------
@@ -136,7 +163,17 @@ def attend(
         if PER_TOKEN:
             at = page * v_scale_strides[0] + slot * v_scale_strides[1]
             weights *= tl.load(v_scale + at, mask=readable, other=0.0)[None, :]
+            if MASKED:
+                weights = tl.where(visible, weights, 0.0)
         acc *= shrink[:, None]
+        if MASKED and APART and KIND != "int8":
+            # A product has every row times every value, and 0 times NaN is NaN: so values that are
+            # no numbers stay out, and rows that see one are NaN.
+            magnitude = tl.abs(values.to(tl.float32))
+            wrong = tl.max((magnitude < -UNSEEN).to(tl.int32) ^ 1, 1)
+            values = tl.where((wrong != 0)[:, None], 0.0, values.to(tl.float32)).to(OPERAND_V)
+            met = tl.max(tl.where(visible, wrong[None, :], 0), 1)
+            acc = tl.where((met != 0)[:, None], float("nan"), acc)
         if tl.float32 == OPERAND_V:
             acc = dot(weights, values, acc)
         else:

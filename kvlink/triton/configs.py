@@ -47,37 +47,51 @@ class AttentionConfig(NamedTuple):
 SPLIT = 512
 STATES = 16  # that are joined at once
 
-# (rows up to, dims up to, wide) -> configuration; `wide`: products of float32.
+# For programs of so many rows and dims, of K and V in "16-bit" or "8-bit", or of products in
+# "float32": the first line that covers a call.
 # num_stages counts both steps of a page's way here, its id and its rows: 5 are two tiles in flight.
-_ATTENTION = (
-    # decode: memory alone counts; tiles of 16 to 32 KiB of K, and as much of V
-    (16, 128, False, AttentionConfig(16, 64, 4, 5)),
-    (16, 256, False, AttentionConfig(16, 32, 4, 5)),
-    (16, 576, False, AttentionConfig(16, 32, 8, 5)),
+_Lines = tuple[tuple[int, int, str, AttentionConfig], ...]
+_DECODE: _Lines = (
+    # memory alone counts: tiles of 16 to 32 KiB of K, and as much of V
+    (16, 128, "8-bit 16-bit", AttentionConfig(16, 64, 4, 5)),
+    (16, 256, "8-bit 16-bit", AttentionConfig(16, 32, 4, 5)),
+    (16, 576, "8-bit 16-bit", AttentionConfig(16, 32, 8, 5)),
     # MLA: 32 of 128 query heads share a tile
-    (64, 128, False, AttentionConfig(64, 64, 4, 5)),
-    (64, 256, False, AttentionConfig(64, 32, 8, 3)),
-    (64, 576, False, AttentionConfig(32, 32, 8, 3)),
-    # extend: a tile is read once for 128 rows
-    (128, 64, False, AttentionConfig(128, 64, 8, 3)),
-    (128, 128, False, AttentionConfig(128, 64, 8, 3)),
-    (128, 256, False, AttentionConfig(32, 32, 8, 3)),
-    (128, 576, False, AttentionConfig(32, 32, 8, 3)),
-    (128, 128, True, AttentionConfig(16, 32, 8, 1)),
-    (128, 576, True, AttentionConfig(16, 16, 8, 1)),
+    (64, 128, "8-bit 16-bit", AttentionConfig(64, 64, 4, 5)),
+    (64, 256, "8-bit 16-bit", AttentionConfig(64, 32, 8, 3)),
+    (64, 576, "8-bit 16-bit", AttentionConfig(32, 32, 8, 3)),
 )
+_FLOAT32: _Lines = (
+    (128, 128, "float32", AttentionConfig(16, 32, 8, 1)),
+    (128, 576, "float32", AttentionConfig(16, 16, 8, 1)),
+)
+_EXTEND_WIDE: _Lines = (
+    # a tile is read once for 128 rows
+    (128, 128, "8-bit 16-bit", AttentionConfig(128, 32, 8, 3)),
+    (128, 576, "8-bit 16-bit", AttentionConfig(32, 32, 8, 3)),
+)
+_EXTEND_NARROW: _Lines = (  # where 128 rows spill
+    (128, 128, "8-bit 16-bit", AttentionConfig(32, 32, 4, 3)),
+    (128, 256, "8-bit 16-bit", AttentionConfig(32, 32, 8, 3)),
+    (128, 576, "8-bit 16-bit", AttentionConfig(16, 16, 8, 3)),
+)
+_ATTENTION: dict[int, _Lines] = {  # from this compute capability on
+    100: (*_DECODE, *_EXTEND_WIDE, *_FLOAT32),
+    90: (*_DECODE, *_EXTEND_WIDE, *_FLOAT32),
+    0: (*_DECODE, *_EXTEND_NARROW, *_FLOAT32),
+}
+_WIDTHS = {"float32": "float32", "float16": "16-bit", "bfloat16": "16-bit"}
 
 
-_BEFORE_SM_89 = AttentionConfig(32, 32, 4, 2)  # instead of 128 rows, which spill there
-
-
-def attention(max_rows: int, dims: int, wide: bool, recent: bool = True) -> AttentionConfig:
+def attention(capability: int, max_rows: int, dims: int, dtype: str) -> AttentionConfig:
     """For so many rows of a unit (a decode's group of query heads; 128 or more: extend).
 
-    `recent`: compute capability 8.9 and later.
+    `dtype`: that of K and V, or float32 if products are.
     """
     wanted = 16 if max_rows <= 16 else 64 if max_rows <= 64 else 128
-    for rows, up_to, float32, config in _ATTENTION:
-        if (float32 or wanted <= rows) and dims <= up_to and wide == float32:
-            return _BEFORE_SM_89 if config.m == 128 and not recent else config
+    width = _WIDTHS.get(dtype, "8-bit")
+    lines = next(lines for since, lines in _ATTENTION.items() if capability >= since)
+    for rows, up_to, widths, config in lines:
+        if wanted <= rows and dims <= up_to and width in widths.split():
+            return config
     raise ValueError(f"no configuration for rows of {dims} elements")  # checked by the caller

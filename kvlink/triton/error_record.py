@@ -56,8 +56,11 @@ def report_errors() -> None:
     _, argument, sequence, index, value = seen.tolist()
     seen[0] = _EMPTY
     place = f"[{index}]" if sequence < 0 else f": sequence {sequence}, index {index}"
+    what = "the pool or table"
+    if argument == PAGE_TABLE.value:
+        what = "the pool, or is of another generation than expected,"
     text = (
-        f"an earlier call: {_NAMES[argument]}{place} lies outside the pool or table and was "
-        f"skipped; got {value}"
+        f"an earlier call: {_NAMES[argument]}{place} lies outside {what} and was skipped; "
+        f"got {value}"
     )
     raise (InvalidArgument if _NAMES[argument] in _VALUES else PageTableError)(text)

@@ -40,6 +40,10 @@ def paged_attention(
     sinks: Any = None,
     alibi_slopes: Any = None,
     mask: Any = None,
+    mask_starts: Any = None,
+    q_positions: Any = None,
+    page_generations: Any = None,
+    expected_generations: Any = None,
     plan: Any = None,
     ready: Any = None,
     out: Any = None,
@@ -51,9 +55,9 @@ def paged_attention(
     All arrays are on the pool's device (lists are copied there) and the work is queued on torch's
     current stream. Page ids, lengths and starts that are on a device are not waited for: entries
     outside the pool are skipped, and raised as PageTableError by a later call. `lse` is written to
-    if given. Raises Unsupported for `mask`, `plan` and `ready`.
+    if given. Raises Unsupported for `plan` and `ready`.
     """
-    for name, value in (("mask", mask), ("plan", plan), ("ready", ready)):
+    for name, value in (("plan", plan), ("ready", ready)):
         if value is not None:
             raise Unsupported(f"triton lacks feature {name!r}")
     report_errors()
@@ -63,7 +67,8 @@ def paged_attention(
         lse = torch.empty(tuple(q.shape)[:2], dtype=torch.float32, device=cache.device)
     arguments = read_arguments(
         cache, q, page_table, seq_lens, q_indptr, page_indptr, sinks, alibi_slopes, out, lse,
-        causal, window, softcap,
+        causal, window, softcap, q_positions, mask, mask_starts, page_generations,
+        expected_generations,
     )  # fmt: skip
     if arguments.q.numel():
         scale = cache.head_dim**-0.5 if scale is None else scale
@@ -82,9 +87,11 @@ def _launch(
     shape = tile_shape(cache, short_name(a.q.dtype))
     decode = a.q_indptr is None
     wide = tl.float32 in (shape["OPERAND"], shape["OPERAND_V"])
-    recent = _recent(cache.device)
+    capability = _capability(cache.device)
     max_rows = min(group, _DECODE_ROWS) if decode else 128
-    config = configs.attention(max_rows, shape["MAIN"] + shape["REST"], wide, recent)
+    config = configs.attention(
+        capability, max_rows, shape["MAIN"] + shape["REST"], "float32" if wide else cache.dtype
+    )
     m = config.m
     num_splits, num_states = 1, 0
     out, lse, out_strides = a.out, a.lse, a.out.stride()[:2]
@@ -104,14 +111,16 @@ def _launch(
     k_scale, v_scale = cache.scales_of(index)
     attention_kernel[(units, cache.num_kv_heads)](
         a.q, out, lse, a.q_indptr, a.seq_lens, a.page_table, a.page_indptr,
-        cache.k[index], cache.v[index], k_scale, v_scale, a.sinks, a.alibi_slopes, record(),
+        cache.k[index], cache.v[index], k_scale, v_scale, a.sinks, a.alibi_slopes,
+        a.q_positions, a.mask, a.mask_starts, a.generations, a.expected_generations, record(),
         a.q.stride()[:2], out_strides, cache.k[index].stride(), cache.v[index].stride(),
         strides_of(k_scale), strides_of(v_scale),
-        a.page_table.stride(0), a.page_table.shape[-1], cache.num_pages, num_seqs, num_tokens,
-        num_splits, scale, softcap, window,
+        a.page_table.stride(0), _stride(a.expected_generations), _stride(a.mask),
+        0 if a.mask is None else a.mask.shape[1], a.page_table.shape[-1], cache.num_pages,
+        num_seqs, num_tokens, num_splits, scale, softcap, window,
         CAUSAL=causal, HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0,
         PER_TOKEN=cache.scale == "token_head", KIND=cache.dtype,
-        OUT_KIND=short_name(a.q.dtype), NATIVE_FP8=recent,
+        OUT_KIND=short_name(a.q.dtype), NATIVE_FP8=capability >= 89,
         PAGE_SIZE=cache.page_size, NUM_KV_HEADS=cache.num_kv_heads, GROUP=group,
         SPLIT=configs.SPLIT, IN_SPLITS=num_splits > 1, M=m, N=config.n, **shape,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
@@ -119,13 +128,18 @@ def _launch(
     if num_splits > 1:
         assert lse is not None
         join_splits_kernel[(num_seqs, num_q_heads)](
-            out, lse, a.out, a.lse, a.seq_lens, a.page_indptr, a.sinks, out_strides,
+            out, lse, a.out, a.lse, a.seq_lens, a.page_indptr, a.sinks, a.q_positions, out_strides,
             a.page_table.shape[-1], num_splits, window,
-            HAS_WINDOW=window > 0, OUT_KIND=short_name(a.q.dtype), NUM_Q_HEADS=num_q_heads,
-            HEAD_DIM_V=cache.head_dim_v, DIMS_V=shape["DIMS_V"], PAGE_SIZE=cache.page_size,
+            CAUSAL=causal, HAS_WINDOW=window > 0, OUT_KIND=short_name(a.q.dtype),
+            NUM_Q_HEADS=num_q_heads, HEAD_DIM_V=cache.head_dim_v, DIMS_V=shape["DIMS_V"],
+            PAGE_SIZE=cache.page_size,
             SPLIT=configs.SPLIT, STATES=configs.STATES,
             num_warps=4 if shape["DIMS_V"] <= 128 else 8, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def _stride(rows: torch.Tensor | None) -> int:
+    return 0 if rows is None else rows.stride(0)
 
 
 def tile_shape(pool: TensorPool, q_dtype: str) -> dict[str, Any]:
@@ -154,6 +168,9 @@ def tile_shape(pool: TensorPool, q_dtype: str) -> dict[str, Any]:
     )
 
 
-def _recent(device: torch.device) -> bool:
-    """Compute capability 8.9 and later: the device converts float8_e4m3 by itself."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+def _capability(device: torch.device) -> int:
+    """80, 90, ...; from 89 on devices convert float8_e4m3 by themselves."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

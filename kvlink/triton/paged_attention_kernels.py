@@ -30,11 +30,16 @@ def attention_kernel(
     k, v,  # [page, slot, head, dim]
     k_scale, v_scale,  # [page, slot, head] or None
     sinks, alibi_slopes,  # [num_q_heads] or None
+    q_positions,  # [num_tokens], or None: the last ones of the sequence
+    mask,  # uint8 [num_tokens, mask_bytes] or None
+    mask_starts,  # [num_seqs], or None: the first new token
+    generations,  # [num_pages] or None
+    expected_generations,  # as page_table, or None
     errors,
     q_strides, out_strides,  # of token (state) and head
     k_strides, v_strides, k_scale_strides, v_scale_strides,
-    table_stride, num_entries, num_pages, num_seqs, num_tokens, num_splits,
-    scale, softcap, window,
+    table_stride, expected_stride, mask_stride, mask_bytes,
+    num_entries, num_pages, num_seqs, num_tokens, num_splits, scale, softcap, window,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     PER_TOKEN: tl.constexpr, KIND: tl.constexpr, OUT_KIND: tl.constexpr,
     OPERAND: tl.constexpr, OPERAND_V: tl.constexpr, NATIVE_FP8: tl.constexpr,
@@ -75,24 +80,37 @@ def attention_kernel(
         return
     seq_len = tl.load(seq_lens + seq)
     first_position = seq_len - num_rows
+    expected = expected_generations
     if page_indptr is None:
         table = page_table + seq.to(tl.int64) * table_stride
+        if expected_generations is not None:
+            expected = expected_generations + seq.to(tl.int64) * expected_stride
     else:
         entries_begin = tl.load(page_indptr + seq)
         table = page_table + entries_begin
+        if expected_generations is not None:
+            expected = expected_generations + entries_begin
         num_entries = tl.load(page_indptr + seq + 1) - entries_begin
     seq_end = tl.minimum(seq_len, num_entries * PAGE_SIZE)
 
     row = first_row + tl.arange(0, M)
     row_exists = row < num_rows * GROUP
     token = row // GROUP
-    q_position = tl.minimum(first_position + token, seq_len - 1)
-    low = first_position + first_row // GROUP  # the first and the last query's position
-    high = tl.minimum(first_position + (first_row + M - 1) // GROUP, seq_len - 1)
+    last_token = tl.minimum((first_row + M - 1) // GROUP, num_rows - 1)
+    if q_positions is None:
+        q_position = tl.minimum(first_position + token, seq_len - 1)
+        low = first_position + first_row // GROUP  # the first and the last query's position
+        high = tl.minimum(first_position + last_token, seq_len - 1)
+    else:
+        own = q_positions + first_token
+        q_position = tl.load(own + tl.minimum(token, last_token))
+        low = tl.load(own + first_row // GROUP)
+        high = tl.minimum(tl.load(own + last_token), seq_len - 1)
     begin = tl.full((), 0, tl.int32)
-    end = seq_end
+    wanted_end = seq_len
     if CAUSAL:
-        end = tl.minimum(end, high + 1)
+        wanted_end = tl.minimum(seq_len, high + 1)
+    end = tl.minimum(seq_end, wanted_end)
     if HAS_WINDOW:
         begin = tl.maximum(begin, low - window + 1)
     if q_indptr is None:
@@ -131,6 +149,14 @@ def attention_kernel(
     if not HAS_SOFTCAP:
         score_scale = score_scale * LOG2_E
 
+    mask_start = first_position
+    at_mask = tl.zeros([M], tl.int64)
+    if mask is not None:
+        at_mask = (first_token + tl.minimum(token, last_token)).to(tl.int64) * mask_stride
+        if mask_starts is not None:
+            mask_start = tl.load(mask_starts + seq)
+    APART: tl.constexpr = q_indptr is not None
+
     acc = tl.zeros([M, DIMS_V], tl.float32)
     largest = tl.full([M], UNSEEN, tl.float32)
     total = tl.zeros([M], tl.float32)
@@ -142,28 +168,32 @@ def attention_kernel(
         whole_end = end // N * N
         if CAUSAL:
             whole_end = tl.maximum(begin, tl.minimum(whole_end, (low + 1) // N * N))
+        if mask is not None:
+            whole_end = tl.maximum(begin, tl.minimum(whole_end, mask_start // N * N))
         acc, largest, total, bad_position = attend(
             acc, largest, total, bad_position, q_main, q_rest, q_position, slopes,
-            begin, whole_end, seen_from, table, num_entries, num_pages,
+            begin, whole_end, seen_from, table, expected, generations, num_entries, num_pages,
+            mask, at_mask, mask_start, mask_bytes,
             k + kv_head * k_strides[2], v + kv_head * v_strides[2], k_scale, v_scale,
             k_strides, v_strides, k_scale_strides, v_scale_strides, score_scale, softcap, window,
-            False, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_slopes is not None, PER_TOKEN, KIND,
-            OPERAND, OPERAND_V, NATIVE_FP8, PAGE_SIZE, HEAD_DIM, HEAD_DIM_V, MAIN, REST, DIMS_V,
-            V_IS_MAIN, N,
+            False, APART, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_slopes is not None, PER_TOKEN,
+            KIND, OPERAND, OPERAND_V, NATIVE_FP8, PAGE_SIZE, HEAD_DIM, HEAD_DIM_V, MAIN, REST,
+            DIMS_V, V_IS_MAIN, N,
         )  # fmt: skip
     acc, largest, total, bad_position = attend(
         acc, largest, total, bad_position, q_main, q_rest, q_position, slopes,
-        whole_end, end, seen_from, table, num_entries, num_pages,
+        whole_end, end, seen_from, table, expected, generations, num_entries, num_pages,
+        mask, at_mask, mask_start, mask_bytes,
         k + kv_head * k_strides[2], v + kv_head * v_strides[2], k_scale, v_scale,
         k_strides, v_strides, k_scale_strides, v_scale_strides, score_scale, softcap, window,
-        True, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_slopes is not None, PER_TOKEN, KIND,
+        True, APART, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_slopes is not None, PER_TOKEN, KIND,
         OPERAND, OPERAND_V, NATIVE_FP8, PAGE_SIZE, HEAD_DIM, HEAD_DIM_V, MAIN, REST, DIMS_V,
         V_IS_MAIN, N,
     )  # fmt: skip
 
     # --- results ---------------------------------------------------------------------------------
     bad = tl.min(bad_position, 0)
-    if (bad != NO_POSITION) | (seq_len > seq_end):
+    if (bad != NO_POSITION) | (wanted_end > seq_end):
         entry = tl.minimum(bad // PAGE_SIZE, num_entries)
         found = tl.load(table + entry, mask=entry < num_entries, other=-1)
         record_error(errors, PAGE_TABLE, seq, entry, found)
@@ -197,11 +227,12 @@ def join_splits_kernel(
     seq_lens,  # [num_seqs]
     page_indptr,  # [num_seqs + 1] or None
     sinks,  # [num_q_heads] or None
+    q_positions,  # [num_seqs] or None
     out_strides,  # of token and head
     num_entries, num_splits, window,
-    HAS_WINDOW: tl.constexpr, OUT_KIND: tl.constexpr, NUM_Q_HEADS: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr, DIMS_V: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    SPLIT: tl.constexpr, STATES: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, OUT_KIND: tl.constexpr,
+    NUM_Q_HEADS: tl.constexpr, HEAD_DIM_V: tl.constexpr, DIMS_V: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """Grid: sequences, query heads. Joined in blocks of STATES, counted from position 0."""
     seq = tl.program_id(0)
@@ -213,10 +244,15 @@ def join_splits_kernel(
         entries_begin = tl.load(page_indptr + seq)
         num_entries = tl.load(page_indptr + seq + 1) - entries_begin
         first_state = entries_begin * PAGE_SIZE // SPLIT + seq
+    position = seq_len - 1
+    if q_positions is not None:
+        position = tl.load(q_positions + seq)
     end = tl.minimum(seq_len, num_entries * PAGE_SIZE)
+    if CAUSAL:
+        end = tl.minimum(end, position + 1)
     begin = tl.full((), 0, tl.int32)
     if HAS_WINDOW:
-        begin = tl.maximum(begin, seq_len - window)
+        begin = tl.maximum(begin, position - window + 1)
 
     dim_v = tl.arange(0, DIMS_V)
     acc = tl.zeros([DIMS_V], tl.float32)

@@ -1,7 +1,8 @@
-"""paged_attention of kvlink.triton against its meaning, over pools full of poison."""
+"""What paged_attention of kvlink.triton does beyond operators/test_every_attention.py."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,112 +10,9 @@ import torch
 
 import kvlink
 from kvlink.errors import InvalidArgument, PageTableError, Unsupported
-from kvlink.reference.paged_attention import paged_attention as reference
 from kvlink.testing.cases import AttentionCase, make_attention, starts
 from kvlink.testing.tolerances import assert_close, assert_same_bits
 from kvlink.triton import TensorPool, configs, paged_attention
-
-MIXED = dict(q_lens=(1, 7, 20), seq_lens=(130, 25, 70))
-STORAGE = [(dtype, "none") for dtype in ("float32", "float16", "bfloat16", "float8_e4m3", "int8")]
-STORAGE += [
-    (dtype, scale)
-    for dtype in ("float8_e4m3", "float8_e5m2", "int8")
-    for scale in ("tensor", "head", "token_head")
-]
-FEATURES: list[dict[str, Any]] = [
-    {},
-    {"causal": False},
-    {"window": 1},
-    {"window": 33},
-    {"window": 20, "causal": False},
-    {"softcap": 3.0},
-    {"sinks": True},
-    {"alibi": True},
-    {"csr": True},
-    {"window": 65, "softcap": 8.0, "sinks": True, "alibi": True, "csr": True, "scale": 0.2},
-]
-
-
-def check(case: AttentionCase) -> None:
-    inputs = make_attention(case)
-    out, lse = kvlink.paged_attention(
-        *inputs.args, **inputs.kwargs, return_lse=True, backend="triton"
-    )
-    expected, expected_lse = reference(*inputs.args, **inputs.kwargs)
-    assert bool(expected.isfinite().all()), "the case leaks poison"
-    assert_close(out, expected)
-    assert_close(lse, expected_lse, "lse")
-
-
-@pytest.mark.parametrize("form", ["nhd", "hnd", "packed", "latent"])
-@pytest.mark.parametrize(("kv_dtype", "kv_scale"), STORAGE)
-def test_every_form_and_storage(form: str, kv_dtype: str, kv_scale: str) -> None:
-    heads = dict(num_q_heads=3, num_kv_heads=1) if form == "latent" else {}
-    sizes = dict(head_dim=40, head_dim_v=24, page_size=7, form=form, **heads)
-    queries = (("float32", (1, 5)), ("bfloat16", (1, 1)), ("float16", (1, 1)))
-    for q_dtype, q_lens in queries if form == "nhd" else queries[:1]:
-        check(
-            AttentionCase(
-                q_lens=q_lens, seq_lens=(20, 75), kv_dtype=kv_dtype, kv_scale=kv_scale,
-                q_dtype=q_dtype, **sizes,
-            )
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize("features", FEATURES, ids=lambda features: "-".join(features) or "plain")
-def test_every_feature(features: dict[str, Any]) -> None:
-    check(AttentionCase(**MIXED, **features))
-    check(AttentionCase(q_lens=(1, 1), seq_lens=(70, 600), **features))
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "head_dim_v"), [(8, 8), (24, 40), (64, 64), (80, 16), (192, 128), (1, 1), (7, 5)]
-)
-def test_head_dims(head_dim: int, head_dim_v: int) -> None:
-    sizes = dict(head_dim=head_dim, head_dim_v=head_dim_v)
-    check(AttentionCase(q_lens=(1, 3), seq_lens=(90, 70), kv_dtype="bfloat16", **sizes))
-    check(AttentionCase(seq_lens=(3, 90, 70), kv_dtype="float16", q_dtype="float16", **sizes))
-
-
-@pytest.mark.parametrize("q_lens", [(1, 1), (1, 2)])
-@pytest.mark.parametrize("kv_scale", ["none", "token_head"])
-def test_latent_with_many_query_heads(q_lens: tuple[int, int], kv_scale: str) -> None:
-    check(
-        AttentionCase(
-            q_lens=q_lens, seq_lens=(100, 64), num_q_heads=70, num_kv_heads=1, head_dim=576,
-            head_dim_v=512, form="latent", q_dtype="bfloat16", kv_scale=kv_scale,
-            kv_dtype="bfloat16" if kv_scale == "none" else "float8_e4m3",
-        )
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("page_size", [1, 3, 64, 100, 256])
-@pytest.mark.parametrize("window", [None, 40])
-def test_page_sizes(page_size: int, window: int | None) -> None:
-    case = dict(page_size=page_size, window=window, seq_lens=(130, 5))
-    check(AttentionCase(q_lens=(20, 3), **case))
-    check(AttentionCase(q_lens=(1, 1), **case))
-
-
-@pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(4, 4), (40, 1), (10, 2), (1, 1)])
-def test_group_sizes(num_q_heads: int, num_kv_heads: int) -> None:
-    heads = dict(num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=16)
-    check(AttentionCase(q_lens=(1, 9), seq_lens=(70, 30), **heads))
-    check(AttentionCase(q_lens=(1, 1), seq_lens=(70, 30), **heads))
-
-
-@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
-def test_rows_whose_elements_are_not_contiguous(kv_dtype: str) -> None:
-    check(AttentionCase(**MIXED, form="strided", kv_dtype=kv_dtype, head_dim=24))
-
-
-@pytest.mark.parametrize("length", [512, 513, 1100])
-@pytest.mark.parametrize("window", [None, 600])
-@pytest.mark.parametrize("csr", [False, True])
-def test_splits(length: int, window: int | None, csr: bool) -> None:
-    sizes = dict(head_dim=16, num_q_heads=2, num_kv_heads=1)
-    check(AttentionCase(seq_lens=(length, 9, length), window=window, csr=csr, sinks=True, **sizes))
-
 
 # --- what never matters -----------------------------------------------------------------------
 
@@ -140,7 +38,7 @@ def test_chunks_of_the_new_tokens_do_not_matter() -> None:
     case = AttentionCase(q_lens=(52,), seq_lens=(200,), num_q_heads=2, kv_dtype="bfloat16")
     q, pool, layer, page_table, _ = make_attention(case).args
     whole = paged_attention(q, pool, layer, page_table, [200], q_indptr=[0, 52])
-    rows = configs.attention(128, 32, wide=True).m
+    rows = configs.attention(80, 128, 32, "float32").m
     for begin, end in ((0, rows), (rows, 3 * rows), (3 * rows, 52), (5, 6), (7, 50)):
         part = paged_attention(
             q[begin:end], pool, layer, page_table, [148 + end], q_indptr=[0, end - begin]
@@ -242,6 +140,23 @@ def int32(*values: int) -> torch.Tensor:
         (dict(q_indptr=None), "q: expected one row for each of the 2 sequences.*; got 5"),
         (dict(window=0), "window: expected >= 1 or None; got 0"),
         (dict(softcap=-1.0), "softcap: expected > 0 or None; got -1.0"),
+        (
+            dict(q_positions=int32(38, 40, 1, 2, 3)),
+            r"q_positions\[1\]: expected 38 to 39.*; got 40",
+        ),
+        (
+            dict(q_positions=int32(38, 37, 1, 2, 3)),
+            r"q_positions\[1\]: expected 38 to 39.*; got 37",
+        ),
+        (dict(mask=torch.zeros(5, 1)), "mask: expected dtype uint8; got float32"),
+        (dict(mask=torch.zeros(4, 1).byte()), "mask: expected num_tokens = 5 as in q; got 4"),
+        (dict(mask=torch.zeros(5, 1).byte(), mask_starts=int32(0, 20)), "mask: sequence 0 needs a"),
+        (
+            dict(mask=torch.zeros(5, 9).byte(), mask_starts=int32(0, 22)),
+            r"mask_starts\[1\]: exp.*22",
+        ),
+        (dict(mask_starts=int32(0, 0)), "mask_starts: expected None without a mask"),
+        (dict(page_generations=int32(*range(8))), "expected_generations: comes with"),
         (dict(sinks=torch.zeros(3)), "sinks: expected num_q_heads = 4 as in q; got 3"),
         (dict(alibi_slopes=torch.zeros(4).double()), "alibi_slopes: expected dtype float32"),
         (dict(out=torch.empty(5, 4, 31)), r"out: expected .*head_dim_v"),
@@ -287,8 +202,24 @@ def test_a_bad_page_on_a_device_is_not_read(
     assert_same_bits(call(case), clean)  # told once
 
 
+def test_a_page_of_another_generation_on_a_device_is_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvlink.triton.attention_arguments._check_values", lambda *_: None)
+    case = AttentionCase(q_lens=(2, 3), seq_lens=(40, 21), generations=True)
+    clean = call(case)
+    expected = make_attention(case).kwargs["expected_generations"].clone()
+    page = int(make_attention(case).args[3][1, 1])
+    expected[1, 1] += 1
+    assert_same_bits(call(case, expected_generations=expected)[:2], clean[:2])
+    match = rf"sequence 1, index 1 lies outside .* another generation .*; got {page}$"
+    with pytest.raises(PageTableError, match=match):
+        call(case)
+    assert_same_bits(call(case), clean)
+
+
 def test_what_is_missing_is_named() -> None:
-    for name in ("mask", "plan", "ready"):
+    for name in ("plan", "ready"):
         with pytest.raises(Unsupported, match=f"triton lacks feature '{name}'"):
             call(**{name: torch.ones(1)})
     with pytest.raises(Unsupported, match=r"head_dim: triton supports up to 576 .*; got 640"):
@@ -296,7 +227,8 @@ def test_what_is_missing_is_named() -> None:
 
 
 def test_configurations_cover_what_is_accepted() -> None:
-    for rows in (1, 16, 17, 64, 128):
-        for dims in (16, 32, 576):
-            for wide in (False, True):
-                assert configs.attention(rows, dims, wide).n % 16 == 0
+    for capability, rows, dims in itertools.product(
+        (75, 80, 89, 90, 100, 120), (1, 16, 17, 64, 128), (16, 32, 256, 576)
+    ):
+        for dtype in ("float32", "float16", "bfloat16", "int8", "float8_e4m3"):
+            assert configs.attention(capability, rows, dims, dtype).n % 16 == 0
