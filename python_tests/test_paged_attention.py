@@ -127,7 +127,7 @@ def test_few_rows_read_in_place(
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("head_dim", [*range(8, 80, 8), 96, 120, 128, 192, 256, 576])
+@pytest.mark.parametrize("head_dim", [*range(8, 264, 8), 576])
 def test_head_dims(level: str, head_dim: int) -> None:
     _C.set_simd_level(level)
     check(AttentionCase(head_dim=head_dim, q_lens=(1, 3), seq_lens=(90, 70), kv_dtype="bfloat16"))
