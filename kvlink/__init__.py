@@ -15,6 +15,7 @@ if TYPE_CHECKING or _COMPILED:
     from kvlink.rope import Rope, apply_rope, rope_table
 
 if TYPE_CHECKING:
+    from kvlink.cuda_array import from_cuda_array
     from kvlink.pages import PageAllocator
     from kvlink.transfer import Endpoint
 
@@ -29,6 +30,7 @@ __all__ = [
     "apply_rope",
     "copy_pages",
     "digest_pages",
+    "from_cuda_array",
     "merge_states",
     "paged_attention",
     "plan_attention",
@@ -37,7 +39,11 @@ __all__ = [
 ]
 
 # Imported on first use, so that `import kvlink` loads neither numpy nor anything it does not need.
-_LAZY = {"Endpoint": "kvlink.transfer", "PageAllocator": "kvlink.pages"}
+_LAZY = {
+    "Endpoint": "kvlink.transfer",
+    "PageAllocator": "kvlink.pages",
+    "from_cuda_array": "kvlink.cuda_array",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -46,14 +46,19 @@ def device_of(array: Any) -> tuple[int, int]:
 def empty_like(array: Any, shape: tuple[int, ...], dtype: str | None = None) -> Any:
     """An uninitialised array of `array`'s library, device and (unless given) dtype."""
     library = sys.modules.get(library_of(array))
+    if library_of(array) == "kvlink":  # a CudaArray
+        library = sys.modules.get("torch") or sys.modules.get("cupy")
     if library is None or not hasattr(library, "empty"):
         raise InvalidArgument(
             f"q: expected a torch, numpy or cupy array; got {type(array).__module__}."
             f"{type(array).__name__} (results are made in q's library)"
         )
-    wanted = array.dtype if dtype is None else getattr(library, dtype)
+    wanted = array.dtype if dtype is None else dtype
+    if isinstance(wanted, str):
+        wanted = getattr(library, wanted)
     if library.__name__ == "torch":
-        return library.empty(shape, dtype=wanted, device=array.device)
+        device = array.device if library_of(array) == "torch" else f"cuda:{array.device[1]}"
+        return library.empty(shape, dtype=wanted, device=device)
     return library.empty(shape, wanted)
 
 

@@ -37,6 +37,7 @@ PYTHON_LAYERS = {
     "_tensor_axes": _LAYOUT | {"_C"},
     "pool": _POOL,
     "pages": set(),
+    "cuda_array": set(),
     "_arrays": _LAYOUT,
     "_cuda_part": {"_cuda"},
     "backends": set(),
