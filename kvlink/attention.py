@@ -62,6 +62,7 @@ MERGE_BACKENDS = (
     Capabilities("cpu", frozenset({"cpu"}), FLOATS, FLOATS, frozenset()),
     Capabilities("cuda", frozenset({"cuda"}), FLOATS, FLOATS, frozenset(), packages=_CUDA_PART),
     Capabilities("triton", TRITON_DEVICES, FLOATS, FLOATS, frozenset(), packages=TRITON_PACKAGES),
+    Capabilities("reference", frozenset({"cpu"}), FLOATS, FLOATS, frozenset(), automatic=False),
 )
 
 
@@ -277,6 +278,14 @@ def merge_states(
     chosen = choose(MERGE_BACKENDS, backend, device, dtype, dtype).name
     if chosen == "triton":
         _triton_ops().merge_states(outs, lses, into=(out, lse))
+    elif chosen == "reference":
+        from kvlink.reference.merge_states import merge_states as reference
+
+        merged = reference(
+            [as_reference(each) for each in outs], [as_reference(each) for each in lses]
+        )
+        from_reference(merged[0], out)
+        from_reference(merged[1], lse)
     elif chosen == "cuda":
         cuda_ops().merge_states(outs, lses, out, lse, stream=stream_of(device, stream))
     else:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from kvlink.errors import InvalidArgument
 from kvlink.reference.rope import apply_rope
 
 TORCH_DTYPES = {
@@ -89,6 +90,12 @@ def append_kv(
             append_kv(k[i], None if v is None else v[i], pool, each, slots, rope=rope)
         return
     layout = pool.layout
+    num_slots = pool.num_pages * layout.page_size
+    for t, slot in enumerate(slots.tolist()):
+        if not -1 <= slot < num_slots:
+            raise InvalidArgument(
+                f"slots[{t}]: expected -1 or a slot in [0, {num_slots}); got {slot}"
+            )
     for t, slot in enumerate(slots.tolist()):
         if slot == -1:
             continue
