@@ -61,7 +61,8 @@ def run_campaign(
 ) -> list[Verdict]:
     """Runs every seed once and returns the verdicts, in the order in which they came.
 
-    A lane that dies or hangs is a verdict of its seed, and another lane takes its place.
+    A lane that dies or hangs is a verdict of its seed, and another lane takes its place; one that
+    does not even start is a verdict of seed -1, and nobody does.
     """  # fmt: skip
     todo: dict[int, list[int]] = {}
     for seed in list(seeds)[::-1]:
@@ -85,11 +86,11 @@ def run_campaign(
                         message = lane.connection.recv()
                     except (EOFError, OSError):
                         lane.process.join(10)
-                        found, replace = _broken(lane, path), True
+                        found, replace = _broken(lane, path), lane.seed is not None
                     else:
                         found = _take(lane, message, todo[lane.world])
                 elif time.monotonic() - lane.since > HANG:
-                    found, replace = _broken(lane, path), True
+                    found, replace = _broken(lane, path), lane.seed is not None
                 if found is not None:
                     verdicts.append(found)
                     on_verdict(found)
