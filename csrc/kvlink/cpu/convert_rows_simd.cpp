@@ -10,6 +10,7 @@
 #include "kvlink/cpu/simd/quantise.hpp"
 #include "kvlink/cpu/simd/row_walk.hpp"
 #include "kvlink/cpu/simd/strided.hpp"
+#include "kvlink/cpu/simd/widen.hpp"
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
@@ -46,6 +47,12 @@ inline constexpr int kStripeElements = 64 / Row<kDst>::kBytes;
 
 template <DType kSrc, DType kDst>
 KVLINK_INLINE Words convert_any(const char* src, float src_scale, float dst_scale) {
+#if defined(__AVX512F__)
+  if constexpr (kSrc == DType::kFloat8E4M3 && kDst == DType::kBFloat16) {
+    const bool usual = (float_bits(src_scale) & 0x7fffffffu) < 0x70000000u;
+    if (usual && dst_scale == 1.0f) return widen_e4m3(src, src_scale);
+  }
+#endif
   constexpr int kVecs = kStripeElements<kDst> / kLanes;
   Vec values[kVecs];
   KVLINK_UNROLL
