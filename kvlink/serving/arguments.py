@@ -68,6 +68,9 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
             help="pages; 0 sizes the pool to the input and the memory")  # fmt: skip
     cache.add_argument("--num-pages", type=count, default=0, metavar="N",
         help="pages on either side, unless said for that side")  # fmt: skip
+    cache.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction,
+        default=True, help="prompts that begin alike share pages: that part is computed, sent and "
+        "read once")  # fmt: skip
 
     run = parser.add_argument_group("running")
     add = run.add_argument
@@ -115,6 +118,7 @@ def options_from(arguments: argparse.Namespace, model_dir: str) -> Options:
         grant_ttl_s=arguments.grant_ttl,
         prefill_ranks=arguments.prefill_ranks,
         path=None if arguments.path == "auto" else arguments.path,
+        prefix_caching=arguments.enable_prefix_caching,
     )
 
 

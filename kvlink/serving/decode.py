@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import time
 from collections import defaultdict
 from functools import partial
@@ -30,7 +31,11 @@ class DecodeWorker(Worker):
 
     def __init__(self, role: str, rank: int, setup: Message, channel: Channel) -> None:
         super().__init__(role, rank, setup, channel)
-        self.scheduler = DecodeScheduler(self.allocator, self.options.max_num_seqs)
+        # A transfer begins where both sides begin a page.
+        sizes = self.options.prefill.page_size, self.options.decode.page_size
+        self.scheduler = DecodeScheduler(
+            self.allocator, self.options.max_num_seqs, self.cache, math.lcm(*sizes) // sizes[1]
+        )
         self.totals: dict[str, float] = defaultdict(int)
         self.progress_at = 0.0  # time.monotonic()
         self.extended_at = 0.0
@@ -51,12 +56,15 @@ class DecodeWorker(Worker):
         return BUSY_S if self.scheduler.arriving or self.scheduler.waiting else IDLE_S
 
     def grant(self) -> None:
-        """Promises pages to waiting requests, as far as they go."""
+        """Promises pages to waiting requests, as far as they go.
+
+        What other prompts have brought here, or are bringing, is not granted again.
+        """
         while (job := self.scheduler.admit()) is not None:
             job.attempt += 1
             job.grant = self.endpoint.grant(
-                self.scheduler.prompt_pages(job),
-                num_tokens=len(job.request.prompt),
+                self.scheduler.granted_pages(job),
+                num_tokens=len(job.request.prompt) - job.start,
                 ttl=self.options.grant_ttl_s,
                 on_release=partial(self.take_back, job.pages),
             )
@@ -64,6 +72,7 @@ class DecodeWorker(Worker):
                 "granted",
                 index=job.request.index,
                 attempt=job.attempt,
+                start=job.start,
                 grant=base64.b64encode(job.grant.to_bytes()).decode(),
             )
 
@@ -75,8 +84,12 @@ class DecodeWorker(Worker):
             except TransferError as error:
                 self.retry(job, error)
                 continue
-            if arrival is not None and job.token_ids:
+            job.landing.verified = arrival is not None
+            if job.prefix_lost:
+                self.lose_prefix(job)
+            elif arrival is not None and job.token_ids and job.prefix_verified:
                 self.totals["num_verified"] += 1
+                self.totals["num_shared_tokens"] += job.start
                 self.scheduler.start(job)
                 self.take_early_token(job)
                 self.finish_if_done(job)
@@ -155,19 +168,33 @@ class DecodeWorker(Worker):
             last_token_at=time.monotonic() if len(job.token_ids) > 1 else job.first_token_at,
         )
 
+    def lose_prefix(self, job: DecodeJob) -> None:
+        """The transfer that was to bring the beginning of a prompt has failed; its own has not."""
+        if job.landing.verified:
+            self.allocator.free(job.pages)
+            self.again(job)
+        else:
+            job.grant.revoke()  # and the next look finds that it failed
+
+    def again(self, job: DecodeJob) -> None:
+        """Asks for a request's KV anew."""
+        self.scheduler.fail(job)
+        self.scheduler.requeue(job)
+
     def retry(self, job: DecodeJob, error: TransferError) -> None:
         """The KV did not arrive: asks for it again, or gives the request up."""
         if job.early_token is not None:
             self.totals["num_early_dropped"] += 1
-        if job.attempt < _MAX_ATTEMPTS:
-            self.scheduler.requeue(job)
+        job.num_failed += not job.prefix_lost
+        if job.num_failed < _MAX_ATTEMPTS:
+            self.again(job)
         else:
-            del self.scheduler.arriving[job.request.index]
+            self.scheduler.fail(job)
             reason = job.failure or f"{type(error).__name__}: {error}"
             self.channel.send(
                 "gave_up",
                 index=job.request.index,
-                error=f"KV transfer failed {job.attempt} times: {reason}",
+                error=f"KV transfer failed {job.num_failed} times: {reason}",
             )
 
     def take_back(self, pages: Any, _grant: Any) -> None:

@@ -9,19 +9,19 @@ from kvlink.transfer import TransferError
 
 
 class Migration:
-    """Pushes layer by layer.
+    """Pushes layer by layer what decode does not have yet: all from token `job.start` on.
 
     A failure is kept in `error`, not raised: the rest of the step goes on, and decode decides
     whether to ask again.
     """
 
-    def __init__(self, link: Any, job: PrefillJob) -> None:
+    def __init__(self, link: Any, job: PrefillJob, page_size: int) -> None:
         self.job = job
         self.error: TransferError | None = None
         self.computed_ns = 0  # time.monotonic_ns() at the end of the prompt's forward pass
         self._transfer: Any = None
         try:
-            self._transfer = link.begin(job.pages, job.grant)
+            self._transfer = link.begin(job.pages[job.start // page_size :], job.grant)
         except TransferError as error:
             self.error = error
 

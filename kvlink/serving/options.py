@@ -59,6 +59,7 @@ class Options:
     grant_ttl_s: float = 60.0
     prefill_ranks: int = 1
     path: str | None = None  # None: the fastest that there is
+    prefix_caching: bool = True  # prompts that begin alike share pages
 
     def to_message(self) -> dict[str, Any]:
         """Plain values, for JSON."""

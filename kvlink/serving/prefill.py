@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from typing import Any
 
+import kvlink
 from kvlink.serving.batch import Batch, Chunk
 from kvlink.serving.channel import Channel, Message
 from kvlink.serving.migration import Migration
@@ -24,7 +25,7 @@ class PrefillWorker(Worker):
     def __init__(self, role: str, rank: int, setup: Message, channel: Channel) -> None:
         super().__init__(role, rank, setup, channel)
         self.scheduler = PrefillScheduler(
-            self.allocator, self.options.max_batch_tokens, self.options.max_num_seqs
+            self.allocator, self.options.max_batch_tokens, self.options.max_num_seqs, self.cache
         )
         self.link: Any = None
         self.migrations: list[Migration] = []  # whose source pages may still be read
@@ -40,13 +41,16 @@ class PrefillWorker(Worker):
 
     def run_and_migrate(self, step: Step) -> list[Migration]:
         """One forward pass. The prompts that it completes migrate while it goes on."""
-        migrations = [Migration(self.link, job) for job, chunk in step if chunk.wants_logits]
+        size = self.allocator.page_size
+        migrations = [Migration(self.link, job, size) for job, chunk in step if chunk.wants_logits]
+        for src, dst in self.scheduler.copies:
+            kvlink.copy_pages(self.pool, src, dst)
 
         def push_layer(layer: int) -> None:
             for migration in migrations:
                 migration.push_layer(layer)
 
-        batch = Batch.of([chunk for _, chunk in step], self.allocator.page_size)
+        batch = Batch.of([chunk for _, chunk in step], size)
         logits = self.model(batch, self.pool, on_layer=push_layer)
         computed_ns = time.monotonic_ns()
         self.channel.send("alive", rank=self.rank)
@@ -55,6 +59,8 @@ class PrefillWorker(Worker):
             job = migration.job
             names = {"index": job.request.index, "attempt": job.attempt}
             if self.rank == 0:
+                self.totals["num_prompt_tokens"] += len(job.request.prompt)
+                self.totals["num_cached_tokens"] += job.num_cached
                 token = sample(row, job.request.sampling, step=0)
                 self.channel.send("prefilled", **names, token=token, at=time.monotonic())
             if migration.failure is not None:
@@ -78,7 +84,7 @@ class PrefillWorker(Worker):
             if message["type"] == "prefill":
                 request = Request.from_message(message["request"])
                 grant = base64.b64decode(message["grant"])
-                self.scheduler.add(PrefillJob(request, message["attempt"], grant))
+                self.scheduler.add(PrefillJob(request, message["attempt"], grant, message["start"]))
             elif message["type"] == "connect":
                 address = bytes.fromhex(message["address"])
                 self.link = self.endpoint.connect(address, require=self.options.path)

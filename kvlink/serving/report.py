@@ -47,6 +47,12 @@ def make_report(
             "hidden_share": prefill.get("hidden_s", 0.0) / moving_s if moving_s > 0 else None,
             "verified": int(decode.get("num_verified", 0)),
         },
+        # Tokens of prompts, those that prefill had and those that decode had already.
+        "prefix_cache": {
+            "prompt_tokens": int(prefill.get("num_prompt_tokens", 0)),
+            "not_computed": int(prefill.get("num_cached_tokens", 0)),
+            "not_sent": int(decode.get("num_shared_tokens", 0)),
+        },
         # First steps of decode that began while layers were still landing.
         "early_decode": {
             "requests": int(decode.get("num_early", 0)),
@@ -62,6 +68,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     """A few readable lines."""
     migration = report["migration"]
     hidden, early = migration["hidden_share"], report["early_decode"]
+    shared = report["prefix_cache"]
     lines = [
         ("requests", f"{report['requests']} served, {report['errors']} refused or failed"),
         ("tokens", f"{report['tokens']} generated"),
@@ -79,6 +86,11 @@ def format_report(report: Mapping[str, Any]) -> str:
             "early",
             f"{early['requests']} requests began decode before their last layer had landed: "
             f"{early['hidden_s'] * 1e3:.1f} ms computed, {early['waited_s'] * 1e3:.1f} ms waited",
+        ),
+        (
+            "shared",
+            f"of {shared['prompt_tokens']} prompt tokens {shared['not_computed']} were not "
+            f"computed again, {shared['not_sent']} not sent again",
         ),
         ("verified", f"{migration['verified']} transfers by digest"),
     ]

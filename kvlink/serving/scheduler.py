@@ -1,4 +1,7 @@
-"""What runs next, on either side: continuous batching over pages that are reserved up front."""
+"""What runs next, on either side: continuous batching over pages that are reserved up front.
+
+Prompts that begin alike share pages on either side: see `PrefixCache`.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,22 @@ from typing import Any
 
 from kvlink.pages import PageAllocator
 from kvlink.serving.batch import Chunk
+from kvlink.serving.prefix_cache import Landing, PrefixCache
 from kvlink.serving.request import Request
 
 
 @dataclass(eq=False)
 class PrefillJob:
-    """A prompt on its way through prefill. `grant` are the bytes that say where its KV goes."""
+    """A prompt on its way through prefill. `grant` are the bytes that say where its KV goes, that
+    of its first `start` tokens excepted, which decode has already."""
 
     request: Request
     attempt: int
     grant: bytes
+    start: int = 0
+    keys: Sequence[bytes] = ()  # of its whole pages
     pages: Any = None  # int32 page ids, once admitted
+    num_cached: int = 0  # prompt tokens whose KV was here
     num_done: int = 0  # prompt tokens whose KV is written or being written
 
     @property
@@ -29,10 +37,21 @@ class PrefillJob:
 
 
 class PrefillScheduler:
-    """First come, first served, in steps of at most `max_batch_tokens` prompt tokens."""
+    """First come, first served, in steps of at most `max_batch_tokens` prompt tokens.
 
-    def __init__(self, allocator: PageAllocator, max_batch_tokens: int, max_num_seqs: int) -> None:
+    `copies`: pages to copy before the step that was scheduled last runs, one after the other.
+    """
+
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        max_batch_tokens: int,
+        max_num_seqs: int,
+        cache: PrefixCache | None = None,
+    ) -> None:
         self.allocator = allocator
+        self.cache = PrefixCache(allocator, enabled=False) if cache is None else cache
+        self.copies: list[tuple[Any, Any]] = []
         self.max_batch_tokens = max_batch_tokens
         self.max_num_seqs = max_num_seqs
         self.waiting: deque[PrefillJob] = deque()
@@ -40,11 +59,14 @@ class PrefillScheduler:
 
     def add(self, job: PrefillJob) -> None:
         """Queues a job."""
+        job.keys = self.cache.keys(job.request.prompt)
         self.waiting.append(job)
 
     def schedule(self) -> list[tuple[PrefillJob, Chunk]]:
         """The chunks of the next step, marked as done; empty when there is nothing to do."""
         step: list[tuple[PrefillJob, Chunk]] = []
+        self.cache.step += 1
+        self.copies = []
         budget = self.max_batch_tokens
         while budget > 0 and len(step) < self.max_num_seqs:
             if len(step) == len(self.running) and not self._admit():
@@ -55,6 +77,10 @@ class PrefillScheduler:
             budget -= len(tokens)
             job.num_done += len(tokens)
             step.append((job, Chunk(tokens, start, job.pages, wants_logits=job.complete)))
+            # Layer by layer, a step writes all that is new before any of it is read: those after
+            # this one may begin with it in the same step.
+            whole = job.keys[: job.num_done // self.allocator.page_size]
+            self.cache.add(prompt, whole, job.pages)
         self.running = [job for job in self.running if not job.complete]
         return step
 
@@ -65,12 +91,17 @@ class PrefillScheduler:
     def _admit(self) -> bool:
         if not self.waiting:
             return False
-        num_pages = -(-len(self.waiting[0].request.prompt) // self.allocator.page_size)
-        if num_pages > self.allocator.num_free:
+        job = self.waiting[0]
+        match = self.cache.match(job.request.prompt, job.keys)
+        reserved = self.cache.reserve(match, len(job.request.prompt))
+        if reserved is None:
             return False
-        job = self.waiting.popleft()
-        job.pages = self.allocator.allocate(num_pages)
-        self.running.append(job)
+        match, writable = reserved
+        if len(writable.src):
+            self.copies.append((writable.src, writable.dst))
+        job.pages = writable.pages
+        job.num_cached = job.num_done = match.num_tokens
+        self.running.append(self.waiting.popleft())
         return True
 
 
@@ -79,9 +110,14 @@ class DecodeJob:
     """A sequence that decode answers for, from its admission to its last token."""
 
     request: Request
+    keys: Sequence[bytes] = ()  # of its prompt's whole pages
     attempt: int = 0  # grants made for it so far
+    num_failed: int = 0  # of them, by a fault of their own
     pages: Any = None  # int32 page ids, for the prompt and every new token
+    start: int = 0  # tokens of the prompt in pages that it shares; the others are granted
     grant: Any = None
+    landing: Landing = field(default_factory=Landing)
+    awaited: list[Landing] = field(default_factory=list)  # that the shared pages come with
     token_ids: list[int] = field(default_factory=list)
     first_token_at: float = 0.0
     failure: str | None = None  # why prefill could not send the KV, if it told
@@ -94,12 +130,34 @@ class DecodeJob:
         """Tokens whose KV is in the pages before the next step: all but the newest."""
         return len(self.request.prompt) + len(self.token_ids) - 1
 
+    @property
+    def prefix_verified(self) -> bool:
+        """The digests of all that it shares have held."""
+        return all(landing.verified for landing in self.awaited)
+
+    @property
+    def prefix_lost(self) -> bool:
+        """Some of what it shares did not arrive."""
+        return any(landing.failed for landing in self.awaited)
+
 
 class DecodeScheduler:
-    """Reserves a request's pages for its whole life on admission: nothing is ever evicted."""
+    """Reserves a request's pages for its whole life on admission: no request is ever evicted.
 
-    def __init__(self, allocator: PageAllocator, max_num_seqs: int) -> None:
+    Prompts share multiples of `shared_pages` pages, so that what is left begins a page on the other
+    side, too.
+    """
+
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        max_num_seqs: int,
+        cache: PrefixCache | None = None,
+        shared_pages: int = 1,
+    ) -> None:
         self.allocator = allocator
+        self.cache = PrefixCache(allocator, enabled=False) if cache is None else cache
+        self.shared_pages = shared_pages
         self.max_num_seqs = max_num_seqs
         self.waiting: deque[DecodeJob] = deque()
         self.arriving: dict[int, DecodeJob] = {}  # by request index; granted, KV on its way
@@ -107,23 +165,29 @@ class DecodeScheduler:
 
     def add(self, job: DecodeJob) -> None:
         """Queues a job."""
+        job.keys = self.cache.keys(job.request.prompt)
         self.waiting.append(job)
 
     def admit(self) -> DecodeJob | None:
         """Reserves pages for the job that waits longest, if it fits now."""
         if not self.waiting or len(self.arriving) + len(self.running) >= self.max_num_seqs:
             return None
-        num_pages = -(-self.waiting[0].request.num_kv_tokens // self.allocator.page_size)
-        if num_pages > self.allocator.num_free:
+        job = self.waiting[0]
+        prompt = job.request.prompt
+        match = self.cache.match(prompt, job.keys, multiple=self.shared_pages)
+        reserved = self.cache.reserve(match, job.request.num_kv_tokens)
+        if reserved is None:
             return None
-        job = self.waiting.popleft()
-        job.pages = self.allocator.allocate(num_pages)
-        self.arriving[job.request.index] = job
+        job.pages, job.start, job.landing = reserved[1].pages, match.num_tokens, Landing()
+        job.awaited = list({entry.landing for entry in match.entries if entry.landing is not None})
+        self.cache.add(prompt, job.keys, job.pages, job.landing)
+        self.arriving[job.request.index] = self.waiting.popleft()
         return job
 
-    def prompt_pages(self, job: DecodeJob) -> Any:
-        """Those of the job's pages that its prompt fills."""
-        return job.pages[: -(-len(job.request.prompt) // self.allocator.page_size)]
+    def granted_pages(self, job: DecodeJob) -> Any:
+        """Those of the job's pages that the rest of its prompt fills."""
+        size = self.allocator.page_size
+        return job.pages[job.start // size : -(-len(job.request.prompt) // size)]
 
     def start(self, job: DecodeJob) -> None:
         """The KV of a job has arrived."""
@@ -144,11 +208,18 @@ class DecodeScheduler:
             job
             for job in self.arriving.values()
             if job.token_ids and job.early_token is None and job.failure is None
+            if job.prefix_verified
         ]
 
-    def requeue(self, job: DecodeJob) -> None:
-        """The KV of a job did not arrive: it is first to be admitted again, to other pages."""
+    def fail(self, job: DecodeJob) -> None:
+        """The KV of a job, or what it was to share, did not arrive."""
+        if not job.landing.verified:
+            job.landing.failed = True
+            self.cache.drop(job.landing)
         del self.arriving[job.request.index]
+
+    def requeue(self, job: DecodeJob) -> None:
+        """A job that failed is first to be admitted again, to other pages."""
         job.token_ids.clear()
         job.failure = job.early_token = None
         job.early_late = False

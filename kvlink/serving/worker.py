@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
 import signal
@@ -32,6 +33,7 @@ class Worker:
         from kvlink.pages import PageAllocator
         from kvlink.serving.checkpoint import eos_ids, load_model
         from kvlink.serving.config import ModelConfig
+        from kvlink.serving.prefix_cache import PrefixCache
         from kvlink.serving.ranks import head_view, shard_of
         from kvlink.transfer import Endpoint
 
@@ -53,6 +55,11 @@ class Worker:
             shared=True,
         )
         self.allocator = PageAllocator(side.num_pages, side.page_size)
+        # Whatever KV depends on beside the tokens.
+        root = repr((str(model_dir.resolve()), config, dtype, self.pool.layout)).encode()
+        self.cache = PrefixCache(
+            self.allocator, hashlib.sha256(root).digest(), options.prefix_caching
+        )
         # Failed grants keep their slot until nobody writes to their pages any more.
         self.endpoint = Endpoint(
             role,

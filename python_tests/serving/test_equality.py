@@ -71,7 +71,8 @@ def test_greedy_tokens(
     layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
     head_dim = getattr(model.config, "head_dim", None) or 32
     num_tokens = sum(len(token_ids(line)) for line in lines)
-    assert figures["migration"]["bytes"] == num_tokens * layers * heads * head_dim * 2 * 4
+    num_sent = num_tokens - figures["prefix_cache"]["not_sent"]  # small pages are often alike
+    assert figures["migration"]["bytes"] == num_sent * layers * heads * head_dim * 2 * 4
     assert 0 <= figures["migration"]["hidden_share"] <= 1
 
 

@@ -81,7 +81,7 @@ def test_decode_reserves_for_the_whole_request() -> None:
     assert first is not None
     assert second is not None
     assert scheduler.admit() is None
-    assert (len(first.pages), len(scheduler.prompt_pages(first))) == (2, 1)
+    assert (len(first.pages), len(scheduler.granted_pages(first))) == (2, 1)
     first.token_ids.append(7)
     scheduler.start(first)
     jobs, chunks = scheduler.schedule()
@@ -101,6 +101,7 @@ def test_decode_bounds_sequences_and_requeues_in_front() -> None:
     assert job is not None
     assert scheduler.admit() is None
     job.token_ids.append(1)
+    scheduler.fail(job)
     scheduler.requeue(job)
     assert scheduler.admit() is job
     assert job.token_ids == []
