@@ -4,14 +4,14 @@
 
 mixed    16 prompts of 32 to 1024 tokens, 48 new tokens each
 shared   16 prompts of 1024 tokens in common and 32 of their own, 48 new tokens each
-long     4 prompts of 3072 tokens, 48 new tokens each
+long     2 prompts of 8192 tokens, 48 new tokens each
 
 All requests are there from the start, greedy, of one random Llama model (63 million parameters,
 float32) that is written to a temporary directory. TTFT is the time from the start to a request's
 first token, TPOT that per token after it; medians over requests. kvlink serves with its two
-processes, which share the machine's CPUs. transformers generates in one process with all
-threads: one request after the other, and all of them as one batch padded on the left. Loading is
-not counted.
+processes, which share the machine's CPUs; with prefix caching, and without where prompts have
+something in common. transformers generates in one process with all threads: one request after the
+other, and all of them as one batch padded on the left. Loading is not counted.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def prompts(case: str) -> list[list[int]]:
     if case == "shared":
         common = tokens(1024)
         return [common + tokens(32) for _ in range(16)]
-    return [tokens(3072) for _ in range(4)]
+    return [tokens(8192) for _ in range(2)]
 
 
 def write_model(path: Path) -> None:
     """A Llama checkpoint whose random weights keep activations of ordinary size."""
     config = transformers.LlamaConfig(
         vocab_size=VOCAB_SIZE, hidden_size=768, intermediate_size=2048, num_hidden_layers=8,
-        num_attention_heads=12, num_key_value_heads=4, max_position_embeddings=4096,
+        num_attention_heads=12, num_key_value_heads=4, max_position_embeddings=16384,
         tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -82,11 +82,18 @@ def write_model(path: Path) -> None:
     model.save_pretrained(path)
 
 
-def kvlink_run(path: Path, asked: Sequence[list[int]]) -> Outcome:
-    """By a prefill and a decode process."""
+def kvlink_run(path: Path, asked: Sequence[list[int]], shares: bool = True) -> Outcome:
+    """By a prefill and a decode process; prompts share pages if `shares`."""
     threads = side_threads(_C.num_threads())
     sides = [SideOptions(num_threads=count) for count in threads]
-    options = Options(str(path), "float32", prefill=sides[0], decode=sides[1], ignore_eos=True)
+    options = Options(
+        str(path),
+        "float32",
+        prefill=sides[0],
+        decode=sides[1],
+        ignore_eos=True,
+        prefix_caching=shares,
+    )
     lines = [json.dumps({"prompt_token_ids": prompt}).encode() for prompt in asked]
     generation = Generation(lines, options, Defaults(NUM_NEW, 0.0, 1.0, 0))
     records = list(generation.run())
@@ -139,8 +146,10 @@ def transformers_run(path: Path, asked: Sequence[list[int]], at_once: bool) -> O
     return outcome
 
 
+NOT_SHARED = "kvlink, no prefix caching"
 PEERS: dict[str, Callable[[Path, Sequence[list[int]]], Outcome]] = {
     "kvlink": kvlink_run,
+    NOT_SHARED: lambda path, asked: kvlink_run(path, asked, shares=False),
     "transformers": lambda path, asked: transformers_run(path, asked, False),
     "transformers, batch": lambda path, asked: transformers_run(path, asked, True),
 }
@@ -153,10 +162,11 @@ def figures(cases: Sequence[str], num_rounds: int) -> Iterator[Figure]:
         write_model(path)
         for case in cases:
             asked = prompts(case)
-            found: dict[str, list[Outcome]] = {name: [] for name in PEERS}
+            names = [name for name in PEERS if name != NOT_SHARED or case == "shared"]
+            found: dict[str, list[Outcome]] = {name: [] for name in names}
             for _ in range(num_rounds):
-                for name, run in PEERS.items():
-                    found[name].append(run(path, asked))
+                for name in names:
+                    found[name].append(PEERS[name](path, asked))
             expected = found["transformers"][0].tokens
             for name, outcomes in found.items():
                 yield from rows(case, name, outcomes, expected)
