@@ -1,6 +1,7 @@
 #include "kvlink/cpu/paged_attention_tile.hpp"
 #include "kvlink/cpu/paged_attention_types.hpp"
 #include "kvlink/cpu/simd/math.hpp"
+#include "kvlink/cpu/simd/soften_rows.hpp"
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
@@ -8,10 +9,8 @@ namespace {
 
 constexpr float kNegInf = -__builtin_inff();
 constexpr int64_t kBlockVecs = kBlockTokens / kLanes;
-constexpr uint64_t kLaneBits = (uint64_t{1} << kLanes) - 1;
 
-alignas(64) constexpr char kNothing[kMaxHeadDim * 4] = {};  // a row that is not read
-static_assert(kPanelRows == kBlockTokens);
+static_assert(kPanelRows == kBlockTokens && sizeof(kNothing) >= kMaxHeadDim * 4);
 
 // --- a tile ------------------------------------------------------------------------------------
 
@@ -31,10 +30,12 @@ struct TileContext {
   bool in_place;
   float* q;              // [num_rows, num_items], rows q_stride apart, zeros between
   float* keys;           // [num_items, kBlockTokens]
-  float* values;         // [kBlockTokens, out_stride]
+  float* values;         // [kBlockTokens / positions, out_stride]
+  float* edge;           // [out_stride] one of its rows, of which one position is left
   float* scores;         // [num_rows, kBlockTokens]; becomes the weights
   float* sums;           // [head_rows, 2, kLanes]
   float* row_scale;      // [num_rows] factor of what a row has gathered so far
+  float* distances;      // [num_tokens] from a token to a block, with ALiBi
   float* key_factors;    // [kBlockTokens] scale of the scores, times that of K
   float* value_factors;  // [kBlockTokens] scale of V
   char* gathered;        // [kBlockTokens] rows of K or V as stored
@@ -44,7 +45,7 @@ struct TileContext {
         p(*tile.params),
         layout(tile.params->kv.layout),
         scoring(score_type(p)),
-        valuing(kValueTypes[static_cast<int>(layout.dtype)]),
+        valuing(value_type(p)),
         element_bytes(dtype_bytes(layout.dtype)),
         group(p.num_q_heads / layout.num_kv_heads),
         head_rows(int64_t{tile.num_tokens} * group),
@@ -60,12 +61,14 @@ struct TileContext {
     };
     keys = take(kBlockTokens * layout.head_dim);
     values = take(kBlockTokens * out_stride);
+    edge = take(out_stride);
     scores = take(num_rows * kBlockTokens);
     key_factors = take(kBlockTokens);
     value_factors = take(kBlockTokens);
     sums = take(in_place ? head_rows * 2 * kLanes : 0);
     q = take(num_rows * padded_query(layout.head_dim));
     row_scale = take(num_rows);
+    distances = take(tile.num_tokens);
     gathered = reinterpret_cast<char*>(scratch);
   }
 
@@ -133,46 +136,6 @@ void find_factors(const TileContext& c, int64_t kv_head, int64_t block_begin, Vi
 
 // --- one block -----------------------------------------------------------------------------------
 
-// Turns a row of q.k into weights exp(score - max), times the values' scales; the weights of the
-// positions that are not in `seen` are 0 whatever K holds there. Updates max and sum, and returns
-// the factor that brings what was gathered before under the new max.
-float soften_row(const TileContext& c, int64_t row, int64_t head, int64_t q_position,
-                 int64_t block_begin, uint64_t seen, float& row_max, float& row_sum) {
-  float* scores = c.scores + row * kBlockTokens;
-  Vec score[kBlockVecs];
-  Vec largest = splat(kNegInf);
-  VecI lane = lane_indices();
-  const VecI lane_bit = splat(int32_t{1}) << lane_indices();
-  for (int64_t v = 0; v < kBlockVecs; ++v, lane += kLanes) {
-    Vec x = load(scores + v * kLanes) * load(c.key_factors + v * kLanes);
-    if (c.p.softcap > 0.0f) x = tanh(x / c.p.softcap) * c.p.softcap;
-    if (c.p.alibi_slopes) {
-      const Vec distance =
-          __builtin_convertvector(lane, Vec) + static_cast<float>(block_begin - q_position);
-      x += distance * c.p.alibi_slopes[head];
-    }
-    const VecI bits = splat(static_cast<int32_t>(seen >> (v * kLanes) & kLaneBits));
-    score[v] = select((bits & lane_bit) != 0, x, splat(kNegInf));
-    largest = max(largest, score[v]);
-  }
-  const float block_max = max_lanes(largest);
-  const float new_max = row_max > block_max ? row_max : block_max;
-  if (new_max == kNegInf) {  // every visible score is -inf
-    for (int64_t v = 0; v < kBlockVecs; ++v) store(scores + v * kLanes, Vec{});
-    return 1.0f;
-  }
-  Vec sum = Vec{};
-  for (int64_t v = 0; v < kBlockVecs; ++v) {
-    const Vec weight = exp(score[v] - new_max);
-    sum += weight;
-    store(scores + v * kLanes, weight * load(c.value_factors + v * kLanes));
-  }
-  const float rescale = row_max == new_max ? 1.0f : exp(splat(row_max - new_max))[0];
-  row_max = new_max;
-  row_sum = row_sum * rescale + sum_lanes(sum);
-  return rescale;
-}
-
 VisibleRange intersect(VisibleRange a, int64_t begin, int64_t end) {
   return {a.begin > begin ? a.begin : begin, a.end < end ? a.end : end};
 }
@@ -221,17 +184,66 @@ KVLINK_INLINE void for_each_stretch(uint64_t bits, const Each& each) {
   }
 }
 
-// Turns the scores of a run's rows into weights.
+// Turns the scores of a run's rows into weights, times the values' scales.
 void soften_run(const TileContext& c, int64_t kv_head, int64_t block_begin, const TokenRun& run,
                 const AttentionState& state) {
-  const int64_t first_row = (kv_head - c.tile.first_kv_head) * c.head_rows;
-  for (int64_t token = run.first; token < run.last; ++token) {
-    for (int64_t i = 0; i < c.group; ++i) {
-      const int64_t row = first_row + token * c.group + i;
-      c.row_scale[row] = soften_row(c, row, kv_head * c.group + i, c.tile.tokens[token].position,
-                                    block_begin, run.seen, state.max[row], state.sum[row]);
+  const int64_t tokens = run.last - run.first;
+  const int64_t row = (kv_head - c.tile.first_kv_head) * c.head_rows + run.first * c.group;
+  const float* slopes = c.p.alibi_slopes;
+  if (slopes) {
+    for (int64_t i = 0; i < tokens; ++i) {
+      const int64_t position = c.tile.tokens[run.first + i].position;
+      c.distances[i] = static_cast<float>(block_begin - position);
     }
   }
+  soften_rows({.scores = c.scores + row * kBlockTokens,
+               .num_rows = tokens * c.group,
+               .key_factors = c.key_factors,
+               .value_factors = c.value_factors,
+               .seen = run.seen,
+               .softcap = c.p.softcap,
+               .slopes = slopes ? slopes + kv_head * c.group : nullptr,
+               .group = c.group,
+               .distances = c.distances,
+               .pairs = c.valuing.positions == 2,
+               .max = state.max + row,
+               .sum = state.sum + row,
+               .row_scale = c.row_scale + row});
+}
+
+// Adds the values of positions that all of the rows see.
+void add_stretch(const TileContext& c, VisibleRange seen, int64_t row, int64_t num_rows,
+                 const AttentionState& state) {
+  const auto add = [&](const float* values, int64_t first, int64_t count) {
+    if (count <= 0) return;
+    c.valuing.product({.a = c.scores + row * kBlockTokens + first,
+                       .b = values,
+                       .c = state.out + row * c.out_stride,
+                       .row_scale = c.row_scale + row,
+                       .stride_a = kBlockTokens,
+                       .stride_b = c.out_stride,
+                       .stride_c = c.out_stride,
+                       .num_rows = num_rows,
+                       .depth = count,
+                       .num_vecs = c.out_stride / kLanes});
+    for (int64_t i = 0; i < num_rows; ++i) c.row_scale[row + i] = 1.0f;  // rescaled already
+  };
+  if (c.valuing.positions == 1) {
+    add(c.values + seen.begin * c.out_stride, seen.begin, seen.end - seen.begin);
+    return;
+  }
+#if defined(__AVX512F__)
+  // Pairs of which the rows see one position only are added without the other.
+  const auto add_one = [&](int64_t position) {
+    const float* pair = c.values + position / 2 * c.out_stride;
+    keep_one_of_pairs(pair, position % 2 != 0, c.out_stride, c.edge);
+    add(c.edge, position / 2, 1);
+  };
+  const int64_t first = (seen.begin + 1) / 2, last = seen.end / 2;
+  if (seen.begin % 2) add_one(seen.begin);
+  add(c.values + first * c.out_stride, first, last - first);
+  if (seen.end % 2) add_one(seen.end - 1);
+#endif
 }
 
 // Many rows: K and V of one KV head are widened into panels.
@@ -258,33 +270,22 @@ void attend_panels(const TileContext& c, int64_t kv_head, int64_t block_begin, V
   });
   if (first_token >= last_token) return;  // masked out altogether
   const int64_t first_row = head_row + first_token * c.group;
-  c.scoring.product(c.q + first_row * c.q_stride, {.a = nullptr,
-                                                   .b = c.keys,
-                                                   .c = c.scores + first_row * kBlockTokens,
-                                                   .row_scale = nullptr,
-                                                   .stride_a = c.q_stride,
-                                                   .stride_b = kBlockTokens,
-                                                   .stride_c = kBlockTokens,
-                                                   .num_rows = (last_token - first_token) * c.group,
-                                                   .depth = c.num_items,
-                                                   .num_vecs = kBlockVecs});
+  c.scoring.product({.a = c.q + first_row * c.q_stride,
+                     .b = c.keys,
+                     .c = c.scores + first_row * kBlockTokens,
+                     .row_scale = nullptr,
+                     .stride_a = c.q_stride,
+                     .stride_b = kBlockTokens,
+                     .stride_c = kBlockTokens,
+                     .num_rows = (last_token - first_token) * c.group,
+                     .depth = c.num_items,
+                     .num_vecs = kBlockVecs});
   for_each_run(c, block_begin, [&](const TokenRun& run) {
     soften_run(c, kv_head, block_begin, run, state);
     const int64_t row = head_row + run.first * c.group;
     const int64_t num_rows = (run.last - run.first) * c.group;
-    for_each_stretch(run.seen, [&](VisibleRange seen) {
-      tile_product<1, FloatTerms>({.a = c.scores + row * kBlockTokens + seen.begin,
-                                   .b = c.values + seen.begin * c.out_stride,
-                                   .c = state.out + row * c.out_stride,
-                                   .row_scale = c.row_scale + row,
-                                   .stride_a = kBlockTokens,
-                                   .stride_b = c.out_stride,
-                                   .stride_c = c.out_stride,
-                                   .num_rows = num_rows,
-                                   .depth = seen.end - seen.begin,
-                                   .num_vecs = c.out_stride / kLanes});
-      for (int64_t i = 0; i < num_rows; ++i) c.row_scale[row + i] = 1.0f;  // rescaled already
-    });
+    for_each_stretch(run.seen,
+                     [&](VisibleRange seen) { add_stretch(c, seen, row, num_rows, state); });
   });
 }
 
@@ -352,11 +353,12 @@ void attend_in_place(const TileContext& c, int64_t block_begin, VisibleRange ran
         const int64_t row = head * c.head_rows + run.first * c.group;
         for_each_stretch(run.seen & range_bits({first, first + kStep}), [&](VisibleRange seen) {
           const bool is_first = (run.seen & range_bits({0, seen.begin})) == 0;
-          c.valuing.add({.values = rows.values + seen.begin,
+          c.valuing.add({.values = rows.values + first,
                          .offset_bytes = head * v.stride_head * c.element_bytes,
-                         .num_positions = seen.end - seen.begin,
+                         .begin = seen.begin - first,
+                         .end = seen.end - first,
                          .dims = c.layout.head_dim_v,
-                         .weights = c.scores + row * kBlockTokens + seen.begin,
+                         .weights = c.scores + row * kBlockTokens + first / c.valuing.positions,
                          .num_rows = (run.last - run.first) * c.group,
                          .row_scale = is_first ? c.row_scale + row : nullptr,
                          .out = state.out + row * c.out_stride,

@@ -54,17 +54,38 @@ constexpr QueryType kQueryTypes[] = {
 
 // --- the supported instances -----------------------------------------------------------------
 
-// How values of a stored type are added, in place or from a panel.
+typedef TileProduct<FloatTerms> FloatProduct;
+
+// A product whose rows of A are of another type of the same size.
+template <int kChains, class Terms>
+void product_of(const FloatProduct& t) {
+  tile_product<kChains, Terms>({.a = reinterpret_cast<const typename Terms::Left*>(t.a),
+                                .b = t.b,
+                                .c = t.c,
+                                .row_scale = t.row_scale,
+                                .stride_a = t.stride_a,
+                                .stride_b = t.stride_b,
+                                .stride_c = t.stride_c,
+                                .num_rows = t.num_rows,
+                                .depth = t.depth,
+                                .num_vecs = t.num_vecs});
+}
+
+// How values of a stored type are added, in place or from a panel: one position at a time, or two.
 struct ValueType {
+  int positions;
   void (*add)(const ValueRows&);
   void (*pack)(const PanelRows&, const PanelRows&, int64_t, int64_t, float*);
+  void (*product)(const FloatProduct&);
 };
 template <DType kDType>
-constexpr ValueType kValuesOf = {add_values<kDType>, pack_values<kDType>};
+constexpr ValueType kFloatValues = {1, add_values<FloatValues<kDType>>, pack_values<kDType>,
+                                    product_of<1, FloatTerms>};
 // By DType: anything but raw bytes may be stored.
 constexpr ValueType kValueTypes[] = {
-    kValuesOf<DType::kFloat32>,    kValuesOf<DType::kFloat16>,    kValuesOf<DType::kBFloat16>,
-    kValuesOf<DType::kFloat8E4M3>, kValuesOf<DType::kFloat8E5M2>, kValuesOf<DType::kInt8>,
+    kFloatValues<DType::kFloat32>,    kFloatValues<DType::kFloat16>,
+    kFloatValues<DType::kBFloat16>,   kFloatValues<DType::kFloat8E4M3>,
+    kFloatValues<DType::kFloat8E5M2>, kFloatValues<DType::kInt8>,
 };
 
 // How scores are computed, in place or from a panel, and what an item of q is: a float, or two
@@ -73,48 +94,62 @@ struct ScoreType {
   int item_dims;
   void (*score)(const ScoreRows&);
   void (*pack)(const PanelRows&, const PanelRows&, int64_t, float*);
-  void (*product)(const float*, const TileProduct<FloatTerms>&);
+  void (*product)(const FloatProduct&);
 };
-void float_product(const float* q, const TileProduct<FloatTerms>& shape) {
-  TileProduct<FloatTerms> t = shape;
-  t.a = q;
-  tile_product<2>(t);
-}
-#if defined(__AVX512F__)
-void pair_product(const float* q, const TileProduct<FloatTerms>& t) {
-  tile_product<2, PairTerms>({.a = reinterpret_cast<const uint32_t*>(q),
-                              .b = t.b,
-                              .c = t.c,
-                              .row_scale = t.row_scale,
-                              .stride_a = t.stride_a,
-                              .stride_b = t.stride_b,
-                              .stride_c = t.stride_c,
-                              .num_rows = t.num_rows,
-                              .depth = t.depth,
-                              .num_vecs = t.num_vecs});
-}
-#endif
 template <DType kDType>
-constexpr ScoreType kScoresOf = {1, score_rows<FloatUnits<kDType>>, pack_keys<FloatItems<kDType>>,
-                                 float_product};
+constexpr ScoreType kFloatScores = {1, score_rows<FloatUnits<kDType>>,
+                                    pack_keys<FloatItems<kDType>>, product_of<2, FloatTerms>};
 constexpr ScoreType kScoreTypes[] = {
-    kScoresOf<DType::kFloat32>,    kScoresOf<DType::kFloat16>,    kScoresOf<DType::kBFloat16>,
-    kScoresOf<DType::kFloat8E4M3>, kScoresOf<DType::kFloat8E5M2>, kScoresOf<DType::kInt8>,
+    kFloatScores<DType::kFloat32>,    kFloatScores<DType::kFloat16>,
+    kFloatScores<DType::kBFloat16>,   kFloatScores<DType::kFloat8E4M3>,
+    kFloatScores<DType::kFloat8E5M2>, kFloatScores<DType::kInt8>,
 };
 
 #if defined(__AVX512F__)
-// q and K both bfloat16, on CPUs that have AVX512_BF16: the products of two neighbours are added to
-// the float32 sum by one instruction.
-constexpr ScoreType kPairScores = {2, score_rows<PairUnits>, pack_keys<PairItems>, pair_product};
-const bool has_pair_products = __builtin_cpu_supports("avx512bf16");
+// With q of bfloat16, on CPUs that can: the products of two neighbours are added to the float32 sum
+// by one instruction. Weights are two bfloat16 each, as exact as what is rounded to bfloat16 needs.
+template <DType kDType>
+constexpr ValueType kPairValues = {2, add_values<PairValues<kDType>>, pack_value_pairs<kDType>,
+                                   product_of<1, WeightTerms>};
+template <DType kDType>
+constexpr ScoreType kPairScores = {2, score_rows<PairUnits<kDType>>, pack_keys<PairItems<kDType>>,
+                                   product_of<2, PairTerms>};
+constexpr ValueType kPairValueTypes[] = {
+    kPairValues<DType::kBFloat16>,
+    kPairValues<DType::kFloat8E4M3>,
+    kPairValues<DType::kFloat8E5M2>,
+    kPairValues<DType::kInt8>,
+};
+constexpr ScoreType kPairScoreTypes[] = {
+    kPairScores<DType::kBFloat16>,
+    kPairScores<DType::kFloat8E4M3>,
+    kPairScores<DType::kFloat8E5M2>,
+    kPairScores<DType::kInt8>,
+};
+constexpr int kFirstPairType = static_cast<int>(DType::kBFloat16);
+
+bool takes_pairs(const PagedAttentionParams& p) {
+  return p.q_dtype == DType::kBFloat16 && static_cast<int>(p.kv.layout.dtype) >= kFirstPairType &&
+         has_pair_products();
+}
 #endif
 
 const ScoreType& score_type(const PagedAttentionParams& p) {
+  const int dtype = static_cast<int>(p.kv.layout.dtype);
 #if defined(__AVX512F__)
-  const bool pairs = p.q_dtype == DType::kBFloat16 && p.kv.layout.dtype == DType::kBFloat16;
-  if (pairs && p.kv.layout.head_dim % 2 == 0 && has_pair_products) return kPairScores;
+  if (takes_pairs(p) && p.kv.layout.head_dim % 2 == 0) {
+    return kPairScoreTypes[dtype - kFirstPairType];
+  }
 #endif
-  return kScoreTypes[static_cast<int>(p.kv.layout.dtype)];
+  return kScoreTypes[dtype];
+}
+
+const ValueType& value_type(const PagedAttentionParams& p) {
+  const int dtype = static_cast<int>(p.kv.layout.dtype);
+#if defined(__AVX512F__)
+  if (takes_pairs(p)) return kPairValueTypes[dtype - kFirstPairType];
+#endif
+  return kValueTypes[dtype];
 }
 
 }  // namespace

@@ -4,10 +4,12 @@
 // is loaded from each, the square is transposed, and then each unit of kLanes positions is
 // multiplied with the query rows, whose elements are broadcast from memory. Even and odd terms are
 // summed in chains of their own, which hides the latency of an addition.
-// Values: a few vectors of the output stay in registers while the rows of V pass.
+// Values: a few vectors of the output stay in registers while the rows of V pass, one by one or two
+// by two.
 #pragma once
 
 #include "kvlink/cpu/simd/pack_rows.hpp"
+#include "kvlink/cpu/simd/pair_rows.hpp"
 #include "kvlink/cpu/simd/read_ahead.hpp"
 #include "kvlink/cpu/simd/rows.hpp"
 #include "kvlink/cpu/simd/tile_product.hpp"
@@ -19,22 +21,22 @@ namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 template <DType kDType>
 struct FloatUnits : FloatTerms {
   static constexpr int kTerms = 4 / dtype_bytes(kDType);
-  template <int kTerm>
-  static KVLINK_INLINE Vec right(VecU unit) {
+  static KVLINK_INLINE void widen(VecU unit, Vec (&terms)[kTerms]) {
     if constexpr (kDType == DType::kFloat32) {
-      return from_bits(unit);
+      terms[0] = from_bits(unit);
     } else {
-      return from_top_bits<kDType, kTerm == 0>(unit << (32 - 32 / kTerms * (kTerm + 1)));
+      terms[0] = from_top_bits<kDType, true>(unit << (32 - 32 / kTerms));
+      KVLINK_UNROLL
+      for (int i = 1; i < kTerms; ++i) {
+        terms[i] = from_top_bits<kDType>(unit << (32 - 32 / kTerms * (i + 1)));
+      }
     }
   }
 };
-struct PairUnits : PairTerms {
-  static constexpr int kTerms = 1;
-  template <int kTerm>
-  static KVLINK_INLINE Vec right(VecU unit) {
-    return from_bits(unit);
-  }
-};
+#if defined(__AVX512F__)
+template <DType kDType>
+struct PairUnits : PairTerms, Pairs<kDType> {};
+#endif
 
 struct ScoreRows {
   const char* const* keys;  // [kLanes] rows of K
@@ -53,19 +55,16 @@ KVLINK_INLINE void add_units(const VecU* units, const typename Units::Left* q, i
                              Vec (&sum)[kRows][2]) {
   KVLINK_UNROLL
   for (int i = 0; i < kLanes; ++i) {
-    const VecU unit = units[i];
-    const auto add = [&]<int kTerm>() {
-      const Vec right = Units::template right<kTerm>(unit);
-      const int term = i * Units::kTerms + kTerm;
+    Vec terms[Units::kTerms];
+    Units::widen(units[i], terms);
+    KVLINK_UNROLL
+    for (int t = 0; t < Units::kTerms; ++t) {
+      const int term = i * Units::kTerms + t;
       KVLINK_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        Units::add(sum[r][term % 2], Units::spread(q[r * stride_q + term]), right);
+        Units::add(sum[r][term % 2], Units::spread(q[r * stride_q + term]), terms[t]);
       }
-    };
-    add.template operator()<0>();
-    if constexpr (Units::kTerms > 1) add.template operator()<1>();
-    if constexpr (Units::kTerms > 2) add.template operator()<2>();
-    if constexpr (Units::kTerms > 2) add.template operator()<3>();
+    }
   }
 }
 
@@ -123,24 +122,67 @@ __attribute__((noinline)) void score_rows(const ScoreRows& s) {
 }
 
 struct ValueRows {
-  const char* const* values;  // [num_positions] rows of V
+  const char* const* values;  // [kPanelRows] rows of V
   int64_t offset_bytes;       // from each of them to the head
-  int64_t num_positions;
+  int64_t begin, end;         // positions of the block that are added
   int64_t dims;
-  const float* weights;  // [num_rows, num_positions], rows kPanelRows apart
+  const float* weights;  // [num_rows, kPanelRows], or pairs (see store_weight_pairs)
   int64_t num_rows;
   const float* row_scale;  // [num_rows] factors of the old `out`; null: 1
   float* out;              // [num_rows, dims], rows stride_out apart, padded to whole vectors
   int64_t stride_out;
   ReadAhead* ahead;  // null: nothing is to be fetched
+
+  // Those of a row of V, zeros if the position is not added.
+  KVLINK_INLINE const char* row(int64_t position) const {
+    return position >= begin && position < end ? values[position] + offset_bytes : kNothing;
+  }
 };
 
-template <DType kDType, int kRows, int kVecs, bool kWhole>
+// How rows of V meet weights: one at a time as floats,
+template <DType kDType>
+struct FloatValues : FloatTerms {
+  static constexpr int kPositions = 1;
+  static constexpr int kElementBytes = Row<kDType>::kBytes;
+  template <bool kWhole, int kVecs>
+  static KVLINK_INLINE void load(const ValueRows& s, int64_t position, int64_t dim,
+                                 Vec (&right)[kVecs]) {
+    const char* source = s.values[position] + s.offset_bytes + dim * kElementBytes;
+    __asm__("" : "+r"(source));  // one address, whatever the compiler thinks of more
+    KVLINK_UNROLL
+    for (int v = 0; v < kVecs; ++v) {
+      right[v] = kWhole ? Row<kDType>::load(source + v * kLanes * kElementBytes)
+                        : load_some<kDType>(source, s.dims - dim);
+    }
+  }
+};
+#if defined(__AVX512F__)
+// or two as pairs.
+template <DType kDType>
+struct PairValues : WeightTerms {
+  static constexpr int kPositions = 2;
+  static constexpr int kElementBytes = Pairs<kDType>::kElementBytes;
+  template <bool kWhole, int kVecs>
+  static KVLINK_INLINE void load(const ValueRows& s, int64_t step, int64_t dim,
+                                 Vec (&right)[kVecs]) {
+    const char* first = s.row(step * 2) + dim * kElementBytes;
+    const char* second = s.row(step * 2 + 1) + dim * kElementBytes;
+    __asm__("" : "+r"(first), "+r"(second));
+    if constexpr (kWhole) {
+      Pairs<kDType>::side_by_side(first, second, right);
+    } else {
+      Pairs<kDType>::some_side_by_side(first, second, s.dims - dim, right);
+    }
+  }
+};
+#endif
+
+template <class Values, int kRows, int kVecs, bool kWhole>
 KVLINK_INLINE void value_block(const ValueRows& s, int64_t row, int64_t dim) {
+  typedef typename Values::Left Left;
   Vec sum[kRows][kVecs];
   float* out = s.out + row * s.stride_out + dim;
-  const float* weights = s.weights + row * kPanelRows;
-  const int64_t offset = s.offset_bytes + dim * Row<kDType>::kBytes;
+  const Left* weights = reinterpret_cast<const Left*>(s.weights + row * kPanelRows);
   KVLINK_UNROLL
   for (int r = 0; r < kRows; ++r) {
     KVLINK_UNROLL
@@ -149,28 +191,25 @@ KVLINK_INLINE void value_block(const ValueRows& s, int64_t row, int64_t dim) {
       if (s.row_scale) sum[r][v] = sum[r][v] * s.row_scale[row + r];
     }
   }
-  for (int64_t position = 0; position < s.num_positions; ++position) {
-    const char* source = s.values[position] + offset;
-    __asm__("" : "+r"(source));  // one address, whatever the compiler thinks of more
+  for (int64_t step = s.begin / Values::kPositions; step * Values::kPositions < s.end; ++step) {
     if (kWhole && row == 0 && s.ahead) {
-      constexpr int kBytes = kVecs * kLanes * Row<kDType>::kBytes;
+      constexpr int kBytes = kVecs * kLanes * Values::kElementBytes * Values::kPositions;
       if constexpr (kBytes >= 64) {
         s.ahead->fetch<kBytes / 64>();
-      } else if (position % (64 / kBytes) == 0) {
+      } else if (step % (64 / kBytes) == 0) {
         s.ahead->fetch<1>();
       }
     }
     Vec right[kVecs];
-    KVLINK_UNROLL
-    for (int v = 0; v < kVecs; ++v) {
-      right[v] = kWhole ? Row<kDType>::load(source + v * kLanes * Row<kDType>::kBytes)
-                        : load_some<kDType>(source, s.dims - dim);
-    }
+    Values::template load<kWhole>(s, step, dim, right);
     KVLINK_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Vec left = splat(weights[r * kPanelRows + position]);
       KVLINK_UNROLL
-      for (int v = 0; v < kVecs; ++v) FloatTerms::add(sum[r][v], left, right[v]);
+      for (int part = 0; part < Values::kParts; ++part) {
+        const Vec left = Values::spread(weights[r * kPanelRows + part * kPartStride + step]);
+        KVLINK_UNROLL
+        for (int v = 0; v < kVecs; ++v) Values::add(sum[r][v], left, right[v]);
+      }
     }
   }
   KVLINK_UNROLL
@@ -180,34 +219,35 @@ KVLINK_INLINE void value_block(const ValueRows& s, int64_t row, int64_t dim) {
   }
 }
 
-template <DType kDType, int kRows>
+template <class Values, int kRows>
 KVLINK_INLINE int64_t value_columns(const ValueRows& s, int64_t row) {
 #if defined(__AVX512F__)
-  constexpr int kVecs = kRows == 8 ? 2 : kRows == 4 ? 4 : 8;
+  constexpr int kMost = Values::kPositions == 2 && Values::kElementBytes == 1 ? 4 : 8;
+  constexpr int kVecs = kRows == 8 ? 2 : kRows == 4 ? 4 : kMost;
 #else
   constexpr int kVecs = kRows == 4 ? 2 : 4;
 #endif
   for (; row + kRows <= s.num_rows; row += kRows) {
     int64_t dim = 0;
     for (; dim + kVecs * kLanes <= s.dims; dim += kVecs * kLanes) {
-      value_block<kDType, kRows, kVecs, true>(s, row, dim);
+      value_block<Values, kRows, kVecs, true>(s, row, dim);
     }
-    for (; dim + kLanes <= s.dims; dim += kLanes) value_block<kDType, kRows, 1, true>(s, row, dim);
-    if (dim < s.dims) value_block<kDType, kRows, 1, false>(s, row, dim);
+    for (; dim + kLanes <= s.dims; dim += kLanes) value_block<Values, kRows, 1, true>(s, row, dim);
+    if (dim < s.dims) value_block<Values, kRows, 1, false>(s, row, dim);
   }
   return row;
 }
 
 // out = row_scale * out + weights * values.
-template <DType kDType>
+template <class Values>
 __attribute__((noinline)) void add_values(const ValueRows& s) {
   int64_t row = 0;
 #if defined(__AVX512F__)
-  row = value_columns<kDType, 8>(s, row);
+  row = value_columns<Values, 8>(s, row);
 #endif
-  row = value_columns<kDType, 4>(s, row);
-  row = value_columns<kDType, 2>(s, row);
-  value_columns<kDType, 1>(s, row);
+  row = value_columns<Values, 4>(s, row);
+  row = value_columns<Values, 2>(s, row);
+  value_columns<Values, 1>(s, row);
 }
 
 }  // namespace kvlink::cpu::KVLINK_SIMD_LEVEL
