@@ -114,8 +114,9 @@ constexpr ValueType kPairValues = {2, add_values<PairValues<kDType>>, pack_value
 template <DType kDType>
 constexpr ScoreType kPairScores = {2, score_rows<PairUnits<kDType>>, pack_keys<PairItems<kDType>>,
                                    product_of<2, PairTerms>};
+// Widening bfloat16 itself costs no more than such weights do.
 constexpr ValueType kPairValueTypes[] = {
-    kPairValues<DType::kBFloat16>,
+    kFloatValues<DType::kBFloat16>,
     kPairValues<DType::kFloat8E4M3>,
     kPairValues<DType::kFloat8E5M2>,
     kPairValues<DType::kInt8>,

@@ -54,15 +54,32 @@ KVLINK_INLINE void finish_scores(const SoftenRows& s, int64_t row) {
   s.row_scale[row] = max_lanes(largest);
 }
 
+// The first `count` lanes, zeros after them.
+KVLINK_INLINE Vec load_lanes(const float* source, int64_t count) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_loadu_ps((1u << count) - 1, source);
+#else
+  Vec value{};
+  __builtin_memcpy(&value, source, count * sizeof(float));
+  return value;
+#endif
+}
+KVLINK_INLINE void store_lanes(float* target, Vec value, int64_t count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(target, (1u << count) - 1, (__m512)value);
+#else
+  __builtin_memcpy(target, &value, count * sizeof(float));
+#endif
+}
+
 // From the largest scores of the block to the new largest of all, and to row_scale.
 KVLINK_INLINE void update_max(const SoftenRows& s, int64_t row, int64_t count) {
-  Vec old_max = splat(kNegInf), block_max = old_max;
-  __builtin_memcpy(&old_max, s.max + row, count * sizeof(float));
-  __builtin_memcpy(&block_max, s.row_scale + row, count * sizeof(float));
+  const Vec old_max = load_lanes(s.max + row, count);
+  const Vec block_max = load_lanes(s.row_scale + row, count);
   const Vec new_max = max(old_max, block_max);
   const Vec scale = select(old_max == new_max, splat(1.0f), exp(old_max - new_max));
-  __builtin_memcpy(s.max + row, &new_max, count * sizeof(float));
-  __builtin_memcpy(s.row_scale + row, &scale, count * sizeof(float));
+  store_lanes(s.max + row, new_max, count);
+  store_lanes(s.row_scale + row, scale, count);
 }
 
 KVLINK_INLINE void weigh(const SoftenRows& s, int64_t row) {
