@@ -24,7 +24,7 @@ class Quantiser;
 template <DType kDst>
 class Quantiser {
  public:
-  static constexpr int64_t kScales = 64, kRows = 16;
+  static constexpr int64_t kScales = 64, kRows = 8;
 
   // Scales of up to kRows rows that get one of their own, by dynamic_scale(). Returns bits of the
   // rows whose scales are not set, because they hold infinity or NaN.
@@ -66,7 +66,8 @@ class Quantiser {
         _mm512_div_ps(_mm512_castsi512_ps(amax), _mm512_set1_ps(dtype_quant_max(kDst)));
     const __m512 least = _mm512_set1_ps(1.17549435e-38f);
     const __mmask16 any = _mm512_cmp_ps_mask(scale, least, _CMP_GE_OQ);
-    _mm512_storeu_ps(scales, _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), any, scale));
+    const __m512 found = _mm512_mask_mov_ps(_mm512_set1_ps(1.0f), any, scale);
+    _mm512_mask_storeu_ps(scales, (1u << kRows) - 1, found);
     return _mm512_cmpge_epi32_mask(amax, _mm512_set1_epi32(0x7f800000)) & ((1u << count) - 1);
   }
 
