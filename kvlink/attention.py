@@ -32,20 +32,22 @@ _FEATURES = frozenset(
     {
         "decode", "extend", "ragged", "bidirectional", "window", "softcap", "sinks",
         "alibi_slopes", "lse", "out", "csr_page_table", "head_dim_v", "latent", "ready",
-        "mixed_dtypes", "any_head_dim", "any_strides",
+        "mixed_dtypes", "any_head_dim", "any_strides", "scaled_floats",
     }
 )  # fmt: skip
-_ON_CUDA = _FEATURES - {"latent", "ready", "mixed_dtypes", "any_head_dim", "any_strides"}
-_HALVES = frozenset({"float16", "bfloat16"})
-_CUDA_PART = ("kvlink._cuda",)
 _SELECTING = {"mask", "q_positions", "generations"}
+_ON_CUDA = (_FEATURES | _SELECTING | {"ready_counters"}) - {
+    "ready", "any_head_dim", "any_strides", "scaled_floats",
+}  # fmt: skip
+_ON_CUDA_STORED = STORED - {"float32"}
+_CUDA_PART = ("kvlink._cuda",)
 
 # In order of preference.
 BACKENDS = (
     Capabilities(
         "cpu", frozenset({"cpu"}), FLOATS, STORED, _FEATURES | _SELECTING | {"plan", "cascade"}
     ),
-    Capabilities("cuda", frozenset({"cuda"}), _HALVES, _HALVES, _ON_CUDA, packages=_CUDA_PART),
+    Capabilities("cuda", frozenset({"cuda"}), FLOATS, _ON_CUDA_STORED, _ON_CUDA, packages=_CUDA_PART),
     Capabilities(
         "triton",
         TRITON_DEVICES,
@@ -80,8 +82,13 @@ def choose_backend(
     implied = {
         "latent": layout.form == "latent",
         "mixed_dtypes": layout.dtype != q_dtype,
-        "any_head_dim": max(dims) > 256 or any(dim % 16 for dim in dims),
-        "any_strides": (layout.k.stride_dim, layout.v.stride_dim) != (1, 1),
+        "any_head_dim": any(dim % 16 for dim in dims) or (
+            (layout.head_dim > 576 or layout.head_dim_v > 512)
+            if layout.form == "latent"
+            else max(dims) > 256
+        ),
+        "any_strides": layout.k.stride_dim != 1 or (layout.has_v_plane and layout.v.stride_dim != 1),
+        "scaled_floats": layout.dtype in FLOATS and layout.scale != "none",
     }
     features = [*features, *(name for name, needed in implied.items() if needed)]
     return choose(BACKENDS, backend, pool.device, q_dtype, layout.dtype, features)
@@ -164,7 +171,8 @@ def paged_attention(
         name
         for name, given in (("mask", mask), ("plan", plan), ("sinks", sinks),
                             ("alibi_slopes", alibi_slopes), ("window", window),
-                            ("softcap", softcap), ("csr_page_table", page_indptr), ("ready", ready),
+                            ("softcap", softcap), ("csr_page_table", page_indptr),
+                            (_ready_feature(ready), ready),
                             ("q_positions", q_positions), ("generations", expected_generations))
         if given is not None
     ]  # fmt: skip
@@ -209,17 +217,27 @@ def paged_attention(
         page_generations=writable_or_copy(page_generations),
         expected_generations=writable_or_copy(expected_generations),
     )  # fmt: skip
-    awaited = _readiness(ready)
+    counters = list(ready or []) if chosen.name == "cuda" else []
+    awaited = [] if chosen.name == "cuda" else _readiness(ready)
     if chosen.name == "reference":
         _C.wait_ready(awaited, ready_timeout)
         _run_reference(pool, arguments, selecting)
     elif chosen.name == "cuda":
-        cuda_ops().paged_attention(*arguments, stream=stream_of(pool.device, stream))
+        cuda_ops().paged_attention(
+            *arguments, ready=counters, ready_timeout=ready_timeout,
+            stream=stream_of(pool.device, stream), **selecting,
+        )  # fmt: skip
     else:
         _C.paged_attention(
             *arguments, ready=awaited, ready_timeout=ready_timeout, plan=plan, **selecting
         )
     return (out, lse) if return_lse else out
+
+
+def _ready_feature(ready: Any) -> str:
+    """What a backend must have to wait for `ready`: counters on a device are pairs."""
+    items = ready if isinstance(ready, list | tuple) else []
+    return "ready_counters" if items and isinstance(items[0], tuple) else "ready"
 
 
 def _readiness(ready: Any) -> list[_C.Readiness]:

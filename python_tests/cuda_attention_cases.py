@@ -43,9 +43,60 @@ SHAPES: dict[str, dict[str, Any]] = {
     "splits": {"seq_lens": (511, 1025, 513)},
     "splits-window": {"seq_lens": (700, 1100, 5), "window": 600, "sinks": True},
 }
+# Stored dtypes and scales, and queries of another dtype than K and V.
+STORED: dict[str, dict[str, Any]] = {
+    **{
+        f"{kv_dtype}-{scale}": {"kv_dtype": kv_dtype, "kv_scale": scale}
+        for kv_dtype in ("float8_e4m3", "float8_e5m2", "int8")
+        for scale in ("none", "tensor", "head", "token_head")
+        if (kv_dtype, scale) != ("int8", "none")
+    },
+    "int8-dim-80": {"kv_dtype": "int8", "kv_scale": "token_head", "head_dim": 80},
+    "float8-dim-256": {"kv_dtype": "float8_e4m3", "head_dim": 256, "head_dim_v": 144},
+    "float8-float32": {"kv_dtype": "float8_e4m3", "q_dtype": "float32"},
+    "float8-float16": {"kv_dtype": "float8_e5m2", "kv_scale": "head", "q_dtype": "float16"},
+    "int8-packed": {"kv_dtype": "int8", "kv_scale": "token_head", "form": "packed"},
+    "bfloat16-float32": {"q_dtype": "float32"},
+    "bfloat16-float16": {"q_dtype": "float16", "head_dim": 192, "head_dim_v": 128},
+    "float16-bfloat16": {"kv_dtype": "float16"},
+    "float16-float32": {"kv_dtype": "float16", "q_dtype": "float32", "head_dim": 144},
+}
+LATENT: dict[str, dict[str, Any]] = {
+    "bfloat16": {"num_q_heads": 70},
+    "float16": {"kv_dtype": "float16", "q_dtype": "float16", "num_q_heads": 3, "page_size": 7},
+    "float32-queries": {"q_dtype": "float32"},
+    "float16-float32": {"kv_dtype": "float16", "q_dtype": "float32", "num_q_heads": 33},
+    "float8": {"kv_dtype": "float8_e4m3", "kv_scale": "token_head", "page_size": 64},
+    "float8-float16": {"kv_dtype": "float8_e4m3", "q_dtype": "float16", "kv_scale": "tensor"},
+    "float8-e5m2": {"kv_dtype": "float8_e5m2", "kv_scale": "head"},
+    "int8": {"kv_dtype": "int8", "kv_scale": "token_head", "page_size": 1},
+    "small": {"head_dim": 80, "head_dim_v": 48, "num_q_heads": 5, **EVERYTHING},
+    "splits": {"head_dim": 96, "head_dim_v": 64, "seq_lens": (513, 1030, 40)},
+}
+ROWS: dict[str, dict[str, Any]] = {
+    "tree": {"mask": "tree"},
+    "mask": {"mask": "any"},
+    "mask-float8": {"mask": "any", "kv_dtype": "float8_e4m3", "kv_scale": "token_head"},
+    "mask-window": {"mask": "any", "window": 33, "causal": False},
+    "subset": {"subset": True},
+    "subset-mask": {"subset": True, "mask": "any", "alibi": True, "csr": True},
+    "subset-latent": {"subset": True, "form": "latent", "num_kv_heads": 1, "mask": "any"},
+    "generations": {"generations": True, "window": 40},
+    "generations-csr": {"generations": True, "csr": True},
+}
+LATENT_SIZES: dict[str, Any] = dict(
+    form="latent", num_kv_heads=1, head_dim=576, head_dim_v=512, seq_lens=(1, 70, 0)
+)
+SHORT: dict[str, Any] = dict(q_lens=(1, 7, 30, 40), seq_lens=(70, 9, 64, 40))
 DECODE = {
     **{name: AttentionCase(**BFLOAT16, **features) for name, features in FEATURES.items()},
     **{name: AttentionCase(**(BFLOAT16 | shape)) for name, shape in SHAPES.items()},
+    **{name: AttentionCase(**(BFLOAT16 | stored)) for name, stored in STORED.items()},
+    **{name: AttentionCase(**(BFLOAT16 | rows)) for name, rows in ROWS.items()},
+    **{
+        f"latent-{name}": AttentionCase(**(BFLOAT16 | LATENT_SIZES | each))
+        for name, each in LATENT.items()
+    },
     "float16": AttentionCase(**FLOAT16, **EVERYTHING),
     "float16-dim-128": AttentionCase(**FLOAT16, head_dim=128),
 }
@@ -56,6 +107,17 @@ EXTEND = {
         for name, shape in SHAPES.items()
         if not name.startswith("splits") and name != "idle"
     },
+    **{name: AttentionCase(**(BFLOAT16 | stored | SHORT)) for name, stored in STORED.items()},
+    **{name: AttentionCase(**(RAGGED | BFLOAT16 | rows)) for name, rows in ROWS.items()},
+    "latent": AttentionCase(
+        **(BFLOAT16 | LATENT_SIZES | {"q_lens": (3, 20), "seq_lens": (40, 70)})
+    ),
+    "splits": AttentionCase(
+        **(BFLOAT16 | {"q_lens": (3, 5, 1), "seq_lens": (1025, 2100, 3), "sinks": True})
+    ),
+    "splits-window": AttentionCase(
+        **(BFLOAT16 | {"q_lens": (3, 9), "seq_lens": (2100, 1500), "window": 1030, "csr": True})
+    ),
     "idle": AttentionCase(q_lens=(2, 0, 5), seq_lens=(0, 9, 66), **BFLOAT16),
     "float16": AttentionCase(**RAGGED, **FLOAT16, **EVERYTHING),
 }

@@ -10,7 +10,8 @@ import torch
 from cuda_attention_cases import BFLOAT16, every_case
 
 import kvlink
-from kvlink.errors import PageTableError
+from kvlink.errors import NotReady, PageTableError
+from kvlink.reference.append_kv import plane, scale_plane
 from kvlink.reference.merge_states import merge_states as merge_reference
 from kvlink.reference.paged_attention import paged_attention as reference
 from kvlink.testing.cases import AttentionCase, AttentionInputs, make_attention
@@ -22,17 +23,34 @@ pytestmark = [
 ]
 
 
+def pool_on_device(pool: kvlink.KVPool, layer: int, device: str = "cuda") -> kvlink.KVPool:
+    """One layer of a pool, with K and V (or latents) in tensors of their own, on the device."""
+    layout = pool.layout
+    names = ("k", "v") if layout.has_v_plane else ("k",)
+    planes = tuple(plane(pool, layer, name).to(device).contiguous() for name in names)
+    scales = None
+    if layout.scale != "none":
+        shown = {"tensor": (0, 0, slice(1)), "head": (0, 0), "token_head": ()}[layout.scale]
+        each = [scale_plane(pool, layer, name)[shown].to(device).contiguous() for name in names]
+        scales = [(each[0], each[-1])]
+    return kvlink.KVPool.wrap(
+        [planes if len(planes) > 1 else planes[0]], "page slot head dim",
+        form="separate" if layout.has_v_plane else "latent",
+        head_dim_v=None if layout.has_v_plane else layout.head_dim_v,
+        scale=layout.scale, scales=scales,
+    )  # fmt: skip
+
+
 def on_device(inputs: AttentionInputs) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments on the device; the one layer of the pool there has K and V of their own."""
+    """The arguments on the device."""
     q, pool, layer, page_table, seq_lens = inputs.args
-    planes = tuple(torch.from_dlpack(each(layer)).cuda() for each in (pool.k, pool.v))
-    device_pool = kvlink.KVPool.wrap([planes], "page slot head dim")
     kwargs = {
         name: value.cuda() if isinstance(value, torch.Tensor) else value
         for name, value in inputs.kwargs.items()
     }
     kwargs["backend"] = "cuda"
-    return [q.cuda(), device_pool, 0, page_table.cuda(), seq_lens.cuda()], kwargs
+    arrays = [q.cuda(), pool_on_device(pool, layer), 0, page_table.cuda(), seq_lens.cuda()]
+    return arrays, kwargs
 
 
 @every_case
@@ -95,6 +113,29 @@ def test_bad_ids_are_reported_later() -> None:
     with pytest.raises(PageTableError, match=r"page_table\[\d+\].*got -1"):
         _cuda.check_errors(0)
     assert bool(out.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", ["device", "host"])
+def test_readiness_is_waited_for_by_a_kernel(kind: str) -> None:
+    from kvlink import _cuda
+
+    inputs = make_attention(AttentionCase(**BFLOAT16))
+    args, kwargs = on_device(inputs)
+    expected = kvlink.paged_attention(*args, **kwargs)
+    counter = torch.zeros(1, dtype=torch.int64)
+    counter = counter.cuda() if kind == "device" else counter.pin_memory()
+    out = kvlink.paged_attention(*args, **kwargs, ready=[(counter, 3)], ready_timeout=0.01)
+    with pytest.raises(NotReady, match=r"ready\[0\] had not reached"):
+        _cuda.check_errors(0)
+    assert bool((out == 0).all())
+    out = kvlink.paged_attention(*args, **kwargs, ready=[(counter, 3)], ready_timeout=5.0)
+    if kind == "host":
+        counter.fill_(3)
+    else:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            counter.fill_(3)
+    _cuda.check_errors(0)
+    assert_same_bits(out.cpu(), expected.cpu())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

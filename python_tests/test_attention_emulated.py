@@ -3,6 +3,7 @@ test_attention_cuda.py has the same on a device."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from cuda_attention_cases import BFLOAT16, EVERYTHING, RAGGED, every_case
 from emulated import SEEDS, DeviceArray, Emulation, emulated_cuda, pool_on_device
 
 import kvlink
-from kvlink.errors import InvalidArgument, PageTableError, Unsupported
+from kvlink.errors import InvalidArgument, NotReady, PageTableError, Unsupported
+from kvlink.reference.append_kv import plane
 from kvlink.reference.merge_states import merge_states as merge_reference
 from kvlink.reference.paged_attention import paged_attention as reference
 from kvlink.testing.cases import AttentionCase, make_attention, starts
@@ -109,18 +111,124 @@ def test_bad_entries_are_never_used_and_reported_later(emulated_cuda: Emulation)
             emulated_cuda.check_errors()
 
 
+def test_walking_splits_gives_the_bits_of_folding_them_later(emulated_cuda: Emulation) -> None:
+    """Ten tiles of a sequence walk its splits; the last rows alone go split by split."""
+    for latent in (False, True):
+        sizes: dict[str, Any] = dict(num_kv_heads=1, head_dim=32, head_dim_v=32)
+        tokens, heads, length = (74, 8, 1030) if not latent else (66, 8, 520)
+        case = AttentionCase(
+            q_lens=(tokens,), seq_lens=(length,), num_q_heads=heads, window=length - 20,
+            form="latent" if latent else "nhd", **(BFLOAT16 | sizes),
+        )  # fmt: skip
+        inputs = make_attention(case)
+        q, *rest = inputs.args
+        out, lse = attend(inputs.args, inputs.kwargs)
+        expected, _ = reference(*inputs.args, **inputs.kwargs)
+        assert_close(out, expected)
+        last = {**inputs.kwargs, "q_indptr": starts((5,))}
+        again, again_lse = attend((q[-5:], *rest), last)
+        assert_same_bits(again, out[-5:])
+        assert_same_bits(again_lse, lse[-5:], "lse")
+
+
+@pytest.mark.parametrize("kind", ["halves", "bytes", "latent", "mask"])
+def test_what_a_row_does_not_see_stays_out_of_it(emulated_cuda: Emulation, kind: str) -> None:
+    """NaN and infinities in K and V of later tokens, and of hidden ones, reach nobody else."""
+    case = AttentionCase(
+        q_lens=(9, 1), seq_lens=(40, 70), form="latent" if kind == "latent" else "nhd",
+        num_kv_heads=1, q_dtype="bfloat16", mask="tree" if kind == "mask" else None,
+        kv_dtype="float8_e5m2" if kind == "bytes" else "bfloat16",
+    )  # fmt: skip
+    inputs = make_attention(case)
+    _, pool, layer, page_table, _ = inputs.args
+    clean, _ = attend(inputs.args, inputs.kwargs)
+    for value in (float("nan"), float("inf")):
+        position = 36  # the sixth of the new tokens of the first sequence
+        page = int(page_table[0, position // case.page_size])
+        v = torch.from_dlpack(plane(pool, layer, "v"))
+        before = v[page, position % case.page_size].clone()
+        v[page, position % case.page_size, :, 3::5] = value
+        expected, _ = reference(*inputs.args, **inputs.kwargs)
+        out, _ = attend(inputs.args, inputs.kwargs)
+        assert not bool(expected.isfinite().all())
+        # An infinity that is seen may come out as NaN.
+        assert torch.equal(out.isfinite(), expected.isfinite())
+        assert_close(out.nan_to_num(0, 0, 0), expected.nan_to_num(0, 0, 0))
+        unaffected = [row for row in range(10) if bool(expected[row].isfinite().all())]
+        assert len(unaffected) >= 4
+        assert_same_bits(out[unaffected], clean[unaffected])
+        v[page, position % case.page_size] = before
+
+
+def test_pages_of_another_generation_are_reported(emulated_cuda: Emulation) -> None:
+    for q_lens, csr in (((1, 1), False), ((3, 1), True)):
+        case = AttentionCase(
+            q_lens=q_lens, seq_lens=(40, 33), generations=True, csr=csr, **BFLOAT16
+        )
+        inputs = make_attention(case)
+        page_table = inputs.args[3]
+        attend(inputs.args, inputs.kwargs)
+        emulated_cuda.check_errors()
+        page = int(page_table[2] if csr else page_table[0, 2])
+        inputs.kwargs["page_generations"][page] = 77
+        attend(inputs.args, inputs.kwargs)
+        with pytest.raises(PageTableError, match=r"page_generations\[2\] is not .*; got 77"):
+            emulated_cuda.check_errors()
+
+
+def test_bad_positions_and_masks_are_reported(emulated_cuda: Emulation) -> None:
+    for q_lens in ((1, 1), (3, 2)):
+        case = AttentionCase(q_lens=q_lens, seq_lens=(40, 33), subset=True, mask="any", **BFLOAT16)
+        inputs = make_attention(case)
+        for name, at, bad, told in (
+            ("q_positions", 0, 40, r"q_positions\[0\]"),
+            ("q_positions", 0, -1, r"q_positions\[0\]"),
+            ("mask_starts", 1, 34, r"mask_starts\[1\]"),
+            ("mask_starts", 1, -2, r"mask_starts\[1\]"),
+        ):
+            kwargs = {**inputs.kwargs, name: inputs.kwargs[name].clone()}
+            kwargs[name][at] = bad
+            out, _ = attend(inputs.args, kwargs)
+            assert bool(out.isfinite().all())
+            with pytest.raises(InvalidArgument, match=rf"{told}.*got {bad}"):
+                emulated_cuda.check_errors()
+
+
+@pytest.mark.parametrize("q_lens", [(1, 1), (3, 2)])
+def test_readiness_is_waited_for_on_the_device(
+    emulated_cuda: Emulation, q_lens: tuple[int, ...]
+) -> None:
+    inputs = make_attention(AttentionCase(q_lens=q_lens, seq_lens=(40, 33), **BFLOAT16))
+    expected, expected_lse = attend(inputs.args, inputs.kwargs)
+    counters = [torch.tensor([7]), torch.tensor([0])]
+    ready = [(DeviceArray(counters[0]), 5), (DeviceArray(counters[1]), 12)]
+    out, lse = attend(inputs.args, inputs.kwargs, ready=ready, ready_timeout=0.01)
+    assert bool((out == 0).all())
+    assert bool((lse == float("-inf")).all())
+    with pytest.raises(NotReady, match=r"ready\[1\] had not reached its target.*got 0"):
+        emulated_cuda.check_errors()
+    writer = threading.Timer(0.05, lambda: counters[1].fill_(12))
+    writer.start()
+    out, lse = attend(inputs.args, inputs.kwargs, ready=ready, ready_timeout=60)
+    writer.join()
+    emulated_cuda.check_errors()
+    assert_same_bits(out, expected)
+    assert_same_bits(lse, expected_lse, "lse")
+    with pytest.raises(InvalidArgument, match=r"ready: expected counters of one int64.*2 x int64"):
+        attend(inputs.args, inputs.kwargs, ready=[(DeviceArray(torch.zeros(2).long()), 1)])
+
+
 def test_what_is_not_covered_is_told(emulated_cuda: Emulation) -> None:
     def refused(match: str, **case: Any) -> None:
         inputs = make_attention(AttentionCase(**(BFLOAT16 | case)))
         with pytest.raises(Unsupported, match=match):
             attend(inputs.args, inputs.kwargs)
 
-    refused("cuda lacks q dtype float32", q_dtype="float32", kv_dtype="float32")
-    refused("cuda lacks feature 'mixed_dtypes'", q_dtype="float16")
-    refused("cuda lacks.*KV dtype int8", kv_dtype="int8", kv_scale="head")
-    refused("cuda lacks feature 'latent'", form="latent", num_kv_heads=1)
+    refused("cuda lacks KV dtype float32", q_dtype="float32", kv_dtype="float32")
+    refused("cuda lacks feature 'scaled_floats'", kv_scale="head")
     refused("cuda lacks feature 'any_head_dim'", head_dim=24)
     refused("cuda lacks feature 'any_head_dim'", head_dim=512)
+    refused("cuda lacks feature 'any_head_dim'", head_dim=592, form="latent", num_kv_heads=1)
     refused("cuda lacks feature 'any_strides'", form="strided")
     inputs = make_attention(AttentionCase(**BFLOAT16))
     with pytest.raises(Unsupported, match="cuda lacks feature 'ready'"):

@@ -1,5 +1,7 @@
 #include <pybind11/stl.h>
 
+#include <deque>
+
 #include "cuda_module.hpp"
 #include "kvlink/cuda/merge_states.hpp"
 #include "kvlink/cuda/paged_attention.hpp"
@@ -37,9 +39,47 @@ class DeviceArrays {
   dlpack::Device device_;
 };
 
-template <typename T>
-T* data_or_null(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->data<T>() : nullptr;
+// The arrays of a call stay imported until it is queued.
+struct Call {
+  explicit Call(const PoolView& pool) : arrays(pool.device) {}
+
+  template <typename T>
+  const T* vector(const char* name, const char* size, std::vector<const char*> dtypes,
+                  const py::object& array) {
+    const auto tensor =
+        arrays.import_optional({name, {size}, std::move(dtypes), Strides::kContiguous}, array);
+    if (!tensor) return nullptr;
+    kept.push_back(*tensor);
+    return tensor->data<T>();
+  }
+  const Tensor& import(const TensorSpec& spec, const py::object& array) {
+    kept.push_back(arrays.import(spec, array));
+    return kept.back();
+  }
+
+  DeviceArrays arrays;
+  std::deque<Tensor> kept;
+};
+
+void import_table(Call& call, PagedAttentionParams& p, const py::object& page_table,
+                  const py::object& page_indptr, const py::object& generations,
+                  const py::object& expected) {
+  p.page_indptr = call.vector<int32_t>("page_indptr", "num_seqs + 1", {"int32"}, page_indptr);
+  const auto spec = [&](const char* name, std::vector<const char*> dtypes) -> TensorSpec {
+    if (p.page_indptr) return {name, {"num_entries"}, std::move(dtypes), Strides::kContiguous};
+    return {name, {"num_seqs", "max_pages"}, std::move(dtypes)};
+  };
+  const Tensor& pages = call.import(spec("page_table", {"int32"}), page_table);
+  p.page_table = pages.data<int32_t>();
+  p.num_entries = pages.dim(p.page_indptr ? 0 : 1);
+  p.page_table_stride = pages.stride(0);
+  if (generations.is_none()) return;
+  const std::vector<const char*> types = {"uint32", "int32"};
+  call.arrays.sizes.bind("num_pages", p.kv.num_pages, "pool");
+  p.generations = call.vector<uint32_t>("page_generations", "num_pages", types, generations);
+  const Tensor& wanted = call.import(spec("expected_generations", types), expected);
+  p.expected_generations = wanted.data<uint32_t>();
+  p.expected_stride = wanted.stride(0);
 }
 
 void paged_attention(const py::object& q, const PoolView& pool, int64_t layer,
@@ -47,66 +87,68 @@ void paged_attention(const py::object& q, const PoolView& pool, int64_t layer,
                      const py::object& q_indptr, const py::object& page_indptr, bool causal,
                      float scale, int64_t window, float softcap, const py::object& sinks,
                      const py::object& alibi_slopes, const py::object& out, const py::object& lse,
-                     uintptr_t stream) {
+                     const py::object& q_positions, const py::object& mask,
+                     const py::object& mask_starts, const py::object& generations,
+                     const py::object& expected_generations, const ReadyItems& ready,
+                     double ready_timeout, uintptr_t stream) {
   const DeviceGuard guard(pool);
   const LayerView& kv = pool.layer(layer);
   KVLINK_CHECK(window >= 0, "window: expected >= 0 (0: everything); got ", window);
   KVLINK_CHECK(softcap >= 0.0f, "softcap: expected >= 0 (0: none); got ", softcap);
-  DeviceArrays arrays(pool.device);
-  arrays.sizes.bind("head_dim", kv.layout.head_dim, "pool");
-  arrays.sizes.bind("head_dim_v", kv.layout.head_dim_v, "pool");
-  const Tensor q_in =
-      arrays.import({"q", {"num_tokens", "num_q_heads", "head_dim"}, kFloatTypes}, q);
-  const Tensor lens =
-      arrays.import({"seq_lens", {"num_seqs"}, {"int32"}, Strides::kContiguous}, seq_lens);
-  arrays.sizes.bind("num_seqs + 1", arrays.sizes["num_seqs"] + 1, "seq_lens");
-  const auto q_starts = arrays.import_optional(
-      {"q_indptr", {"num_seqs + 1"}, {"int32"}, Strides::kContiguous}, q_indptr);
-  const auto page_starts = arrays.import_optional(
-      {"page_indptr", {"num_seqs + 1"}, {"int32"}, Strides::kContiguous}, page_indptr);
-  const TensorSpec dense{"page_table", {"num_seqs", "max_pages"}, {"int32"}};
-  const TensorSpec csr{"page_table", {"num_entries"}, {"int32"}, Strides::kContiguous};
-  const Tensor pages = arrays.import(page_starts ? csr : dense, page_table);
-  const auto sink_logits =
-      arrays.import_optional({"sinks", {"num_q_heads"}, {"float32"}, Strides::kContiguous}, sinks);
-  const auto slopes = arrays.import_optional(
-      {"alibi_slopes", {"num_q_heads"}, {"float32"}, Strides::kContiguous}, alibi_slopes);
+  Call call(pool);
+  Symbols& sizes = call.arrays.sizes;
+  sizes.bind("head_dim", kv.layout.head_dim, "pool");
+  sizes.bind("head_dim_v", kv.layout.head_dim_v, "pool");
+  PagedAttentionParams p;
+  p.kv = kv;
+  const Tensor& q_in =
+      call.import({"q", {"num_tokens", "num_q_heads", "head_dim"}, kFloatTypes}, q);
+  p.q = q_in.data<void>();
+  p.q_dtype = *q_in.dtype();
+  p.q_stride_token = q_in.stride(0);
+  p.q_stride_head = q_in.stride(1);
+  p.num_tokens = q_in.dim(0);
+  p.num_q_heads = static_cast<int32_t>(q_in.dim(1));
+  const Tensor& lens =
+      call.import({"seq_lens", {"num_seqs"}, {"int32"}, Strides::kContiguous}, seq_lens);
+  p.seq_lens = lens.data<int32_t>();
+  p.num_seqs = lens.dim(0);
+  sizes.bind("num_seqs + 1", p.num_seqs + 1, "seq_lens");
+  p.q_indptr = call.vector<int32_t>("q_indptr", "num_seqs + 1", {"int32"}, q_indptr);
+  import_table(call, p, page_table, page_indptr, generations, expected_generations);
+  p.q_positions = call.vector<int32_t>("q_positions", "num_tokens", {"int32"}, q_positions);
+  p.sinks = call.vector<float>("sinks", "num_q_heads", {"float32"}, sinks);
+  p.alibi_slopes = call.vector<float>("alibi_slopes", "num_q_heads", {"float32"}, alibi_slopes);
+  if (!mask.is_none()) {
+    const Tensor& bits = call.import({"mask", {"num_tokens", "mask_bytes"}, {"uint8"}}, mask);
+    p.mask = bits.data<uint8_t>();
+    p.mask_stride = bits.stride(0);
+    p.mask_bytes = bits.dim(1);
+    p.mask_starts = call.vector<int32_t>("mask_starts", "num_seqs", {"int32"}, mask_starts);
+  }
   const std::string q_type = q_in.type_name();
-  const Tensor out_array = arrays.import({"out",
-                                          {"num_tokens", "num_q_heads", "head_dim_v"},
-                                          {q_type.c_str()},
-                                          Strides::kLastContiguous,
-                                          true},
-                                         out);
-  const auto lse_array = arrays.import_optional(
-      {"lse", {"num_tokens", "num_q_heads"}, {"float32"}, Strides::kContiguous, true}, lse);
-  PagedAttentionParams params;
-  params.q = q_in.data<void>();
-  params.out = out_array.data<void>();
-  params.lse = data_or_null<float>(lse_array);
-  params.q_dtype = *q_in.dtype();
-  params.q_stride_token = q_in.stride(0);
-  params.q_stride_head = q_in.stride(1);
-  params.out_stride_token = out_array.stride(0);
-  params.out_stride_head = out_array.stride(1);
-  params.q_indptr = data_or_null<int32_t>(q_starts);
-  params.seq_lens = lens.data<int32_t>();
-  params.page_table = pages.data<int32_t>();
-  params.page_indptr = data_or_null<int32_t>(page_starts);
-  params.num_entries = pages.dim(page_starts ? 0 : 1);
-  params.page_table_stride = pages.stride(0);
-  params.num_seqs = lens.dim(0);
-  params.num_tokens = q_in.dim(0);
-  params.num_q_heads = static_cast<int32_t>(q_in.dim(1));
-  params.kv = kv;
-  params.scale = scale;
-  params.causal = causal;
-  params.window = window;
-  params.softcap = softcap;
-  params.sinks = data_or_null<float>(sink_logits);
-  params.alibi_slopes = data_or_null<float>(slopes);
+  const Tensor& out_array = call.import({"out",
+                                         {"num_tokens", "num_q_heads", "head_dim_v"},
+                                         {q_type.c_str()},
+                                         Strides::kLastContiguous,
+                                         true},
+                                        out);
+  p.out = out_array.data<void>();
+  p.out_stride_token = out_array.stride(0);
+  p.out_stride_head = out_array.stride(1);
+  if (!lse.is_none()) {
+    p.lse =
+        call.import({"lse", {"num_tokens", "num_q_heads"}, {"float32"}, Strides::kContiguous, true},
+                    lse)
+            .data<float>();
+  }
+  p.scale = scale;
+  p.causal = causal;
+  p.window = window;
+  p.softcap = softcap;
+  const cuda::ReadyCounters counters = ready_counters(ready, ready_timeout, pool.device);
   const py::gil_scoped_release nogil;
-  cuda::paged_attention(params, as_stream(stream));
+  cuda::paged_attention(p, counters, as_stream(stream));
 }
 
 void merge_states(const std::vector<py::object>& outs, const std::vector<py::object>& lses,
@@ -163,7 +205,9 @@ void register_cuda_attention(py::module_& module) {
              py::arg("page_table"), py::arg("seq_lens"), py::arg("q_indptr"),
              py::arg("page_indptr"), py::arg("causal"), py::arg("scale"), py::arg("window"),
              py::arg("softcap"), py::arg("sinks"), py::arg("alibi_slopes"), py::arg("out"),
-             py::arg("lse"), py::arg("stream"),
+             py::arg("lse"), py::arg("q_positions"), py::arg("mask"), py::arg("mask_starts"),
+             py::arg("page_generations"), py::arg("expected_generations"), py::arg("ready"),
+             py::arg("ready_timeout"), py::arg("stream"),
              "See kvlink.paged_attention; window 0 and softcap 0 mean none.");
   module.def("merge_states", &merge_states, py::arg("outs"), py::arg("lses"), py::arg("out"),
              py::arg("lse"), py::arg("stream"), "See kvlink.merge_states.");

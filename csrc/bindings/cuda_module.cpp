@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "errors.hpp"
@@ -147,6 +148,28 @@ std::pair<int, std::string> devices() {
 }
 
 }  // namespace
+
+cuda::ReadyCounters ready_counters(const ReadyItems& ready, double timeout,
+                                   const dlpack::Device& device) {
+  constexpr double kLongest = 3600.0;  // s
+  KVLINK_CHECK(timeout >= 0.0, "ready_timeout: expected seconds >= 0; got ", timeout);
+  KVLINK_CHECK(ready.size() <= cuda::kMaxReady, "ready: expected at most ", cuda::kMaxReady,
+               " counters; got ", ready.size());
+  cuda::ReadyCounters counters;
+  counters.timeout_ns = static_cast<uint64_t>(std::min(timeout, kLongest) * 1e9);
+  for (const auto& [counter, target] : ready) {
+    const Tensor array(counter, "ready");
+    const bool there = array.device().type == device.type && array.device().id == device.id;
+    KVLINK_CHECK(
+        (there || array.device().type == dlpack::kDeviceCudaHost) && array.num_elements() == 1 &&
+            (array.type_name() == "int64" || array.type_name() == "uint64"),
+        "ready: expected counters of one int64 on the pool's device or in page-locked host "
+        "memory; got ",
+        array.num_elements(), " x ", array.type_name(), " on device type ", array.device().type);
+    counters.items[counters.num_items++] = {array.data<uint64_t>(), target};
+  }
+  return counters;
+}
 
 }  // namespace kvlink::bindings
 

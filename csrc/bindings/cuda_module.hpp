@@ -4,8 +4,12 @@
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 
+#include <utility>
+#include <vector>
+
 #include "kvlink/base/check.hpp"
 #include "kvlink/cuda/error_record.hpp"
+#include "kvlink/cuda/wait_ready.hpp"
 #include "pool.hpp"
 
 namespace kvlink::bindings {
@@ -33,6 +37,13 @@ class DeviceGuard {
 };
 
 inline cudaStream_t as_stream(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+// (counter, target) pairs: an array of one integer on the pool's device, or in host memory that is
+// page-locked and mapped, and what it must have reached.
+using ReadyItems = std::vector<std::pair<pybind11::object, uint64_t>>;
+// `timeout` in seconds. Throws InvalidArgument. The arrays must outlive what waits for them.
+cuda::ReadyCounters ready_counters(const ReadyItems& ready, double timeout,
+                                   const dlpack::Device& device);
 
 void register_cuda_attention(pybind11::module_& module);
 

@@ -37,7 +37,9 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct dim3 : kvlink::emulation::Dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : Dim3{x, y, z} {}
@@ -143,6 +145,22 @@ T atomicMax(T* at, T value) {
 }
 
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline unsigned __float_as_uint(float value) { return __builtin_bit_cast(unsigned, value); }
+inline float __uint_as_float(unsigned bits) { return __builtin_bit_cast(float, bits); }
+
+// Byte i of the result: byte (selector >> 4 i) % 8 of the eight of a, then b.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t all = static_cast<uint64_t>(b) << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned from = selector >> (4 * i) & 7;
+    result |= static_cast<unsigned>(all >> (8 * from) & 0xff) << (8 * i);
+  }
+  return result;
+}
 
 // --- the runtime ---------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 #include <mutex>
 
 #include "kvlink/base/check.hpp"
+#include "kvlink/base/readiness.hpp"
 #include "kvlink/cuda/error_record.hpp"
 
 namespace kvlink::cuda {
@@ -45,9 +46,14 @@ void report_errors() {
       {"page_table", "is needed, but names no page of the pool"},  // index: in row-major order
       {"seq_lens", "is not between the sequence's query rows and what its page table holds"},
       {"q_indptr or page_indptr", "does not rise within what it divides"},
+      {"page_generations", "is not what expected_generations has for a page that is needed"},
+      {"q_positions", "is not a position of its sequence, from that of the row above on"},
+      {"mask_starts", "is no position of its sequence, or the mask has too few bits from it on"},
+      {"ready", "had not reached its target when the time to wait was over"},
+      {"rope.positions", "is no row of cos_sin, so the token was skipped"},
   };
-  const auto argument = static_cast<int>(seen >> 61);
-  const auto index = static_cast<int64_t>(seen >> 32 & ((1 << 29) - 1));
+  const auto argument = static_cast<int>(seen >> 60);
+  const auto index = static_cast<int64_t>(seen >> 32 & kMaxErrorIndex);
   const auto value = static_cast<int32_t>(seen & 0xffffffffu);
   const std::string text = concat("an earlier call on CUDA: ", kArguments[argument].name, "[",
                                   index, "] ", kArguments[argument].complaint, "; got ", value);
@@ -55,7 +61,12 @@ void report_errors() {
     case BadEntry::kSlots:
     case BadEntry::kSeqLens:
     case BadEntry::kIndptr:
+    case BadEntry::kQPositions:
+    case BadEntry::kMaskStarts:
+    case BadEntry::kRopePositions:
       throw InvalidArgument(text);
+    case BadEntry::kReady:
+      throw NotReady(text);
     default:
       throw PageTableError(text);
   }

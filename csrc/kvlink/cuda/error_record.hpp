@@ -17,16 +17,23 @@ enum class BadEntry : int {
   kPageTable = 4,
   kSeqLens = 5,
   kIndptr = 6,
+  kGenerations = 7,
+  kQPositions = 8,
+  kMaskStarts = 9,
+  kReady = 10,
+  kRopePositions = 11,
 };
 
-// argument << 61 | index << 32 | value, of the first bad entry that was seen; all ones: none.
-// Indices beyond 2^29 - 1 and values beyond int32 saturate.
+// argument << 60 | index << 32 | value, of the first bad entry that was seen; all ones: none.
+// Indices and values saturate.
 using ErrorRecord = unsigned long long;
+inline constexpr int64_t kMaxErrorIndex = (1 << 28) - 1;
 inline constexpr ErrorRecord kNoError = ~0ull;
 
 // The process's record: mapped, page-locked host memory that every device can write to.
 ErrorRecord* error_record();
-// Throws PageTableError (InvalidArgument for a slot) when a kernel left a record, and clears it.
+// When a kernel left a record, clears it and throws PageTableError (a page), NotReady (what was
+// waited for has not come), else InvalidArgument.
 void report_errors();
 
 // Throws Unsupported when there is no usable device, std::runtime_error for other failures.

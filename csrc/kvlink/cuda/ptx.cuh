@@ -31,6 +31,14 @@ __device__ inline void copy_async(void* shared, const void* source, bool valid) 
                : "memory");
 }
 
+// The same of 4 bytes, both sides aligned to these.
+__device__ inline void copy_async_word(void* shared, const void* source, bool valid) {
+  const int num_bytes = valid ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(shared)),
+               "l"(source), "r"(num_bytes)
+               : "memory");
+}
+
 // What this thread has copied since the last commit is one group.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
@@ -110,11 +118,39 @@ __device__ float half_of(uint32_t pair) {
   }
 }
 
+// Products of two pairs of bfloat16, rounded to nearest even; subnormals count.
+__device__ inline uint32_t multiply_pair(uint32_t a, uint32_t b) {
+  constexpr uint32_t kMinusZeros = 0x80008000u;
+  uint32_t product;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(product) : "r"(a), "r"(b), "r"(kMinusZeros));
+  return product;
+}
+
 // 2^x, to 2 units in the last place; 0 for -inf.
 __device__ inline float exp2_fast(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
   return result;
+}
+
+// --- waiting for others
+// ---------------------------------------------------------------------------
+
+// What the host or another device has stored; what they stored before it is seen after it.
+__device__ inline uint64_t load_of_system(const uint64_t* at) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];\n" : "=l"(value) : "l"(at) : "memory");
+  return value;
+}
+
+__device__ inline uint64_t global_time_ns() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;\n" : "=l"(now));
+  return now;
+}
+
+__device__ inline void sleep_ns(unsigned duration) {
+  asm volatile("nanosleep.u32 %0;\n" ::"r"(duration));
 }
 
 }  // namespace kvlink::cuda

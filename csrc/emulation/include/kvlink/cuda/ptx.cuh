@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -23,6 +24,13 @@ inline void copy_async(void* shared, const void* source, bool valid) {
     throw std::runtime_error("emulation: the source of cp.async is not aligned to 16 bytes");
   }
   emulation::copy_later(shared, valid ? source : nullptr, 16);
+}
+
+inline void copy_async_word(void* shared, const void* source, bool valid) {
+  if (valid && reinterpret_cast<uintptr_t>(source) % 4 != 0) {
+    throw std::runtime_error("emulation: the source of cp.async is not aligned to 4 bytes");
+  }
+  emulation::copy_later(shared, valid ? source : nullptr, 4);
 }
 
 inline void commit_copies() { emulation::commit_copies(); }
@@ -120,6 +128,24 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 // --- arithmetic
 // -----------------------------------------------------------------------------------
 
+inline uint32_t multiply_pair(uint32_t a, uint32_t b) {
+  constexpr DType kType = DType::kBFloat16;
+  return pack_halves<kType>(half_of<kType, 0>(a) * half_of<kType, 0>(b),
+                            half_of<kType, 1>(a) * half_of<kType, 1>(b));
+}
+
 inline float exp2_fast(float x) { return std::exp2(x); }
+
+// --- waiting for others
+// ---------------------------------------------------------------------------
+
+inline uint64_t load_of_system(const uint64_t* at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
+
+inline uint64_t global_time_ns() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return static_cast<uint64_t>(std::chrono::nanoseconds(now).count());
+}
+
+inline void sleep_ns(unsigned) { emulation::yield(); }
 
 }  // namespace kvlink::cuda

@@ -1,0 +1,73 @@
+// The kernels that there are: attention_halves.cu, attention_bytes.cu and attention_latent.cu list
+// them.
+#pragma once
+
+#include <span>
+
+#include "kvlink/cuda/attention_kernels.cuh"
+#include "kvlink/cuda/latent_tile.cuh"
+
+namespace kvlink::cuda {
+
+using Kernel = void (*)(Args);
+
+// The kernels for one stored dtype. `any_q`: for queries of every float dtype, else of the stored
+// one (of one-byte dtypes: bfloat16).
+struct Instance {
+  DType stored;
+  bool any_q;
+  int max_dim, max_dim_v;
+  Kernel decode;  // null: extend serves decode, too
+  size_t decode_shared_bytes;
+  Kernel extend;
+  size_t extend_shared_bytes;
+  int tile_rows, split_tokens, threads;
+  int running_bytes;  // of a block
+};
+
+template <typename Tile>
+constexpr int running_bytes() {
+  return Running<Tile>::kVectors * Tile::kThreads * static_cast<int>(sizeof(float4));
+}
+
+template <DType kKV, int kMaxDim, int kParts>
+constexpr Instance instance() {
+  using Decode = AttentionTile<kKV, kMaxDim, 1, kParts>;
+  using Extend = AttentionTile<kKV, kMaxDim, 4, kParts>;
+  return {.stored = kKV,
+          .any_q = kParts == 2,
+          .max_dim = kMaxDim,
+          .max_dim_v = kMaxDim,
+          .decode = decode<Decode>,
+          .decode_shared_bytes = Decode::kSharedBytes,
+          .extend = extend<Extend>,
+          .extend_shared_bytes = Extend::kSharedBytes,
+          .tile_rows = Extend::kRows,
+          .split_tokens = Extend::kSplitTokens,
+          .threads = Extend::kThreads,
+          .running_bytes = running_bytes<Extend>()};
+}
+
+template <DType kKV, int kParts>
+constexpr Instance latent_instance() {
+  using Tile = LatentTile<kKV, kParts>;
+  return {.stored = kKV,
+          .any_q = kParts == 2,
+          .max_dim = kLatentDim,
+          .max_dim_v = kLatentDimV,
+          .decode = nullptr,
+          .decode_shared_bytes = 0,
+          .extend = extend<Tile>,
+          .extend_shared_bytes = Tile::kSharedBytes,
+          .tile_rows = Tile::kRows,
+          .split_tokens = Tile::kSplitTokens,
+          .threads = Tile::kThreads,
+          .running_bytes = running_bytes<Tile>()};
+}
+
+// The first that fits a call is taken.
+std::span<const Instance> half_instances();
+std::span<const Instance> byte_instances();
+std::span<const Instance> latent_instances();
+
+}  // namespace kvlink::cuda

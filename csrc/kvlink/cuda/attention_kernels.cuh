@@ -1,0 +1,220 @@
+// The kernels of paged_attention that attend: tiles of rows over positions.
+#pragma once
+
+#include "kvlink/cuda/attention_tile.cuh"
+
+namespace kvlink::cuda {
+
+// --- extend
+// ---------------------------------------------------------------------------------------
+
+// Calls f(i, row, head, token) for this lane's real rows.
+template <typename Tile, typename F>
+__device__ void for_rows(const Tile& tile, const F& f) {
+#pragma unroll
+  for (int i = 0; i < Tile::kLaneRows; ++i) {
+    const int row = tile.first_row + tile.tile_row(i);
+    if (row < tile.num_rows()) f(i, row);
+  }
+}
+
+// What a tile has folded of the splits before the one it is at: in global memory, since it is
+// rarely looked at and registers are short. [kLaneRows / 2 of states, then of out][kThreads].
+template <typename Tile>
+struct Running {
+  static constexpr int kStates = Tile::kLaneRows / 2;
+  static constexpr int kVectors = kStates * (1 + Tile::kColumns);  // of a thread
+  float4* kept;
+  bool any = false;
+
+  __device__ explicit Running(const Args& args)
+      : kept(args.running +
+             (static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) *
+                 (kVectors * Tile::kThreads) +
+             threadIdx.x) {}
+
+  // Takes the split that `tile` has just ended.
+  __device__ void take(const Tile& tile) {
+#pragma unroll
+    for (int m = 0; m < kStates; ++m) {
+      float4& pair = kept[m * Tile::kThreads];
+      const float4 before = any ? pair : make_float4(-INFINITY, 0.0f, -INFINITY, 0.0f);
+      State states[2] = {{before.x, before.y}, {before.z, before.w}};
+      const Fold by[2] = {fold(states[0], {tile.max[2 * m], tile.sum[2 * m]}),
+                          fold(states[1], {tile.max[2 * m + 1], tile.sum[2 * m + 1]})};
+      pair = make_float4(states[0].max, states[0].sum, states[1].max, states[1].sum);
+#pragma unroll
+      for (int j = 0; j < Tile::kColumns; ++j) {
+        float4& four = kept[(kStates + m * Tile::kColumns + j) * Tile::kThreads];
+        const float4 all = any ? four : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        const float (&part)[4] = tile.out[m][j];
+        four = make_float4(fold(all.x, part[0], by[0]), fold(all.y, part[1], by[0]),
+                           fold(all.z, part[2], by[1]), fold(all.w, part[3], by[1]));
+      }
+    }
+    any = true;
+  }
+
+  // Makes the tile what was folded.
+  __device__ void give(Tile& tile) const {
+#pragma unroll
+    for (int m = 0; m < kStates; ++m) {
+      const float4 states = kept[m * Tile::kThreads];
+      tile.max[2 * m] = states.x, tile.sum[2 * m] = states.y;
+      tile.max[2 * m + 1] = states.z, tile.sum[2 * m + 1] = states.w;
+#pragma unroll
+      for (int j = 0; j < Tile::kColumns; ++j) {
+        const float4 four = kept[(kStates + m * Tile::kColumns + j) * Tile::kThreads];
+        tile.out[m][j][0] = four.x, tile.out[m][j][1] = four.y;
+        tile.out[m][j][2] = four.z, tile.out[m][j][3] = four.w;
+      }
+    }
+  }
+};
+
+template <typename Tile>
+__device__ void store_split(const Args& args, const Tile& tile, int split) {
+  const int num_kv_heads = args.p.kv.layout.num_kv_heads, head_dim_v = args.p.kv.layout.head_dim_v;
+  for_rows(tile, [&](int i, int row) {
+    const int64_t slot =
+        tile.seq.first_slot + static_cast<int64_t>(row) * tile.seq.num_splits + split;
+    const int64_t at = slot * num_kv_heads + tile.kv_head;
+    if (tile.owns_state()) args.states[at] = {tile.max[i], tile.sum[i]};
+#pragma unroll
+    for (int j = 0; j < Tile::kColumns; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int dim = tile.dim_of(j, half);
+        if (dim < head_dim_v)
+          args.outs[at * head_dim_v + dim] = tile.out[i / 2][j][i % 2 * 2 + half];
+      }
+    }
+  });
+}
+
+template <typename Tile>
+__device__ void store_results(const Args& args, const Tile& tile) {
+  const PagedAttentionParams& p = args.p;
+  for_rows(tile, [&](int i, int row) {
+    const int head = tile.head_of(row);
+    const int64_t token = tile.seq.first_row + tile.token_of(row);
+    const Denominator by = denominator(p, head, {tile.max[i], tile.sum[i]});
+    if (p.lse && tile.owns_state()) p.lse[token * p.num_q_heads + head] = by.lse;
+#pragma unroll
+    for (int j = 0; j < Tile::kColumns; ++j) {
+      const float a = tile.out[i / 2][j][i % 2 * 2] * by.factor;
+      const float b = tile.out[i / 2][j][i % 2 * 2 + 1] * by.factor;
+      const int dim = tile.dim_of(j, 0);
+      if (Tile::Stored::kBytes) {
+        if (dim < p.kv.layout.head_dim_v) store_out(p, token, head, dim, a);
+        if (tile.dim_of(j, 1) < p.kv.layout.head_dim_v) store_out(p, token, head, dim + 4, b);
+      } else if (dim < p.kv.layout.head_dim_v) {
+        store_pair(p, token, head, dim, a, b);
+      }
+    }
+  });
+}
+
+// Grid: KV heads in x, items (tiles of rows, or splits of such) in y, the last ones first: they are
+// the longest of a causal sequence.
+template <typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
+    extend(const __grid_constant__ Args args) {
+  const int num_items = args.plans[args.num_seqs].first_item;
+  for (int turn = static_cast<int>(blockIdx.y); turn < num_items;
+       turn += static_cast<int>(gridDim.y)) {
+    const int item = num_items - 1 - turn;
+    const SequencePlan plan = args.plans[find_sequence(args, item)];
+    const int local = item - plan.first_item;
+    Tile tile(args, plan, static_cast<int>(blockIdx.x), local / plan.num_splits * Tile::kRows);
+    if (plan.num_splits > 1) {
+      const int split = local % plan.num_splits,
+                first = (plan.first_split + split) * Tile::kSplitTokens;
+      tile.place(Tile::kRows, first, first + Tile::kSplitTokens);
+      tile.attend([] {});
+      store_split(args, tile, split);
+      continue;
+    }
+    tile.place(Tile::kRows, 0, plan.seq_len);
+    Running<Tile> running(args);
+    tile.attend([&] {
+      tile.finish_split();
+      running.take(tile);
+      tile.clear();
+    });
+    if (running.any) {
+      running.take(tile);
+      running.give(tile);
+    }
+    store_results(args, tile);
+  }
+}
+
+// --- decode
+// ---------------------------------------------------------------------------------------
+
+// Grid: KV heads x tiles of their query heads in x, so that neighbours read the same pages; items
+// (splits of sequences) in y, as many as run at once.
+template <typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
+    decode(const __grid_constant__ Args args) {
+  constexpr int kRows = Tile::kRows, kWarps = Tile::kWarps;
+  constexpr int kOutStride = Tile::kColumns * 8 + 4;  // rows of a warp's result in shared memory
+  static_assert(Tile::kSharedBytes >= sizeof(float) * kWarps * kRows * (kOutStride + 2));
+  const PagedAttentionParams& p = args.p;
+  const int head_dim_v = p.kv.layout.head_dim_v;
+  const int num_items = args.plans[args.num_seqs].first_item;
+  auto* outs = reinterpret_cast<float*>(shared_memory());  // [kWarps][kRows][kOutStride]
+  auto* states = reinterpret_cast<State*>(outs + kWarps * kRows * kOutStride);
+  for (int item = static_cast<int>(blockIdx.y); item < num_items;
+       item += static_cast<int>(gridDim.y)) {
+    const SequencePlan plan = args.plans[find_sequence(args, item)];
+    const int num_kv_heads = p.kv.layout.num_kv_heads;
+    Tile tile(args, plan, static_cast<int>(blockIdx.x) % num_kv_heads,
+              static_cast<int>(blockIdx.x) / num_kv_heads * kRows);
+    const int first = (plan.first_split + item - plan.first_item) * Tile::kSplitTokens;
+    tile.place(kRows, first, first + Tile::kSplitTokens);
+    tile.attend([] {});
+    // Each warp has seen a part of every block.
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = Tile::warp() * kRows + tile.tile_row(i);
+      if (tile.owns_state()) states[row] = {tile.max[i], tile.sum[i]};
+#pragma unroll
+      for (int j = 0; j < Tile::kColumns; ++j) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          outs[row * kOutStride + tile.dim_of(j, half)] = tile.out[0][j][2 * i + half];
+        }
+      }
+    }
+    __syncthreads();
+    for (int row = Tile::warp(); row < kRows; row += kWarps) {
+      if (tile.first_row + row >= tile.num_rows()) break;
+      State all{-INFINITY, 0.0f};
+      float factors[kWarps];
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) all.max = fmaxf(all.max, states[i * kRows + row].max);
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) {
+        const State part = states[i * kRows + row];
+        factors[i] = exp2_fast(part.max - finite(all.max));
+        all.sum += part.sum * factors[i];
+      }
+      const int64_t at =
+          static_cast<int64_t>(item) * p.num_q_heads + tile.head_of(tile.first_row + row);
+      if (Tile::lane() == 0) args.states[at] = all;
+      for (int dim = Tile::lane(); dim < head_dim_v; dim += 32) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kWarps; ++i) {
+          sum += outs[(i * kRows + row) * kOutStride + dim] * factors[i];
+        }
+        args.outs[at * head_dim_v + dim] = sum;
+      }
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace kvlink::cuda
