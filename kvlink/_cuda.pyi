@@ -51,6 +51,13 @@ def paged_attention(
     alibi_slopes: Any,
     out: Any,
     lse: Any,
+    q_positions: Any,
+    mask: Any,
+    mask_starts: Any,
+    page_generations: Any,
+    expected_generations: Any,
+    ready: Sequence[tuple[Any, int]],
+    ready_timeout: float,
     stream: int,
 ) -> None:
     """See kvlink.paged_attention; window 0 and softcap 0 mean none."""

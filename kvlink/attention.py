@@ -16,6 +16,7 @@ from kvlink._arrays import (
     writable_or_copy,
 )
 from kvlink._cuda_part import cuda_ops, stream_of
+from kvlink._readiness import ready_feature, ready_items
 from kvlink.backends import (
     FLOATS,
     STORED,
@@ -39,6 +40,7 @@ _SELECTING = {"mask", "q_positions", "generations"}
 _ON_CUDA = (_FEATURES | _SELECTING | {"ready_counters"}) - {
     "ready", "any_head_dim", "any_strides", "scaled_floats",
 }  # fmt: skip
+_ON_TRITON = (_FEATURES - {"ready"}) | _SELECTING
 _ON_CUDA_STORED = STORED - {"float32"}
 _CUDA_PART = ("kvlink._cuda",)
 
@@ -47,15 +49,10 @@ BACKENDS = (
     Capabilities(
         "cpu", frozenset({"cpu"}), FLOATS, STORED, _FEATURES | _SELECTING | {"plan", "cascade"}
     ),
-    Capabilities("cuda", frozenset({"cuda"}), FLOATS, _ON_CUDA_STORED, _ON_CUDA, packages=_CUDA_PART),
     Capabilities(
-        "triton",
-        TRITON_DEVICES,
-        FLOATS,
-        STORED,
-        (_FEATURES - {"ready"}) | _SELECTING,
-        packages=TRITON_PACKAGES,
+        "cuda", frozenset({"cuda"}), FLOATS, _ON_CUDA_STORED, _ON_CUDA, packages=_CUDA_PART
     ),
+    Capabilities("triton", TRITON_DEVICES, FLOATS, STORED, _ON_TRITON, packages=TRITON_PACKAGES),
     Capabilities(
         "reference", frozenset({"cpu"}), FLOATS, STORED, _FEATURES | _SELECTING, automatic=False
     ),
@@ -82,12 +79,14 @@ def choose_backend(
     implied = {
         "latent": layout.form == "latent",
         "mixed_dtypes": layout.dtype != q_dtype,
-        "any_head_dim": any(dim % 16 for dim in dims) or (
+        "any_head_dim": any(dim % 16 for dim in dims)
+        or (
             (layout.head_dim > 576 or layout.head_dim_v > 512)
             if layout.form == "latent"
             else max(dims) > 256
         ),
-        "any_strides": layout.k.stride_dim != 1 or (layout.has_v_plane and layout.v.stride_dim != 1),
+        "any_strides": layout.k.stride_dim != 1
+        or (layout.has_v_plane and layout.v.stride_dim != 1),
         "scaled_floats": layout.dtype in FLOATS and layout.scale != "none",
     }
     features = [*features, *(name for name, needed in implied.items() if needed)]
@@ -159,7 +158,10 @@ def paged_attention(
     On a CUDA pool all arrays are on its device, nothing is waited for, and the work is queued on
     `stream` as for `append_kv`. "cuda" takes no lists; a CUDA graph may capture its call; an entry
     of the page table that names no page, a wrong length or a wrong indptr is never used there, and
-    raised by a later call; a row's bits depend on whether `q_indptr` is given, too.
+    raised by a later call; a row's bits depend on whether `q_indptr` is given, too. `ready` is a
+    list of (counter, target) there: the device waits until each counter, int64 [1] on it or in
+    page-locked host memory, has reached its target; when `ready_timeout` passes first, rows get
+    zeros and -inf, and a later call raises NotReady.
 
     `backend` is "auto" or the name of one in BACKENDS; see `choose_backend`. Raises
     InvalidArgument, PageTableError (an entry that would be read is unmapped, names no page, or a
@@ -172,7 +174,7 @@ def paged_attention(
         for name, given in (("mask", mask), ("plan", plan), ("sinks", sinks),
                             ("alibi_slopes", alibi_slopes), ("window", window),
                             ("softcap", softcap), ("csr_page_table", page_indptr),
-                            (_ready_feature(ready), ready),
+                            (ready_feature(ready), ready),
                             ("q_positions", q_positions), ("generations", expected_generations))
         if given is not None
     ]  # fmt: skip
@@ -218,7 +220,7 @@ def paged_attention(
         expected_generations=writable_or_copy(expected_generations),
     )  # fmt: skip
     counters = list(ready or []) if chosen.name == "cuda" else []
-    awaited = [] if chosen.name == "cuda" else _readiness(ready)
+    awaited = [] if chosen.name == "cuda" else ready_items(ready)
     if chosen.name == "reference":
         _C.wait_ready(awaited, ready_timeout)
         _run_reference(pool, arguments, selecting)
@@ -232,20 +234,6 @@ def paged_attention(
             *arguments, ready=awaited, ready_timeout=ready_timeout, plan=plan, **selecting
         )
     return (out, lse) if return_lse else out
-
-
-def _ready_feature(ready: Any) -> str:
-    """What a backend must have to wait for `ready`: counters on a device are pairs."""
-    items = ready if isinstance(ready, list | tuple) else []
-    return "ready_counters" if items and isinstance(items[0], tuple) else "ready"
-
-
-def _readiness(ready: Any) -> list[_C.Readiness]:
-    items = [] if ready is None else [ready] if isinstance(ready, _C.Readiness) else list(ready)
-    for item in items:
-        if not isinstance(item, _C.Readiness):
-            raise InvalidArgument(f"ready: expected Readiness objects; got {item!r}")
-    return items
 
 
 def _run_reference(pool: KVPool, arguments: tuple[Any, ...], selecting: dict[str, Any]) -> None:

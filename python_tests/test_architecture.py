@@ -40,13 +40,14 @@ PYTHON_LAYERS = {
     "cuda_array": set(),
     "_arrays": _LAYOUT,
     "_cuda_part": {"_cuda"},
+    "_readiness": {"_C"},
     "backends": set(),
     "rope": {"_C", "_planes", "_arrays", "backends"},
     "_layer_pairs": {"_shard"},
     "_moving": _POOL | {"_cuda_part", "backends"},  # and, by name, the backend that is chosen
     "cache_ops": _OPERATORS | {"_layer_pairs", "_moving", "rope", "triton"},
     "attention_plan": _POOL | {"_arrays"},
-    "attention": _OPERATORS | {"triton"},  # reference and triton when they are chosen
+    "attention": _OPERATORS | {"_readiness", "triton"},  # reference and triton when they are chosen
     "reference": _LAYOUT,
     "triton": {"_planes", "_shard", "_layer_pairs"},  # usable without anything compiled
     "transfer": _POOL | {"pages", "cache_ops"},
