@@ -24,6 +24,7 @@ from kvlink.backends import (
     TRITON_PACKAGES,
     Capabilities,
     Choice,
+    attention_features,
     choose,
 )
 from kvlink.errors import InvalidArgument
@@ -75,20 +76,7 @@ def choose_backend(
     for) can do it, InvalidArgument when there is no such backend.
     """
     layout = pool.layout
-    dims = {layout.head_dim, layout.head_dim_v}
-    implied = {
-        "latent": layout.form == "latent",
-        "mixed_dtypes": layout.dtype != q_dtype,
-        "any_head_dim": any(dim % 16 for dim in dims)
-        or (
-            (layout.head_dim > 576 or layout.head_dim_v > 512)
-            if layout.form == "latent"
-            else max(dims) > 256
-        ),
-        "any_strides": layout.k.stride_dim != 1
-        or (layout.has_v_plane and layout.v.stride_dim != 1),
-        "scaled_floats": layout.dtype in FLOATS and layout.scale != "none",
-    }
+    implied = attention_features(layout, q_dtype)
     features = [*features, *(name for name, needed in implied.items() if needed)]
     return choose(BACKENDS, backend, pool.device, q_dtype, layout.dtype, features)
 

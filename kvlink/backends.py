@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvlink.errors import InvalidArgument, Unsupported
 
@@ -45,6 +45,24 @@ class Capabilities:
             if value not in supported:
                 lacks.append(f"{what} {value} (it has {', '.join(sorted(supported))})")
         return lacks
+
+
+def attention_features(layout: Any, q_dtype: str) -> dict[str, bool]:
+    """Features that attention over a KVLayout needs, or not, by name."""
+    dims = {layout.head_dim, layout.head_dim_v}
+    return {
+        "latent": layout.form == "latent",
+        "mixed_dtypes": layout.dtype != q_dtype,
+        "any_head_dim": any(dim % 16 for dim in dims)
+        or (
+            (layout.head_dim > 576 or layout.head_dim_v > 512)
+            if layout.form == "latent"
+            else max(dims) > 256
+        ),
+        "any_strides": layout.k.stride_dim != 1
+        or (layout.has_v_plane and layout.v.stride_dim != 1),
+        "scaled_floats": layout.dtype in FLOATS and layout.scale != "none",
+    }
 
 
 TRITON_PACKAGES = ("torch", "triton")
