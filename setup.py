@@ -220,6 +220,7 @@ class BuildExtensions(build_ext):
             command = [
                 *(self.nvcc, "-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", *gencode),
                 "-Xptxas=-v",
+                *(["-DKVLINK_SM_90A"] if "90a" in archs else []),
                 *("-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}", "-c", str(source)),
                 *("-o", str(target)),
             ]
@@ -242,6 +243,7 @@ class BuildExtensions(build_ext):
             command = [
                 *(*self.cxx(), f"-I{CSRC / 'emulation' / 'include'}", *self.cxx_flags()),
                 *("-O1", "-Wno-unknown-pragmas", '-DKVLINK_CUDA_ARCHS="emulated"'),
+                "-DKVLINK_SM_90A",
                 *("-DKVLINK_CUDA_MODULE=_cuda_emulated", "-x", "c++"),
                 *("-c", str(source), "-o", str(target)),
             ]

@@ -32,6 +32,12 @@ def digest_pages(
 ) -> tuple[Any, ...]:
     """(rows, digest). Layers are stored layers."""
 
+def last_prefill() -> str:
+    """What this thread's last call with q_indptr took for sequences of many rows.
+
+    wgmma, or "mma.sync: " and why.
+    """
+
 def merge_states(outs: Sequence[Any], lses: Sequence[Any], out: Any, lse: Any, stream: int) -> None:
     """See kvlink.merge_states."""
 
@@ -83,6 +89,13 @@ def relayout_pages(
     stream: int,
 ) -> tuple[Any, ...]:
     """(rows, digest). Layers are stored layers."""
+
+def set_prefill(name: str | bytes) -> None:
+    """For tests and measurements: the kernel of long prompts, for the whole process.
+
+    auto; mma.sync; wgmma (sm_90a; for few rows, too) or "wgmma, two parts" (of each
+    weight: slower, and as close as float32 sums).
+    """
 
 def unavailable_reason() -> str:
     """Empty when there is a device."""

@@ -44,6 +44,19 @@ class Emulation:
         error = run(kernel.encode(), values, out)
         return None if error is None else error.decode()
 
+    def probe_sm90(self, kernel: str, values: int, size: tuple[int, int], out: int) -> str | None:
+        """The same of csrc/emulation/probe_sm90.cu, which has what the addresses are of."""
+        run = self._library.kvlink_emulation_probe_sm90
+        integer, pointer = ctypes.c_int, ctypes.c_void_p
+        run.argtypes = [ctypes.c_char_p, pointer, integer, integer, pointer]
+        run.restype = ctypes.c_char_p
+        error = run(kernel.encode(), values, *size, out)
+        return None if error is None else error.decode()
+
+    def major_version(self, value: int) -> None:
+        """Of the device's compute capability: 9 at first."""
+        self._library.kvlink_emulation_major_version(value)
+
     def check_errors(self) -> None:
         """Raises what kernels recorded."""
         self.module.check_errors(0)
@@ -77,6 +90,8 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Emulation:
     found = emulation()
     monkeypatch.setitem(sys.modules, "kvlink._cuda", found.module)
     found.seed(0)
+    found.major_version(9)
+    found.module.set_prefill("auto")
     return found
 
 

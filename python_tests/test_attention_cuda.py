@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from cuda_attention_cases import BFLOAT16, every_case
+from cuda_attention_cases import BFLOAT16, EVERYTHING, EXTEND, every_case, rounded_weights
 
 import kvlink
 from kvlink.errors import NotReady, PageTableError
@@ -53,10 +54,21 @@ def on_device(inputs: AttentionInputs) -> tuple[list[Any], dict[str, Any]]:
     return arrays, kwargs
 
 
-@every_case
-def test_against_the_reference(case: AttentionCase) -> None:
+@pytest.fixture(autouse=True)
+def chosen_prefill() -> Iterator[None]:
+    """The kernel of long prompts is chosen by the call, if the test does not choose."""
+    yield
     from kvlink import _cuda
 
+    _cuda.set_prefill("auto")
+
+
+@every_case
+@pytest.mark.parametrize("prefill", ["mma.sync", "wgmma, two parts"])
+def test_against_the_reference(case: AttentionCase, prefill: str) -> None:
+    from kvlink import _cuda
+
+    _cuda.set_prefill(prefill)
     inputs = make_attention(case)
     expected, expected_lse = reference(*inputs.args, **inputs.kwargs)
     args, kwargs = on_device(inputs)
@@ -70,7 +82,55 @@ def test_against_the_reference(case: AttentionCase) -> None:
         assert_same_bits(again_lse.cpu(), lse, "lse")
 
 
-@pytest.mark.parametrize("q_len", [1, 5])
+@pytest.mark.parametrize("name", EXTEND)
+def test_weights_in_one_part(name: str) -> None:
+    from kvlink import _cuda
+
+    _cuda.set_prefill("wgmma")
+    case = EXTEND[name]
+    inputs = make_attention(case)
+    expected, expected_lse = reference(*inputs.args, **inputs.kwargs)
+    args, kwargs = on_device(inputs)
+    results = [kvlink.paged_attention(*args, **kwargs, return_lse=True) for _ in range(3)]
+    _cuda.check_errors(0)
+    out, lse = (each.cpu() for each in results[0])
+    assert_close(out, expected, slack=rounded_weights(case))
+    assert_close(lse, expected_lse, "lse")
+    for again, again_lse in results[1:]:
+        assert_same_bits(again.cpu(), out)
+        assert_same_bits(again_lse.cpu(), lse, "lse")
+
+
+LONG: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "everything": EVERYTHING,
+    "bidirectional-hnd": {"causal": False, "form": "hnd"},
+    "dim-64-page-64": {"head_dim": 64, "page_size": 64},
+    "dim-256": {"head_dim": 256},
+    "float16": {"kv_dtype": "float16", "q_dtype": "float16"},
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_prompts(name: str) -> None:
+    """More tiles than processors, and many blocks to a tile."""
+    from kvlink import _cuda
+
+    shape = dict(q_lens=(1500, 3, 700), seq_lens=(1700, 900, 700), head_dim=128, num_q_heads=32)
+    case = AttentionCase(**(shape | {"num_kv_heads": 8} | BFLOAT16 | LONG[name]))
+    inputs = make_attention(case)
+    expected, expected_lse = reference(*inputs.args, **inputs.kwargs)
+    args, kwargs = on_device(inputs)
+    for prefill in ("mma.sync", "wgmma", "wgmma, two parts"):
+        _cuda.set_prefill(prefill)
+        out, lse = kvlink.paged_attention(*args, **kwargs, return_lse=True)
+        _cuda.check_errors(0)
+        slack = rounded_weights(case) if prefill == "wgmma" else None
+        assert_close(out.cpu(), expected, f"out of {_cuda.last_prefill()}", slack)
+        assert_close(lse.cpu(), expected_lse, "lse")
+
+
+@pytest.mark.parametrize("q_len", [1, 5, 100])
 def test_a_graph_is_replayed_with_other_lengths(q_len: int) -> None:
     case = AttentionCase(
         q_lens=(q_len,) * 3, seq_lens=(1030, 530, 600), softcap=8.0, sinks=True, csr=True,
@@ -90,7 +150,7 @@ def test_a_graph_is_replayed_with_other_lengths(q_len: int) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    for lengths in ((1030, 530, 600), (1029, 500, 7), (1000, 530, 590)):
+    for lengths in ((1030, 530, 600), (1029, 500, q_len + 2), (1000, 530, 590)):
         seq_lens.copy_(torch.tensor(lengths, dtype=torch.int32))
         out.fill_(float("nan"))
         graph.replay()

@@ -42,12 +42,22 @@ def test_loads_without_a_driver_and_counts_devices() -> None:
     assert run.stdout.strip()
 
 
+def find_cuobjdump() -> str:
+    """CUDA's, or Triton's own; skips without either."""
+    folders = ["/usr/local/cuda/bin"]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(folders))
+    if found is None:
+        pytest.skip("no cuobjdump")
+    return found
+
+
 @built
 def test_one_image_per_architecture() -> None:
     assert SPEC is not None
-    cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
-    if cuobjdump is None:
-        pytest.skip("no cuobjdump")
+    cuobjdump = find_cuobjdump()
     listed = subprocess.run(
         [cuobjdump, "--list-elf", str(SPEC.origin)],
         capture_output=True, text=True, timeout=120, check=True,
@@ -77,6 +87,39 @@ def test_no_kernel_spills() -> None:
             assert int(registers) <= 255
         kernels += len(found)
     assert kernels > 0
+
+
+@built
+def test_long_prompts_use_the_tensor_cores_of_sm90() -> None:
+    """Every instance of the sm_90a kernel: wgmma fed by bulk copies, and softmax before the wait
+    for the products that run beside it."""
+    objects = Path(__file__).parents[1] / "build" / "objects"
+    compiled = sorted(objects.glob("*/csrc__kvlink__cuda__paged_attention_sm90.cu.o"))
+    if not compiled:
+        pytest.skip("kvlink._cuda was not built in this tree")
+    assert SPEC is not None
+    if "90a" not in re.split("[;,]", os.environ.get("KVLINK_CUDA_ARCHS", "80;90a;100")):
+        pytest.skip("not built for sm_90a")
+    report = compiled[-1].with_suffix(".ptxas").read_text()
+    assert "serialized" not in report
+    assert "setmaxnreg ignored" not in report
+    dumped = subprocess.run(
+        [find_cuobjdump(), "-sass", "-arch", "sm_90a", str(compiled[-1])],
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    kernels = [part for part in dumped.stdout.split("Function : ")[1:] if "prefill" in part[:300]]
+    assert len(kernels) == report.count("for 'sm_90a'")
+    for kernel in kernels:
+        name = kernel.partition("\n")[0]
+        assert "HGMMA" in kernel, name
+        assert "UTMALDG" in kernel, name
+        assert "USETMAXREG" in kernel, name
+        assert not re.search(r"\b(LDL|STL)\b", kernel), name
+    overlapping = [kernel for kernel in kernels if "ELi128ELi128ELb0ELi1E" in kernel[:300]]
+    assert len(overlapping) == 2  # bfloat16 and float16
+    for kernel in overlapping:
+        between = re.findall(r"DEPBAR.LE gsb0, 0x1(.*?)DEPBAR.LE gsb0, 0x0", kernel, re.DOTALL)
+        assert [part.count("MUFU.EX2") >= 64 for part in between] == [True]
 
 
 @built

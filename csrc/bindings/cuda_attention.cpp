@@ -5,6 +5,7 @@
 #include "cuda_module.hpp"
 #include "kvlink/cuda/merge_states.hpp"
 #include "kvlink/cuda/paged_attention.hpp"
+#include "kvlink/cuda/paged_attention_sm90.hpp"
 #include "tensor.hpp"
 
 namespace kvlink::bindings {
@@ -209,6 +210,13 @@ void register_cuda_attention(py::module_& module) {
              py::arg("page_generations"), py::arg("expected_generations"), py::arg("ready"),
              py::arg("ready_timeout"), py::arg("stream"),
              "See kvlink.paged_attention; window 0 and softcap 0 mean none.");
+  module.def("set_prefill", &cuda::set_prefill, py::arg("name"),
+             "For tests and measurements: the kernel of long prompts, for the whole process.\n\n"
+             "auto; mma.sync; wgmma (sm_90a; for few rows, too) or \"wgmma, two parts\" (of each\n"
+             "weight: slower, and as close as float32 sums).");
+  module.def("last_prefill", &cuda::last_prefill,
+             "What this thread's last call with q_indptr took for sequences of many rows.\n\n"
+             "wgmma, or \"mma.sync: \" and why.");
   module.def("merge_states", &merge_states, py::arg("outs"), py::arg("lses"), py::arg("out"),
              py::arg("lse"), py::arg("stream"), "See kvlink.merge_states.");
 }

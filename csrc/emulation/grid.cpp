@@ -20,6 +20,8 @@ constexpr int kLanes = 32;
 constexpr size_t kBlocksAtOnce = 3;
 constexpr int kPoison = 0xff;  // NaN, whatever the type
 
+[[noreturn]] void fail(const std::string& what) { throw std::runtime_error("emulation: " + what); }
+
 struct Copy {
   void* target;
   const void* source;
@@ -44,8 +46,36 @@ struct Meeting {
   void* lanes[kLanes] = {};
 };
 
+// In the eight bytes of the barrier itself. Shared memory starts out as ones: not initialised.
+struct Phases {
+  uint32_t phase : 1, pending : 15, count : 15, uninitialised : 1;
+  int32_t bytes;  // announced less copied
+};
+static_assert(sizeof(Phases) == sizeof(uint64_t));
+
+struct Waiting {
+  const Phases* barrier;
+  unsigned parity;
+  Thread* thread;
+};
+
+struct NamedBarrier {
+  int num_threads = 0, arrived = 0;
+  std::vector<Thread*> waiting;
+};
+
+struct BulkCopy {
+  Block* block;
+  std::function<void()> copy;
+  Phases* barrier;
+  size_t num_bytes;
+};
+
 struct Block {
   std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<std::unique_ptr<WarpState>> warps;
+  std::vector<Waiting> waiting;
+  NamedBarrier named[16];
   std::vector<std::vector<Meeting>> meetings;  // by warp; masks in one are disjoint
   std::vector<Thread*> at_barrier;
   size_t num_running = 0;
@@ -73,6 +103,10 @@ class Grid {
     while (true) {
       while (next < grid_size && blocks_.size() < kBlocksAtOnce) begin_block(order[next++]);
       if (blocks_.empty()) return;
+      if (!bulk_copies_.empty() && (runnable_.empty() || draw(8))) {
+        finish_bulk_copy();
+        continue;
+      }
       if (runnable_.empty()) stuck();
       running = take();
       running->fiber.resume();
@@ -82,6 +116,19 @@ class Grid {
 
   void make_runnable(Thread* thread) { runnable_.push_back(thread); }
   bool draw(int one_in) { return seed_ != 0 && random_() % one_in == 0; }
+  void add_bulk_copy(BulkCopy copy) { bulk_copies_.push_back(std::move(copy)); }
+
+  void end_phase(Block* block, Phases* barrier) {
+    if (barrier->pending != 0 || barrier->bytes != 0) return;
+    barrier->phase ^= 1;
+    barrier->pending = barrier->count;
+    const auto ended =
+        std::partition(block->waiting.begin(), block->waiting.end(), [&](const Waiting& each) {
+          return each.barrier != barrier || each.parity == barrier->phase;
+        });
+    for (auto each = ended; each != block->waiting.end(); ++each) make_runnable(each->thread);
+    block->waiting.erase(ended, block->waiting.end());
+  }
 
   static Thread* running;
 
@@ -100,6 +147,9 @@ class Grid {
                   static_cast<unsigned>(i / in.x / in.y)};
     };
     block->num_running = num_threads;
+    block->warps.clear();
+    block->warps.resize((num_threads + kLanes - 1) / kLanes);
+    for (NamedBarrier& each : block->named) each = {};
     block->meetings.assign((num_threads + kLanes - 1) / kLanes, {});
     block->shared_bytes = shared_bytes_;
     if (shared_bytes_ > 0) {
@@ -135,6 +185,15 @@ class Grid {
     return thread;
   }
 
+  void finish_bulk_copy() {
+    const size_t at = seed_ == 0 ? 0 : random_() % bulk_copies_.size();
+    const BulkCopy copy = std::move(bulk_copies_[at]);
+    bulk_copies_.erase(bulk_copies_.begin() + at);
+    copy.copy();
+    copy.barrier->bytes -= static_cast<int32_t>(copy.num_bytes);
+    end_phase(copy.block, copy.barrier);
+  }
+
   void end_thread(Thread* thread) {
     Block* block = thread->block;
     running = thread;
@@ -147,6 +206,15 @@ class Grid {
     if (block->num_running > 0) {
       release_barrier(block);
       return;
+    }
+    for (const auto& warp : block->warps) {
+      if (warp) warp->check_end();
+    }
+    for (const BulkCopy& each : bulk_copies_) {
+      if (each.block == block) fail("a block ends before its bulk copies");
+    }
+    for (const NamedBarrier& each : block->named) {
+      if (each.arrived > 0) fail("a block ends between two uses of a named barrier");
     }
     const auto at = std::find_if(blocks_.begin(), blocks_.end(),
                                  [&](const auto& each) { return each.get() == block; });
@@ -170,6 +238,14 @@ class Grid {
       text += " block " + std::to_string(at.x) + "," + std::to_string(at.y) + ": " +
               std::to_string(block->at_barrier.size()) + " of " +
               std::to_string(block->num_running) + " threads at __syncthreads";
+      if (!block->waiting.empty()) {
+        text += ", " + std::to_string(block->waiting.size()) + " at barriers in shared memory";
+      }
+      for (const NamedBarrier& each : block->named) {
+        if (each.arrived == 0) continue;
+        text += ", " + std::to_string(each.arrived) + " of " + std::to_string(each.num_threads) +
+                " threads at barrier " + std::to_string(&each - block->named);
+      }
       for (const auto& warp : block->meetings) {
         for (const Meeting& meeting : warp) {
           text += std::string(", ") + std::to_string(__builtin_popcount(meeting.arrived)) + " of " +
@@ -187,12 +263,14 @@ class Grid {
   uint64_t seed_;
   std::mt19937_64 random_;
   std::deque<Thread*> runnable_;
+  std::vector<BulkCopy> bulk_copies_;
   std::vector<std::unique_ptr<Block>> blocks_, spare_;
 };
 
 Thread* Grid::running = nullptr;
 Grid* current = nullptr;
 uint64_t next_seed = 0;
+int current_major_version = 9;
 
 Thread& self() { return *Grid::running; }
 
@@ -212,6 +290,7 @@ void do_copy(const Copy& copy) {
 }  // namespace
 
 void set_seed(uint64_t seed) { next_seed = seed; }
+int major_version() { return current_major_version; }
 
 void run_grid(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
   static std::mutex mutex;
@@ -311,8 +390,80 @@ void wait_copies(int groups_left) {
   }
 }
 
+namespace {
+
+Phases* phases_of(uint64_t* barrier) {
+  check_shared(barrier, sizeof(Phases), sizeof(Phases), "a barrier");
+  auto* phases = reinterpret_cast<Phases*>(barrier);
+  if (phases->uninitialised) fail("a barrier is used before init_barrier");
+  return phases;
+}
+
+}  // namespace
+
+void init_barrier(uint64_t* barrier, int count) {
+  check_shared(barrier, sizeof(Phases), sizeof(Phases), "a barrier");
+  auto* phases = reinterpret_cast<Phases*>(barrier);
+  *phases = {};
+  phases->pending = phases->count = static_cast<unsigned>(count);
+}
+
+void arrive(uint64_t* barrier, int expected_bytes) {
+  Phases* phases = phases_of(barrier);
+  if (phases->pending == 0) fail("more threads arrive at a barrier than its count");
+  --phases->pending;
+  phases->bytes += expected_bytes;
+  current->end_phase(self().block, phases);
+  if (current->draw(2)) yield();
+}
+
+void wait_phase(uint64_t* barrier, int parity) {
+  const Phases* phases = phases_of(barrier);
+  if (phases->phase != static_cast<unsigned>(parity)) return;
+  self().block->waiting.push_back({phases, static_cast<unsigned>(parity), Grid::running});
+  stop();
+}
+
+void meet_named(int id, int num_threads, bool waits) {
+  if (id < 1 || id > 15 || num_threads % kLanes != 0) fail("no such named barrier");
+  NamedBarrier& barrier = self().block->named[id];
+  if (barrier.arrived > 0 && barrier.num_threads != num_threads) {
+    fail("threads do not agree on how many come to a named barrier");
+  }
+  barrier.num_threads = num_threads;
+  ++barrier.arrived;
+  if (waits) barrier.waiting.push_back(Grid::running);
+  if (barrier.arrived == num_threads) {
+    for (Thread* each : barrier.waiting) current->make_runnable(each);
+    barrier = {};
+  }
+  if (waits) {
+    stop();
+  } else if (current->draw(2)) {
+    yield();
+  }
+}
+
+void copy_in_bulk(void* target, size_t num_bytes, std::function<void()> copy, uint64_t* barrier) {
+  check_shared(target, num_bytes, 128, "the target of a bulk copy");
+  std::memset(target, kPoison, num_bytes);
+  current->add_bulk_copy({self().block, std::move(copy), phases_of(barrier), num_bytes});
+}
+
+WarpState& warp_state(std::unique_ptr<WarpState> (*make)()) {
+  auto& state = self().block->warps[self().warp];
+  if (!state) state = make();
+  return *state;
+}
+
+bool draw(int one_in) { return current->draw(one_in); }
+
 }  // namespace kvlink::emulation
 
 extern "C" __attribute__((visibility("default"))) void kvlink_emulation_seed(uint64_t seed) {
   kvlink::emulation::set_seed(seed);
+}
+
+extern "C" __attribute__((visibility("default"))) void kvlink_emulation_major_version(int major) {
+  kvlink::emulation::current_major_version = major;
 }

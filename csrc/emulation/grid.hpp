@@ -8,12 +8,14 @@
 // What it cannot show: anything of time or of the memory model (a missing fence, a stale cache),
 // races inside of one run between two waits (accesses that interleave there), bank conflicts,
 // registers, and the last bits of the hardware's arithmetic (mma.sync, ex2.approx). Launches and
-// copies are done when they return, whatever their stream.
+// copies are done when they return, whatever their stream. Of Hopper's instructions it also cannot
+// show a missing fence between ordinary and asynchronous accesses (publish_shared).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 
 namespace kvlink::emulation {
 
@@ -27,6 +29,9 @@ void run_grid(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<vo
 
 // Of the schedule: 0 takes threads in their order, others draw.
 void set_seed(uint64_t seed);
+
+// The device's compute capability: 9 at first, or what a test has set.
+int major_version();
 
 // --- for the thread that runs --------------------------------------------------------------------
 
@@ -53,5 +58,26 @@ void meet_lanes(unsigned mask, const char* what, void* mine, Meet meet);
 void copy_later(void* target, const void* source, size_t num_bytes);
 void commit_copies();
 void wait_copies(int groups_left);
+
+// Barriers of eight bytes in shared memory, as those of mbarrier: a phase ends when all have
+// arrived and all bytes that they expected have been copied.
+void init_barrier(uint64_t* barrier, int count);
+void arrive(uint64_t* barrier, int expected_bytes);
+void wait_phase(uint64_t* barrier, int parity);
+
+// bar.sync and bar.arrive of barriers 1 to 15.
+void meet_named(int id, int num_threads, bool waits);
+
+// A copy that is none of the thread's: `copy` runs at any later time, and then `num_bytes` have
+// come to the barrier. The target is NaN until then.
+void copy_in_bulk(void* target, size_t num_bytes, std::function<void()> copy, uint64_t* barrier);
+
+// What else is known of a warp, of which `make` makes a new one for every block.
+struct WarpState {
+  virtual ~WarpState() = default;
+  virtual void check_end() const = 0;  // throws when the warp must not end like that
+};
+WarpState& warp_state(std::unique_ptr<WarpState> (*make)());
+bool draw(int one_in);  // by the schedule; never with seed 0
 
 }  // namespace kvlink::emulation

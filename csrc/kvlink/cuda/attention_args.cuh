@@ -33,6 +33,8 @@ struct SequencePlan {
   int32_t mask_start;
 };
 
+struct PrefillTile;
+
 struct Args {
   PagedAttentionParams p;
   ReadyCounters ready;
@@ -43,6 +45,8 @@ struct Args {
   ErrorRecord* errors;
   int first_seq, num_seqs;
   int split_tokens, tile_rows, max_slots;
+  PrefillTile* prefill;  // extend: of sequences that paged_attention_sm90 takes; null: none
+  int most_rows;         // extend: sequences of more rows times heads are among these
   bool decode;
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kvlink/cuda/attention_args.cuh"
+#include "kvlink/cuda/prefill_tiles.cuh"
 
 namespace kvlink::cuda {
 
@@ -110,7 +111,7 @@ static __global__ void __launch_bounds__(kPlanThreads)
     }
     int items = plan.num_splits, slots = 0, folded = 0, all;
     if (!args.decode) {
-      const int rows = plan.num_rows * group;
+      const int all_rows = plan.num_rows * group, rows = all_rows > args.most_rows ? 0 : all_rows;
       const int tiles = (rows + args.tile_rows - 1) / args.tile_rows;
       const bool divides = plan.num_splits > 1 && tiles <= kMaxSplitTiles;
       const int64_t wanted = divides ? static_cast<int64_t>(rows) * plan.num_splits : 0;
@@ -132,6 +133,12 @@ static __global__ void __launch_bounds__(kPlanThreads)
     if (seq < args.num_seqs) args.plans[seq] = plan;
   }
   if (thread == 0) args.plans[args.num_seqs] = before;
+  if (!args.prefill) return;
+  const auto prefill_rows = [&](const SequencePlan& plan) {
+    const int rows = plan.num_rows * group;
+    return rows > args.most_rows ? rows : 0;
+  };
+  list_prefill_tiles(args.p, args.plans, args.num_seqs, prefill_rows, sums, args.prefill);
 }
 
 }  // namespace kvlink::cuda

@@ -8,6 +8,7 @@
 #include "kvlink/cuda/attention_instances.cuh"
 #include "kvlink/cuda/attention_plan.cuh"
 #include "kvlink/cuda/launch.cuh"
+#include "kvlink/cuda/paged_attention_sm90.hpp"
 #include "kvlink/cuda/scratch.hpp"
 
 namespace kvlink::cuda {
@@ -140,14 +141,24 @@ void run_extend(const Instance& with, Args args, int64_t max_splits, cudaStream_
   const unsigned rows_of_blocks = num_rows_of_blocks(max_items, heads, 4);
   const int64_t running_bytes = max_splits > 1 ? heads * rows_of_blocks * with.running_bytes : 0;
   const int64_t plans_bytes = round_up((args.num_seqs + 1) * int64_t{sizeof(SequencePlan)}, 16);
-  const Scratch scratch(running_bytes + plans_bytes + slots * (out_bytes + state_bytes), stream);
+  const PrefillChoice prefill = choose_prefill(p);
+  args.most_rows = prefill.lacks ? INT32_MAX : prefill.most_rows;
+  const int64_t max_prefill = rows > args.most_rows ? rows / kPrefillRows + args.num_seqs : 0;
+  const int64_t prefill_bytes = round_up((max_prefill + 1) * int64_t{sizeof(PrefillTile)}, 16);
+  const Scratch scratch(
+      running_bytes + plans_bytes + prefill_bytes + slots * (out_bytes + state_bytes), stream);
   char* at = scratch.data();
   args.running = reinterpret_cast<float4*>(at);
   args.plans = reinterpret_cast<SequencePlan*>(at += running_bytes);
-  args.states = reinterpret_cast<State*>(at += plans_bytes);
+  if (max_prefill > 0) args.prefill = reinterpret_cast<PrefillTile*>(at + plans_bytes);
+  args.states = reinterpret_cast<State*>(at += plans_bytes + prefill_bytes);
   args.outs = reinterpret_cast<float*>(at + slots * state_bytes);
   args.max_slots = static_cast<int>(slots);
   plan(args, stream);
+  if (args.prefill) {
+    paged_attention_sm90(p, args.plans, args.prefill, max_prefill, args.errors, prefill.parts,
+                         stream);
+  }
   launch("paged_attention: extend", with.extend, dim3(static_cast<unsigned>(heads), rows_of_blocks),
          with.threads, with.extend_shared_bytes, stream, args);
   if (slots == 0) return;
@@ -180,6 +191,8 @@ void paged_attention(const PagedAttentionParams& params, const ReadyCounters& re
             .split_tokens = decodes ? kDecodeSplitTokens : with.split_tokens,
             .tile_rows = with.tile_rows,
             .max_slots = 0,
+            .prefill = nullptr,
+            .most_rows = INT32_MAX,
             .decode = decodes};
   const int64_t splits = ceil_div(params.num_entries * layout.page_size, args.split_tokens);
   if (!decodes) return run_extend(with, args, splits, stream);

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kvlink/base/dtype.hpp"
+#include "kvlink/cuda/tensor_map.cuh"
 
 namespace kvlink::cuda {
 
@@ -14,6 +15,12 @@ namespace kvlink::cuda {
 __device__ inline char* shared_memory() {
   extern __shared__ __align__(16) char kvlink_shared_memory[];
   return kvlink_shared_memory;
+}
+
+// The same, aligned to 1024 bytes.
+__device__ inline char* swizzled_shared_memory() {
+  extern __shared__ __align__(1024) char kvlink_swizzled_shared_memory[];
+  return kvlink_swizzled_shared_memory;
 }
 
 __device__ inline uint32_t shared_address(const void* shared) {
@@ -152,5 +159,236 @@ __device__ inline uint64_t global_time_ns() {
 __device__ inline void sleep_ns(unsigned duration) {
   asm volatile("nanosleep.u32 %0;\n" ::"r"(duration));
 }
+
+// 1 / x, to 1 unit in the last place; 0 for inf.
+__device__ inline float reciprocal_fast(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// --- sm_90a: barriers
+// -----------------------------------------------------------------------------
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define KVLINK_HAS_WGMMA  // the functions below may be called
+#endif
+
+// Barriers of 8 bytes in shared memory. A phase ends when `count` threads have arrived and all
+// bytes that they announced have been copied. Its parity is 0, 1, 0, ...
+__device__ inline void init_barrier(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)),
+               "r"(count)
+               : "memory");
+}
+
+// Between init_barrier and the __syncthreads before their first use.
+__device__ inline void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+
+__device__ inline void arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+// Arrives, and announces what copies that name the barrier bring.
+__device__ inline void arrive_expecting(uint64_t* barrier, int num_bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)),
+      "r"(num_bytes)
+      : "memory");
+}
+
+// Until the phase of this parity has ended; returns at once for the one before the first, 1.
+__device__ inline void wait_phase(uint64_t* barrier, int parity) {
+  uint32_t ended;
+  do {
+    asm volatile(
+        "{\n.reg .pred ended;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, ended;\n}\n"
+        : "=r"(ended)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (ended == 0);
+}
+
+// The block's barriers 1 to 15, for the `num_threads` (whole warps) that come to one of them.
+__device__ inline void sync_named(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(num_threads) : "memory");
+}
+
+// Comes to it without waiting.
+__device__ inline void arrive_named(int id, int num_threads) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(num_threads) : "memory");
+}
+
+// By each thread that has written shared memory, before a barrier after which tensor cores or bulk
+// copies read it.
+__device__ inline void publish_shared() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
+// Registers of each thread from here on, by all warps of a warp group.
+template <int kCount>
+__device__ void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kCount));
+}
+template <int kCount>
+__device__ void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kCount));
+}
+
+// --- sm_90a: bulk copies
+// --------------------------------------------------------------------------
+
+// A box of a tensor in global memory (tensor_map.cuh), by one thread: `at` is its first element,
+// innermost axis first. Elements outside of the tensor become zeros and count as bytes.
+__device__ inline void copy_box(void* shared, const TensorMap* map, const int (&at)[4],
+                                uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];\n" ::"r"(shared_address(shared)),
+      "l"(map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(shared_address(barrier))
+      : "memory");
+}
+
+__device__ inline void prefetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+}
+
+// --- sm_90a: products of warp groups
+// ------------------------------------------------------------------
+//
+// Matrices in shared memory are rows of 64 elements of 16 bits, 128 bytes each, eight rows to an
+// atom of 1024 bytes at a multiple of 1024; the 16-byte chunk c of row r lies at c ^ r % 8.
+
+inline constexpr int kRowGroupBytes = 1024;
+
+// Of rows along the sums' axis (element [i][k], k contiguous; `start` may be 32, 64 or 96 bytes
+// into an atom): groups of eight follow each other.
+__device__ inline uint64_t rows_descriptor(const void* start) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  return kSwizzle128 | static_cast<uint64_t>(kRowGroupBytes >> 4) << 32 | uint64_t{1} << 16 |
+         (shared_address(start) & 0x3ffff) >> 4;
+}
+
+// Of rows across it (element [k][j], j contiguous): groups of eight k follow each other, the next
+// 64 j lie `columns_bytes` further.
+__device__ inline uint64_t columns_descriptor(const void* start, int columns_bytes) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  return kSwizzle128 | static_cast<uint64_t>(kRowGroupBytes >> 4) << 32 |
+         static_cast<uint64_t>(columns_bytes >> 4) << 16 | (shared_address(start) & 0x3ffff) >> 4;
+}
+
+// Before products whose sums or rows in registers have been written since the last wait.
+__device__ inline void begin_products() {
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+}
+
+// The products since the last commit are one group.
+__device__ inline void commit_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+}
+
+// Until at most kGroupsLeft groups are under way; `sums` are those of one that has ended. Till
+// then neither sums nor rows in registers may be touched.
+template <int kGroupsLeft, int kCount>
+__device__ void wait_products(float (&sums)[kCount]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kGroupsLeft) : "memory");
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+#define KVLINK_REGISTERS_32                                              \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define KVLINK_REGISTERS_64                                                          \
+  KVLINK_REGISTERS_32                                                                \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define KVLINK_REGISTERS_128                                                                     \
+  KVLINK_REGISTERS_64                                                                            \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
+  "%127"
+#define KVLINK_SUMS_8(c, i)                                                                   \
+  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), \
+      "+f"(c[i + 6]), "+f"(c[i + 7])
+#define KVLINK_SUMS_32(c, i) \
+  KVLINK_SUMS_8(c, i), KVLINK_SUMS_8(c, i + 8), KVLINK_SUMS_8(c, i + 16), KVLINK_SUMS_8(c, i + 24)
+#define KVLINK_SUMS_64(c, i) KVLINK_SUMS_32(c, i), KVLINK_SUMS_32(c, i + 32)
+#define KVLINK_SUMS_128(c, i) KVLINK_SUMS_64(c, i), KVLINK_SUMS_64(c, i + 64)
+// Operands count on from the sums.
+#define KVLINK_PRODUCT_SHARED(n, type, registers, rows_at, columns_at, add_at, sums)               \
+  asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, %" add_at                                   \
+               ", 0;\nwgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers \
+               "}, %" rows_at ", %" columns_at ", adds, 1, 1, 0, 0;\n}\n"                          \
+               : sums                                                                              \
+               : "l"(rows), "l"(columns), "r"(int{adds}))
+#define KVLINK_PRODUCT_REGISTERS(n, type, registers, rows_at, columns_at, sums)                    \
+  asm volatile(                                                                                    \
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, 1, 0;\n"                                             \
+      "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" registers "}, {" rows_at \
+      "}, %" columns_at ", adds, 1, 1, 1;\n}\n"                                                    \
+      : sums                                                                                       \
+      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "l"(columns))
+
+// sums [64, n] = (sums +) rows [64, 16] columns [16, n] by a warp group, asynchronously; both from
+// shared memory, by rows_descriptor. n is twice the number of sums, 64 or 128. Warp w has rows
+// 16 w + g and 8 more, with g and t as in multiply_add:
+//   sums[4 j + {0, 1}]: columns 8 j + 2t, 2t + 1 of row g; sums[4 j + {2, 3}]: of row g + 8
+template <DType kDType, int kCount>
+__device__ void multiply_rows(float (&sums)[kCount], uint64_t rows, uint64_t columns, bool adds) {
+  static_assert(kCount == 32 || kCount == 64);
+  static_assert(kDType == DType::kBFloat16 || kDType == DType::kFloat16);
+  if constexpr (kDType == DType::kBFloat16 && kCount == 32) {
+    KVLINK_PRODUCT_SHARED("64", "bf16", KVLINK_REGISTERS_32, "32", "33", "34",
+                          KVLINK_SUMS_32(sums, 0));
+  } else if constexpr (kDType == DType::kBFloat16) {
+    KVLINK_PRODUCT_SHARED("128", "bf16", KVLINK_REGISTERS_64, "64", "65", "66",
+                          KVLINK_SUMS_64(sums, 0));
+  } else if constexpr (kCount == 32) {
+    KVLINK_PRODUCT_SHARED("64", "f16", KVLINK_REGISTERS_32, "32", "33", "34",
+                          KVLINK_SUMS_32(sums, 0));
+  } else {
+    KVLINK_PRODUCT_SHARED("128", "f16", KVLINK_REGISTERS_64, "64", "65", "66",
+                          KVLINK_SUMS_64(sums, 0));
+  }
+}
+
+// sums [64, n] += rows [64, 16] columns [16, n]; rows in registers as multiply_add's a, 16 to a
+// warp; columns in shared memory, by columns_descriptor. n is 64, 128 or 256.
+template <DType kDType, int kCount>
+__device__ void multiply_columns(float (&sums)[kCount], const uint32_t (&rows)[4],
+                                 uint64_t columns) {
+  static_assert(kCount == 32 || kCount == 64 || kCount == 128);
+  static_assert(kDType == DType::kBFloat16 || kDType == DType::kFloat16);
+  if constexpr (kDType == DType::kBFloat16 && kCount == 32) {
+    KVLINK_PRODUCT_REGISTERS("64", "bf16", KVLINK_REGISTERS_32, "%32, %33, %34, %35", "36",
+                             KVLINK_SUMS_32(sums, 0));
+  } else if constexpr (kDType == DType::kBFloat16 && kCount == 64) {
+    KVLINK_PRODUCT_REGISTERS("128", "bf16", KVLINK_REGISTERS_64, "%64, %65, %66, %67", "68",
+                             KVLINK_SUMS_64(sums, 0));
+  } else if constexpr (kDType == DType::kBFloat16) {
+    KVLINK_PRODUCT_REGISTERS("256", "bf16", KVLINK_REGISTERS_128, "%128, %129, %130, %131", "132",
+                             KVLINK_SUMS_128(sums, 0));
+  } else if constexpr (kCount == 32) {
+    KVLINK_PRODUCT_REGISTERS("64", "f16", KVLINK_REGISTERS_32, "%32, %33, %34, %35", "36",
+                             KVLINK_SUMS_32(sums, 0));
+  } else if constexpr (kCount == 64) {
+    KVLINK_PRODUCT_REGISTERS("128", "f16", KVLINK_REGISTERS_64, "%64, %65, %66, %67", "68",
+                             KVLINK_SUMS_64(sums, 0));
+  } else {
+    KVLINK_PRODUCT_REGISTERS("256", "f16", KVLINK_REGISTERS_128, "%128, %129, %130, %131", "132",
+                             KVLINK_SUMS_128(sums, 0));
+  }
+}
+
+#undef KVLINK_PRODUCT_SHARED
+#undef KVLINK_PRODUCT_REGISTERS
 
 }  // namespace kvlink::cuda

@@ -4,17 +4,21 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
 
+#include "emulation/products.hpp"
 #include "kvlink/base/convert.hpp"
+#include "kvlink/cuda/tensor_map.cuh"
 
 namespace kvlink::cuda {
 
 inline char* shared_memory() { return emulation::shared_memory(); }
+inline char* swizzled_shared_memory() { return emulation::shared_memory(); }
 
 // --- asynchronous copies
 // --------------------------------------------------------------------------
@@ -135,6 +139,102 @@ inline uint32_t multiply_pair(uint32_t a, uint32_t b) {
 }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
+
+// --- sm_90a
+// ---------------------------------------------------------------------------------------
+
+#define KVLINK_HAS_WGMMA
+
+inline void init_barrier(uint64_t* barrier, int count) { emulation::init_barrier(barrier, count); }
+inline void publish_barriers() {}
+inline void arrive(uint64_t* barrier) { emulation::arrive(barrier, 0); }
+inline void arrive_expecting(uint64_t* barrier, int num_bytes) {
+  emulation::arrive(barrier, num_bytes);
+}
+inline void wait_phase(uint64_t* barrier, int parity) { emulation::wait_phase(barrier, parity); }
+inline void sync_named(int id, int num_threads) { emulation::meet_named(id, num_threads, true); }
+inline void arrive_named(int id, int num_threads) { emulation::meet_named(id, num_threads, false); }
+inline void publish_shared() {}
+template <int kCount>
+void shrink_registers() {
+  static_assert(kCount % 8 == 0 && kCount >= 24 && kCount <= 256);
+}
+template <int kCount>
+void grow_registers() {
+  static_assert(kCount % 8 == 0 && kCount >= 24 && kCount <= 256);
+}
+
+inline void prefetch_map(const TensorMap*) {}
+
+inline uint32_t shared_offset(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const char*>(shared) - shared_memory());
+}
+
+inline void copy_box(void* shared, const TensorMap* map, const int (&at)[4], uint64_t* barrier) {
+  const BoxedTensor tensor = map->tensor;
+  const uint32_t* box = tensor.box;
+  const size_t num_rows = size_t{box[1]} * box[2] * box[3];
+  const std::array<int64_t, 4> first{at[0], at[1], at[2], at[3]};
+  char* memory = shared_memory();
+  const uint32_t begin = shared_offset(shared);
+  const auto copy = [=] {
+    for (size_t row = 0; row < num_rows; ++row) {
+      const int64_t index[4] = {
+          first[0], first[1] + static_cast<int64_t>(row % tensor.box[1]),
+          first[2] + static_cast<int64_t>(row / tensor.box[1] % tensor.box[2]),
+          first[3] + static_cast<int64_t>(row / tensor.box[1] / tensor.box[2])};
+      for (uint32_t i = 0; i < tensor.box[0]; ++i) {
+        bool inside = index[0] >= 0 && index[0] + i < static_cast<int64_t>(tensor.sizes[0]);
+        int64_t offset = (index[0] + i) * 2;
+        for (int axis = 1; axis < 4; ++axis) {
+          inside &= index[axis] >= 0 && index[axis] < static_cast<int64_t>(tensor.sizes[axis]);
+          offset += index[axis] * static_cast<int64_t>(tensor.strides[axis - 1]);
+        }
+        uint16_t value = 0;
+        if (inside) std::memcpy(&value, static_cast<const char*>(tensor.data) + offset, 2);
+        const uint32_t to = begin + static_cast<uint32_t>(row) * 128 + i * 2;
+        std::memcpy(memory + emulation::swizzle(to), &value, 2);
+      }
+    }
+  };
+  emulation::copy_in_bulk(shared, num_rows * box[0] * 2, copy, barrier);
+}
+
+inline constexpr int kRowGroupBytes = 1024;
+
+inline uint64_t rows_descriptor(const void* start) {
+  return uint64_t{1} << 62 | uint64_t{kRowGroupBytes >> 4} << 32 | uint64_t{1} << 16 |
+         shared_offset(start) >> 4;
+}
+inline uint64_t columns_descriptor(const void* start, int columns_bytes) {
+  return uint64_t{1} << 62 | uint64_t{kRowGroupBytes >> 4} << 32 |
+         static_cast<uint64_t>(columns_bytes >> 4) << 16 | shared_offset(start) >> 4;
+}
+
+inline void begin_products() { emulation::begin_products(); }
+inline void commit_products() { emulation::commit_products(); }
+template <int kGroupsLeft, int kCount>
+void wait_products(float (&)[kCount]) {
+  emulation::wait_products(kGroupsLeft);
+}
+
+template <DType kDType>
+float load_half(uint16_t bits) {
+  return Storage<kDType>::load(bits);
+}
+
+template <DType kDType, int kCount>
+void multiply_rows(float (&sums)[kCount], uint64_t rows, uint64_t columns, bool adds) {
+  static_assert(kCount == 32 || kCount == 64);
+  emulation::multiply({sums, kCount, nullptr, rows, columns, false, adds, &load_half<kDType>});
+}
+
+template <DType kDType, int kCount>
+void multiply_columns(float (&sums)[kCount], const uint32_t (&rows)[4], uint64_t columns) {
+  static_assert(kCount == 32 || kCount == 64 || kCount == 128);
+  emulation::multiply({sums, kCount, rows, 0, columns, true, true, &load_half<kDType>});
+}
 
 // --- waiting for others
 // ---------------------------------------------------------------------------
