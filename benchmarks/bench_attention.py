@@ -96,9 +96,11 @@ CUDA_CASES = {
     "decode_8x16k_cuda": decode(8, 16384),
     "decode_8x32k_cuda": decode(8, 32768),
     "decode_mha_16x4k_cuda": dataclasses.replace(decode(16, 4096), num_kv_heads=32, page_size=8),
-    "prefill_1x2k_cuda": Case((2048,), (2048,)),
-    "prefill_1x8k_cuda": Case((8192,), (8192,)),
+    "decode_ragged_cuda": Case((1,) * 4, (4641, 45118, 1730, 1696)),
+    **{f"prefill_1x{n}k_cuda": Case((n * 1024,), (n * 1024,)) for n in (2, 4, 8, 16)},
+    "extend_4x512of8k_cuda": Case((512,) * 4, (8192,) * 4),
 }
+PREFILLS = ("mma.sync", "wgmma, two parts")  # beside what the call chooses by itself
 DTYPES = ("bfloat16", "float32", "float16", "float8_e4m3", "float8_e5m2", "int8")
 
 
@@ -253,6 +255,32 @@ def run_case(
         yield figure("torch_sdpa", harness.measure(work, seconds / 2, 2, device))
         if device == "cpu":
             yield figure("gather_sdpa", harness.measure(problem.gather_sdpa, 0, 1))
+
+
+def cuda_figures(
+    problem: Problem, seconds: float, figure: Callable[..., harness.Figure]
+) -> Iterator[harness.Figure]:
+    """kvlink's other kernels for long prompts, FlashInfer where there is one, and cuDNN."""
+    from peers import flashinfer_call
+
+    from kvlink import _cuda
+
+    if max(problem.case.q_lens) > 1:
+        for name in PREFILLS:
+            _cuda.set_prefill(name)
+            taken = harness.measure(problem.kvlink, seconds / 2, device="cuda")
+            yield figure("kvlink", taken, f"{name}: {_cuda.last_prefill()}")
+        _cuda.set_prefill("auto")
+    flashinfer = flashinfer_call.prepare(problem)
+    if flashinfer is not None:
+        yield figure("flashinfer", harness.measure(flashinfer, seconds / 2, device="cuda"))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+        try:
+            work = problem.torch_sdpa()
+            work()
+        except RuntimeError:
+            return  # it does not do such a case
+        yield figure("torch_cudnn", harness.measure(work, seconds / 2, 2, "cuda"))
 
 
 def plan(seconds: float) -> harness.Figure:
