@@ -242,7 +242,7 @@ class BuildExtensions(build_ext):
             target = self.target(source, ".emulated")
             command = [
                 *(*self.cxx(), f"-I{CSRC / 'emulation' / 'include'}", *self.cxx_flags()),
-                *("-O1", "-Wno-unknown-pragmas", '-DKVLINK_CUDA_ARCHS="emulated"'),
+                *("-O1", "-Wno-unknown-pragmas", "-Wno-psabi", '-DKVLINK_CUDA_ARCHS="emulated"'),
                 "-DKVLINK_SM_90A",
                 *("-DKVLINK_CUDA_MODULE=_cuda_emulated", "-x", "c++"),
                 *("-c", str(source), "-o", str(target)),
