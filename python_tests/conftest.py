@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,18 @@ else:
 
 
 def pytest_configure() -> None:
-    """Refuses to test another build than the one that was asked for."""
+    """Refuses to test another build than the one that was asked for. torch, which computes small
+    references here, gets one thread: those that wait for its next operator spin, on cores that
+    kvlink's threads need."""
     from kvlink import _C
 
     build = os.environ.get("KVLINK_EXPECTED_BUILD")
     if build and Path(build) not in Path(_C.__file__).parents:
         raise pytest.UsageError(f"expected kvlink._C of {build}; got {_C.__file__}")
+    with suppress(ImportError):
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
