@@ -133,10 +133,11 @@ def paged_attention(
 
     Returns out [T, Hq, head_dim_v] in q's dtype and library, written into `out` if given; with
     `return_lse=True` (out, lse), lse float32 [T, Hq]: natural log of the softmax denominator, sink
-    included. A row that sees nothing gives zeros and -inf. Slots past seq_len never matter,
-    whatever they hold; a row's bits depend neither on the rest of the batch nor on the number of
-    threads. Sequences whose page tables begin with the same pages read those together; that, and
-    `plan` (`plan_attention`), changes no bit, either.
+    included. A row that sees nothing gives zeros and -inf. Sums are float32; weights may be rounded
+    to q's dtype before they meet V (docs/architecture.md says by which kernels). Slots past seq_len
+    never matter, whatever they hold; a row's bits depend neither on the rest of the batch nor on
+    the number of threads. Sequences whose page tables begin with the same pages read those
+    together; that, and `plan` (`plan_attention`), changes no bit, either.
 
     `ready`: what must have landed before a page of the layer is read: a Readiness
     (`Grant.readiness(layer)`), or several of them. The call waits for it without the GIL, at most

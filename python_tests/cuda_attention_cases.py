@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
-from kvlink.reference.paged_attention import paged_attention as reference
-from kvlink.testing.cases import AttentionCase, make_attention
+from kvlink.testing.cases import AttentionCase
 
 BFLOAT16 = dict(kv_dtype="bfloat16", q_dtype="bfloat16")
 FLOAT16 = dict(kv_dtype="float16", q_dtype="float16")
@@ -128,13 +126,3 @@ every_case = pytest.mark.parametrize(
     [pytest.param(case, id=f"decode-{name}") for name, case in DECODE.items()]
     + [pytest.param(case, id=f"extend-{name}") for name, case in EXTEND.items()],
 )
-
-
-def rounded_weights(case: AttentionCase) -> torch.Tensor:
-    """How far results may be off where weights are rounded to q's dtype before they meet V: by
-    half a unit of it of each weight, at most, whatever their signs."""
-    inputs = make_attention(case)
-    pool, layer = inputs.args[1], inputs.args[2]
-    torch.from_dlpack(pool.v(layer)).abs_()
-    sums, _ = reference(*inputs.args, **inputs.kwargs)
-    return sums.double() * torch.finfo(sums.dtype).eps / 2

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_attention_cases import BFLOAT16, EVERYTHING, EXTEND, every_case, rounded_weights
+from cuda_attention_cases import BFLOAT16, EVERYTHING, EXTEND, every_case
 
 import kvlink
 from kvlink.errors import NotReady, PageTableError
 from kvlink.reference.append_kv import plane, scale_plane
 from kvlink.reference.merge_states import merge_states as merge_reference
 from kvlink.reference.paged_attention import paged_attention as reference
-from kvlink.testing.cases import AttentionCase, AttentionInputs, make_attention
+from kvlink.testing.cases import AttentionCase, AttentionInputs, make_attention, rounded_weights
 from kvlink.testing.tolerances import assert_close, assert_same_bits
 
 pytestmark = [

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_attention_cases import BFLOAT16, EVERYTHING, EXTEND, FLOAT16, rounded_weights
+from cuda_attention_cases import BFLOAT16, EVERYTHING, EXTEND, FLOAT16
 from emulated import SEEDS, Emulation, emulated_cuda
 from test_attention_emulated import attend
 
 from kvlink.errors import InvalidArgument, PageTableError
 from kvlink.reference.paged_attention import paged_attention as reference
-from kvlink.testing.cases import AttentionCase, make_attention, starts
+from kvlink.testing.cases import AttentionCase, make_attention, rounded_weights, starts
 from kvlink.testing.tolerances import assert_close, assert_same_bits
 
 __all__ = ["emulated_cuda"]

@@ -14,7 +14,8 @@ import torch
 from kvlink.layout import KVLayout
 from kvlink.pool import KVPool
 from kvlink.reference.append_kv import TORCH_DTYPES, plane, scale_plane, store_rows
-from kvlink.reference.paged_attention import visible_range
+from kvlink.reference.gather import gather
+from kvlink.reference.paged_attention import paged_attention, visible_range
 
 WILD_PAGE_IDS = (2**31 - 1, -7, -1, -(2**31), 10**6)
 
@@ -202,6 +203,30 @@ def fill_positions(
             continue
         values = torch.randn(len(at), layout.num_kv_heads, dims, generator=generator)
         store_rows(pool, layer, name, page, slot, slice(None), values)
+
+
+def rounded_weights(case: AttentionCase) -> torch.Tensor:
+    """float32 [T, Hq, head_dim_v]: how far results may be off where weights are rounded to q's
+    dtype before they meet V: by half a unit of it of each weight, at most, whatever their signs."""
+    inputs = make_attention(case)
+    q, pool, layer, page_table, seq_lens = inputs.args
+    layout = KVLayout.nhd(
+        num_kv_heads=pool.layout.num_kv_heads, head_dim=case.head_dim, page_size=case.page_size,
+        head_dim_v=pool.layout.head_dim_v, dtype="float32",
+    )  # fmt: skip
+    magnitudes = KVPool.create(layout, num_layers=1, num_pages=pool.num_pages)
+    k, v = gather(pool, layer, torch.arange(pool.num_pages), 0, pool.num_pages * case.page_size)
+    for name, values in (("k", k), ("v", v.abs())):
+        target = plane(magnitudes, 0, name)
+        target.copy_(values.view(target.shape))
+    sums, _ = paged_attention(q.float(), magnitudes, 0, page_table, seq_lens, **inputs.kwargs)
+    return sums * (torch.finfo(q.dtype).eps / 2)
+
+
+def cpu_slack(case: AttentionCase) -> torch.Tensor | None:
+    """What rounded weights cost on the CPU, or None where they are not rounded."""
+    may_round = case.kv_dtype not in ("float32", "float16")
+    return rounded_weights(case) if case.q_dtype == "bfloat16" and may_round else None
 
 
 def starts(lengths: tuple[int, ...] | list[int]) -> torch.Tensor:

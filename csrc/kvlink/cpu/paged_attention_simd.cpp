@@ -21,6 +21,7 @@ struct TileContext {
   const KVLayout& layout;
   const ScoreType& scoring;
   const ValueType& valuing;
+  Weights weights;
   int64_t element_bytes;
   int32_t group;      // query heads per KV head
   int64_t head_rows;  // of one KV head: tokens * group
@@ -46,6 +47,7 @@ struct TileContext {
         layout(tile.params->kv.layout),
         scoring(score_type(p)),
         valuing(value_type(p)),
+        weights(weights_of(p)),
         element_bytes(dtype_bytes(layout.dtype)),
         group(p.num_q_heads / layout.num_kv_heads),
         head_rows(int64_t{tile.num_tokens} * group),
@@ -205,7 +207,7 @@ void soften_run(const TileContext& c, int64_t kv_head, int64_t block_begin, cons
                .slopes = slopes ? slopes + kv_head * c.group : nullptr,
                .group = c.group,
                .distances = c.distances,
-               .pairs = c.valuing.positions == 2,
+               .weights = c.weights,
                .max = state.max + row,
                .sum = state.sum + row,
                .row_scale = c.row_scale + row});

@@ -5,6 +5,7 @@
 #include "kvlink/cpu/simd/pack_rows.hpp"
 #include "kvlink/cpu/simd/page_rows.hpp"
 #include "kvlink/cpu/simd/rows.hpp"
+#include "kvlink/cpu/simd/soften_rows.hpp"
 #include "kvlink/cpu/simd/tile_product.hpp"
 #include "kvlink/params/paged_attention.hpp"
 
@@ -105,18 +106,23 @@ constexpr ScoreType kScoreTypes[] = {
     kFloatScores<DType::kFloat8E5M2>, kFloatScores<DType::kInt8>,
 };
 
+// Queries are of bfloat16, and so may K and V be without rounding. Then weights are rounded to
+// bfloat16 before they meet V, on every CPU.
+constexpr int kFirstPairType = static_cast<int>(DType::kBFloat16);
+bool is_bfloat16(const PagedAttentionParams& p) {
+  return p.q_dtype == DType::kBFloat16 && static_cast<int>(p.kv.layout.dtype) >= kFirstPairType;
+}
+
 #if defined(__AVX512F__)
-// With q of bfloat16, on CPUs that can: the products of two neighbours are added to the float32 sum
-// by one instruction. Weights are two bfloat16 each, as exact as what is rounded to bfloat16 needs.
+// On CPUs that can, the products of two neighbours are added to the float32 sum by one instruction.
 template <DType kDType>
 constexpr ValueType kPairValues = {2, add_values<PairValues<kDType>>, pack_value_pairs<kDType>,
-                                   product_of<1, WeightTerms>};
+                                   product_of<1, PairTerms>};
 template <DType kDType>
 constexpr ScoreType kPairScores = {2, score_rows<PairUnits<kDType>>, pack_keys<PairItems<kDType>>,
                                    product_of<2, PairTerms>};
-// Widening bfloat16 itself costs no more than such weights do.
 constexpr ValueType kPairValueTypes[] = {
-    kFloatValues<DType::kBFloat16>,
+    kPairValues<DType::kBFloat16>,
     kPairValues<DType::kFloat8E4M3>,
     kPairValues<DType::kFloat8E5M2>,
     kPairValues<DType::kInt8>,
@@ -127,12 +133,8 @@ constexpr ScoreType kPairScoreTypes[] = {
     kPairScores<DType::kFloat8E5M2>,
     kPairScores<DType::kInt8>,
 };
-constexpr int kFirstPairType = static_cast<int>(DType::kBFloat16);
 
-bool takes_pairs(const PagedAttentionParams& p) {
-  return p.q_dtype == DType::kBFloat16 && static_cast<int>(p.kv.layout.dtype) >= kFirstPairType &&
-         has_pair_products();
-}
+bool takes_pairs(const PagedAttentionParams& p) { return is_bfloat16(p) && has_pair_products(); }
 #endif
 
 const ScoreType& score_type(const PagedAttentionParams& p) {
@@ -151,6 +153,11 @@ const ValueType& value_type(const PagedAttentionParams& p) {
   if (takes_pairs(p)) return kPairValueTypes[dtype - kFirstPairType];
 #endif
   return kValueTypes[dtype];
+}
+
+Weights weights_of(const PagedAttentionParams& p) {
+  if (!is_bfloat16(p)) return Weights::kFloats;
+  return value_type(p).positions == 2 ? Weights::kPairs : Weights::kRounded;
 }
 
 }  // namespace

@@ -126,7 +126,7 @@ struct ValueRows {
   int64_t offset_bytes;       // from each of them to the head
   int64_t begin, end;         // positions of the block that are added
   int64_t dims;
-  const float* weights;  // [num_rows, kPanelRows], or pairs (see store_weight_pairs)
+  const float* weights;  // [num_rows, kPanelRows] floats, or pairs of two positions
   int64_t num_rows;
   const float* row_scale;  // [num_rows] factors of the old `out`; null: 1
   float* out;              // [num_rows, dims], rows stride_out apart, padded to whole vectors
@@ -159,7 +159,7 @@ struct FloatValues : FloatTerms {
 #if defined(__AVX512F__)
 // or two as pairs.
 template <DType kDType>
-struct PairValues : WeightTerms {
+struct PairValues : PairTerms {
   static constexpr int kPositions = 2;
   static constexpr int kElementBytes = Pairs<kDType>::kElementBytes;
   template <bool kWhole, int kVecs>
@@ -204,12 +204,9 @@ KVLINK_INLINE void value_block(const ValueRows& s, int64_t row, int64_t dim) {
     Values::template load<kWhole>(s, step, dim, right);
     KVLINK_UNROLL
     for (int r = 0; r < kRows; ++r) {
+      const Vec left = Values::spread(weights[r * kPanelRows + step]);
       KVLINK_UNROLL
-      for (int part = 0; part < Values::kParts; ++part) {
-        const Vec left = Values::spread(weights[r * kPanelRows + part * kPartStride + step]);
-        KVLINK_UNROLL
-        for (int v = 0; v < kVecs; ++v) Values::add(sum[r][v], left, right[v]);
-      }
+      for (int v = 0; v < kVecs; ++v) Values::add(sum[r][v], left, right[v]);
     }
   }
   KVLINK_UNROLL

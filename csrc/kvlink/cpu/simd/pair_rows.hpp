@@ -191,21 +191,6 @@ struct Pairs {
   }
 };
 
-// Weights of a row as two bfloat16 each, whose sum has 16 bits: pairs of neighbours, first the
-// larger numbers, then at `rest` what they leave. What is left of a weight that is not 0 is not 0
-// either and has its sign, so that the product with an infinity is that infinity.
-KVLINK_INLINE void store_weight_pairs(float* target, float* rest, Vec first, Vec second) {
-  const auto leave = [](Vec weight) {
-    return (weight - from_bits(bits_of(weight) & 0xffff0000u)) + weight * 0x1p-24f;
-  };
-  // The upper words of both, two to a lane.
-  const VecU index = (VecU)lane_indices();
-  const VecU upper = (index * 4 + 1) | (index * 4 + 3) << 16;
-  store_unaligned(target,
-                  _mm512_permutex2var_epi16((__m512i)first, (__m512i)upper, (__m512i)second));
-  store_unaligned(rest, narrow_to_words(leave(first), leave(second)));
-}
-
 #endif
 
 }  // namespace kvlink::cpu::KVLINK_SIMD_LEVEL

@@ -8,6 +8,10 @@
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
+// What becomes of weights before they meet V: they stay floats, are rounded to bfloat16 (the sum of
+// weights is not), or that as pairs of positions.
+enum class Weights { kFloats, kRounded, kPairs };
+
 struct SoftenRows {
   float* scores;  // [num_rows, kPanelRows] products of q and K; becomes the weights
   int64_t num_rows;
@@ -18,10 +22,10 @@ struct SoftenRows {
   const float* slopes;         // [group] of ALiBi, row by row over and over; null: none
   int64_t group;
   const float* distances;  // [num_rows / group] from the query to position 0; with slopes
-  bool pairs;              // weights are stored by store_weight_pairs
-  float* max;              // [num_rows] of what the rows have seen; updated
-  float* sum;              // [num_rows] of its weights; updated
-  float* row_scale;        // [num_rows] factor that brings what was gathered under the new max
+  Weights weights;
+  float* max;        // [num_rows] of what the rows have seen; updated
+  float* sum;        // [num_rows] of its weights; updated
+  float* row_scale;  // [num_rows] factor that brings what was gathered under the new max
 };
 
 namespace soften {
@@ -96,17 +100,20 @@ KVLINK_INLINE void weigh(const SoftenRows& s, int64_t row) {
   }
   s.sum[row] = s.sum[row] * s.row_scale[row] + sum_lanes(sum);
 #if defined(__AVX512F__)
-  if (s.pairs) {
+  if (s.weights == Weights::kPairs) {
     KVLINK_UNROLL
     for (int64_t v = 0; v < kVecs; v += 2) {
-      float* target = scores + v / 2 * kLanes;
-      store_weight_pairs(target, target + kPartStride, weights[v], weights[v + 1]);
+      store_unaligned(scores + v / 2 * kLanes, narrow_to_words(weights[v], weights[v + 1]));
     }
     return;
   }
 #endif
   KVLINK_UNROLL
-  for (int64_t v = 0; v < kVecs; ++v) store(scores + v * kLanes, weights[v]);
+  for (int64_t v = 0; v < kVecs; ++v) {
+    const Vec weight = weights[v];
+    store(scores + v * kLanes,
+          s.weights == Weights::kFloats ? weight : from_bits(narrow_to_bfloat16(weight) << 16));
+  }
 }
 
 }  // namespace soften

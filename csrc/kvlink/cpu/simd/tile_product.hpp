@@ -11,7 +11,6 @@ namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 // A term is one product of floats.
 struct FloatTerms {
   typedef float Left;
-  static constexpr int kParts = 1;  // numbers that A has for each row of B
   static KVLINK_INLINE Vec spread(Left left) { return splat(left); }
   static KVLINK_INLINE void add(Vec& sum, Vec left, Vec right) { sum += right * left; }
 };
@@ -19,7 +18,6 @@ struct FloatTerms {
 // A term is the sum of two products of bfloat16, side by side in 32 bits, with what was there.
 struct PairTerms {
   typedef uint32_t Left;
-  static constexpr int kParts = 1;
   static KVLINK_INLINE Vec spread(Left left) { return from_bits(VecU{} + left); }
   static KVLINK_INLINE void add(Vec& sum, Vec left, Vec right) {
 #if defined(__AVX512F__)
@@ -31,15 +29,9 @@ struct PairTerms {
   }
 };
 
-// Weights are the sums of two bfloat16 (see store_weight_pairs).
-struct WeightTerms : PairTerms {
-  static constexpr int kParts = 2;
-};
-inline constexpr int64_t kPartStride = 32;  // from the larger parts of a row of A to the smaller
-
 template <class Terms>
 struct TileProduct {
-  const typename Terms::Left* a;  // [num_rows, depth] of each part, rows stride_a apart
+  const typename Terms::Left* a;  // [num_rows, depth], rows stride_a apart
   const float* b;                 // [depth, num_vecs * kLanes], rows stride_b apart
   float* c;                       // [num_rows, num_vecs * kLanes], rows stride_c apart
   const float* row_scale;         // [num_rows] factors of the old C; null: C is overwritten
@@ -59,12 +51,9 @@ KVLINK_INLINE void add_terms(const TileProduct<Terms>& t, int64_t first, int64_t
     for (int v = 0; v < kVecs; ++v) right[v] = load(b + v * kLanes);
     KVLINK_UNROLL
     for (int r = 0; r < kRows; ++r) {
+      const Vec left = Terms::spread(a[r * t.stride_a + d]);
       KVLINK_UNROLL
-      for (int part = 0; part < Terms::kParts; ++part) {
-        const Vec left = Terms::spread(a[r * t.stride_a + part * kPartStride + d]);
-        KVLINK_UNROLL
-        for (int v = 0; v < kVecs; ++v) Terms::add(sum[r][v], left, right[v]);
-      }
+      for (int v = 0; v < kVecs; ++v) Terms::add(sum[r][v], left, right[v]);
     }
   }
 }
