@@ -52,7 +52,7 @@ pytest: build
 # A second build beside the first: nothing that other targets use is touched.
 SANITIZED_TESTS ?= $(wildcard $(patsubst %,python_tests/test_%.py,layout pool pool_wrap pages append_kv rope \
 	relayout_pages relayout_large convert_rows digest_pages paged_attention paged_attention_bits paged_attention_api \
-	paged_attention_features merge_states \
+	paged_attention_features merge_states rope_emulated \
 	emulation emulation_sm90 cache_ops_emulated attention_emulated attention_sm90_emulated)) $(wildcard python_tests/operators/test_*.py)
 
 # A quick part of the transfer tests, on every path; SANITIZED_TRANSPORT=* takes all of them.
@@ -89,11 +89,13 @@ bench: build
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 # No .venv: the machine's own torch knows its CUDA. Needs no network. FLASHINFER: wheels of it and of
-# what it needs and the machine lacks; GPU_FLAGS: --quick takes two minutes instead of nine.
+# what it needs and the machine lacks; OUTPUT: the report's folder; GPU_FLAGS: --quick takes two
+# minutes instead of nine.
 GPU_FLAGS ?=
 FLASHINFER ?=
+OUTPUT ?= benchmarks/results
 gpu:
-	$(PYTHON) tools/run_gpu.py --output benchmarks/results $(GPU_FLAGS) \
+	$(PYTHON) tools/run_gpu.py --output $(OUTPUT) $(GPU_FLAGS) \
 		$(if $(FLASHINFER),--flashinfer $(FLASHINFER))
 
 clean:

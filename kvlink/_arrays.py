@@ -62,13 +62,16 @@ def empty_like(array: Any, shape: tuple[int, ...], dtype: str | None = None) -> 
     return library.empty(shape, wanted)
 
 
+_SEQUENCES = (list, tuple, range)
+
+
 def as_int32(values: Any, fill: int = 0) -> Any:
     """Arrays and None as they are; (nested) sequences as numpy int32, short rows padded."""
-    if not isinstance(values, list | tuple | range):
+    if not isinstance(values, _SEQUENCES):
         return values
     import numpy as np
 
-    if not values or not isinstance(values[0], list | tuple | range):
+    if not values or not isinstance(values[0], _SEQUENCES):
         return np.asarray(values, dtype=np.int32)
     padded = np.full((len(values), max(map(len, values))), fill, dtype=np.int32)
     for row, entries in zip(padded, values, strict=True):
@@ -78,7 +81,7 @@ def as_int32(values: Any, fill: int = 0) -> Any:
 
 def writable_or_copy(array: Any) -> Any:
     """The array, or a copy of a read-only numpy one, which numpy before 2.1 cannot export."""
-    if library_of(array) == "numpy" and not array.flags.writeable:
+    if array is not None and library_of(array) == "numpy" and not array.flags.writeable:
         return array.copy()
     return array
 

@@ -10,6 +10,9 @@ runtime_version: int
 
 def append_kv(k: Any, v: Any, pool: PoolView, layers: Any, slots: Any, stream: int) -> None: ...
 
+def apply_rope(x: Any, out: Any, rope: Any, stream: int) -> None:
+    """See kvlink.apply_rope."""
+
 def check_errors(device: int) -> None:
     """Waits for the device and raises what its kernels recorded."""
 
@@ -40,6 +43,12 @@ def last_prefill() -> str:
 
 def merge_states(outs: Sequence[Any], lses: Sequence[Any], out: Any, lse: Any, stream: int) -> None:
     """See kvlink.merge_states."""
+
+def order_streams(device: int, first: int, then: int) -> None:
+    """What is queued on stream `then` from now on waits for what is queued on `first`.
+
+    Handles; 1 and 2 are the legacy and the per-thread default stream.
+    """
 
 def paged_attention(
     q: Any,

@@ -26,6 +26,7 @@ from kvlink.backends import (
     Choice,
     attention_features,
     choose,
+    choose_name,
 )
 from kvlink.errors import InvalidArgument
 from kvlink.pool import KVPool
@@ -75,10 +76,13 @@ def choose_backend(
     "mask", ... Raises Unsupported naming what is missing when no backend (or not the one asked
     for) can do it, InvalidArgument when there is no such backend.
     """
-    layout = pool.layout
-    implied = attention_features(layout, q_dtype)
-    features = [*features, *(name for name, needed in implied.items() if needed)]
-    return choose(BACKENDS, backend, pool.device, q_dtype, layout.dtype, features)
+    features = _with_implied(features, pool, q_dtype)
+    return choose(BACKENDS, backend, pool.device, q_dtype, pool.layout.dtype, features)
+
+
+def _with_implied(features: Sequence[str], pool: KVPool, q_dtype: str) -> list[str]:
+    implied = attention_features(pool.layout, q_dtype)
+    return [*features, *(name for name, needed in implied.items() if needed)]
 
 
 def paged_attention(
@@ -167,8 +171,9 @@ def paged_attention(
                             ("q_positions", q_positions), ("generations", expected_generations))
         if given is not None
     ]  # fmt: skip
-    chosen = choose_backend(q_dtype, pool, needed, backend)
     layout = pool.layout
+    needed = _with_implied(needed, pool, q_dtype)
+    chosen = choose_name(BACKENDS, backend, pool.device, q_dtype, layout.dtype, needed)
     if window is not None and window < 1:
         raise InvalidArgument(f"window: expected >= 1 or None; got {window}")
     if softcap is not None and not softcap > 0:
@@ -187,7 +192,7 @@ def paged_attention(
     if out is None:
         out = empty_like(q, (num_tokens, num_q_heads, layout.head_dim_v))
     lse = empty_like(q, (num_tokens, num_q_heads), "float32") if return_lse else None
-    if chosen.name == "triton":
+    if chosen == "triton":
         _triton_ops().paged_attention(
             q, pool, layer, page_table, seq_lens, q_indptr=q_indptr, page_indptr=page_indptr,
             causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
@@ -208,12 +213,12 @@ def paged_attention(
         page_generations=writable_or_copy(page_generations),
         expected_generations=writable_or_copy(expected_generations),
     )  # fmt: skip
-    counters = list(ready or []) if chosen.name == "cuda" else []
-    awaited = [] if chosen.name == "cuda" else ready_items(ready)
-    if chosen.name == "reference":
+    counters = list(ready or []) if chosen == "cuda" else []
+    awaited = [] if chosen == "cuda" else ready_items(ready)
+    if chosen == "reference":
         _C.wait_ready(awaited, ready_timeout)
         _run_reference(pool, arguments, selecting)
-    elif chosen.name == "cuda":
+    elif chosen == "cuda":
         cuda_ops().paged_attention(
             *arguments, ready=counters, ready_timeout=ready_timeout,
             stream=stream_of(pool.device, stream), **selecting,
@@ -270,7 +275,7 @@ def merge_states(
     out = empty_like(outs[0], tuple(outs[0].shape))
     lse = empty_like(outs[0], tuple(outs[0].shape)[:2], "float32")
     device, dtype = device_of(outs[0]), dtype_of(outs[0], "outs[0]")
-    chosen = choose(MERGE_BACKENDS, backend, device, dtype, dtype).name
+    chosen = choose_name(MERGE_BACKENDS, backend, device, dtype, dtype)
     if chosen == "triton":
         _triton_ops().merge_states(outs, lses, into=(out, lse))
     elif chosen == "reference":

@@ -31,6 +31,16 @@ class Capabilities:
     automatic: bool = True
     packages: tuple[str, ...] = ()
 
+    def able(self, device: str, q_dtype: str, kv_dtype: str, features: frozenset[str]) -> bool:
+        """Nothing is missing."""
+        return (
+            device in self.devices
+            and q_dtype in self.q_dtypes
+            and kv_dtype in self.kv_dtypes
+            and features <= self.features
+            and all(map(_importable, self.packages))
+        )
+
     def missing(
         self, device: str, q_dtype: str, kv_dtype: str, features: Iterable[str]
     ) -> list[str]:
@@ -84,6 +94,25 @@ class Choice(NamedTuple):
 
     name: str
     why: str
+
+
+def choose_name(
+    backends: Sequence[Capabilities],
+    wanted: str,
+    device: tuple[int, int],
+    q_dtype: str,
+    kv_dtype: str,
+    features: Iterable[str] = (),
+) -> str:
+    """The name that `choose` gives, without the reason: operators need no more, call by call."""
+    features = tuple(features)
+    device_name, needed = _DEVICES.get(device[0], ""), frozenset(features)
+    for backend in backends:
+        if (wanted == backend.name or (wanted == "auto" and backend.automatic)) and backend.able(
+            device_name, q_dtype, kv_dtype, needed
+        ):
+            return backend.name
+    return choose(backends, wanted, device, q_dtype, kv_dtype, features).name
 
 
 def choose(

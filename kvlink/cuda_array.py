@@ -6,6 +6,7 @@ import ctypes
 import itertools
 from typing import Any
 
+from kvlink._cuda_part import LEGACY_STREAM, NO_STREAMS, on_cuda, order_streams
 from kvlink.errors import InvalidArgument
 
 _CODES = {"i": 0, "u": 1, "f": 2}  # DLPack's, of typestr's kinds
@@ -44,7 +45,8 @@ _release = _Deleter(_forget)
 class CudaArray:
     """What `from_cuda_array` returns: a DLPack producer, of the attributes that operators ask for.
 
-    `stream` is the handle that the data is written on, or None if nobody writes it any more.
+    `stream` is the handle that the data is written on, or None if nobody writes it any more. Each
+    export makes the consumer's stream wait for it, as the interface's version 3 asks.
     """
 
     def __init__(self, array: Any, device: tuple[int, int], name: str = "array") -> None:
@@ -85,6 +87,8 @@ class CudaArray:
         return self.device
 
     def __dlpack__(self, *, stream: Any = None, max_version: Any = None, **_: Any) -> Any:
+        if self.stream is not None and stream != NO_STREAMS and on_cuda(self.device):
+            order_streams(self.device[1], self.stream, LEGACY_STREAM if stream is None else stream)
         sizes = ctypes.c_int64 * len(self.shape)
         shape, strides = sizes(*self.shape), sizes(*self._strides)
         number = next(_numbers)
@@ -103,9 +107,10 @@ def from_cuda_array(array: Any, *, device: int = 0) -> CudaArray:
     """An array that knows only `__cuda_array_interface__` (2 or 3) as one that operators take.
 
     Nothing is copied; the array lives as long as it is used. `device` is the number of its device,
-    which the interface does not tell. Nothing is waited for: if the result's `stream` is not None,
-    give it to the operator as `stream`, or order the two streams. Results of operators whose `q`
-    it is are made by torch or cupy, whichever is loaded. Raises InvalidArgument for what DLPack
-    cannot say: masks, big-endian or other types, strides that cut elements.
+    which the interface does not tell. Where the interface names a stream (the result's `stream`),
+    the stream of an operator that takes the array waits, on the device, for what is queued there;
+    the host does not. Results of operators whose `q` it is are made by torch or cupy, whichever is
+    loaded. Raises InvalidArgument for what DLPack cannot say: masks, big-endian or other types,
+    strides that cut elements.
     """
     return CudaArray(array, (2, device))

@@ -5,9 +5,20 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from kvlink import _C
-from kvlink._arrays import dtype_of, empty_like
-from kvlink.backends import FLOATS
+from kvlink._arrays import as_reference, device_of, dtype_of, empty_like, from_reference
+from kvlink._cuda_part import cuda_ops, stream_of
+from kvlink.backends import FLOATS, TRITON_DEVICES, TRITON_PACKAGES, Capabilities, choose_name
 from kvlink.errors import Unsupported
+
+_NONE: frozenset[str] = frozenset()
+
+# In order of preference.
+ROPE_BACKENDS = (
+    Capabilities("cpu", frozenset({"cpu"}), FLOATS, FLOATS, _NONE),
+    Capabilities("cuda", frozenset({"cuda"}), FLOATS, FLOATS, _NONE, packages=("kvlink._cuda",)),
+    Capabilities("triton", TRITON_DEVICES, FLOATS, FLOATS, _NONE, packages=TRITON_PACKAGES),
+    Capabilities("reference", frozenset({"cpu"}), FLOATS, FLOATS, _NONE, automatic=False),
+)
 
 
 class Rope(NamedTuple):
@@ -39,18 +50,37 @@ def rope_table(inv_freq: Any, num_positions: int, factor: float = 1.0) -> Any:
     return np.concatenate((np.cos(angles), np.sin(angles)), axis=1) * np.float32(factor)
 
 
-def apply_rope(x: Any, rope: Rope, out: Any = None) -> Any:
+def apply_rope(
+    x: Any, rope: Rope, out: Any = None, *, backend: str = "auto", stream: int | None = None
+) -> Any:
     """Turns `x` [num_tokens, num_heads, head_dim], as `append_kv` turns K, and returns the result.
 
-    `x` is float32, float16 or bfloat16 in host memory, dim contiguous; computed in float32, rounded
-    once. The result is written into `out` if given (it may be `x`), else into a new array of x's
-    library. Raises InvalidArgument (shapes, a position outside the table; nothing is written then),
-    Unsupported (dtypes).
+    `x` is float32, float16 or bfloat16, dim contiguous; computed in float32, rounded once. The
+    result is written into `out` if given (it may be `x`), else into a new array of x's library.
+    `backend` is "auto" or the name of one in ROPE_BACKENDS. Raises InvalidArgument (shapes, a
+    position outside the table; nothing is written then), Unsupported (dtypes). On a CUDA device all
+    arrays are on it and the work is queued on `stream` as for `append_kv`; a token whose position
+    is outside the table is not written, and raised by a later call.
     """
-    dtype = dtype_of(x, "x")
+    dtype, device = dtype_of(x, "x"), device_of(x)
     if dtype not in FLOATS:
         raise Unsupported(f"x: supported dtypes are {', '.join(sorted(FLOATS))}; got {dtype}")
+    name = choose_name(ROPE_BACKENDS, backend, device, dtype, dtype)
     if out is None:
         out = empty_like(x, tuple(x.shape))
-    _C.apply_rope(x, out, rope)
+    if name == "triton":
+        import kvlink.triton
+
+        kvlink.triton.apply_rope(x, rope, out, stream=stream)
+    elif name == "cuda":
+        cuda_ops().apply_rope(x, out, rope, stream_of(device, stream))
+    elif name == "reference":
+        from kvlink.reference.rope import apply_rope as reference
+
+        cos_sin, positions = as_reference(rope.cos_sin), as_reference(rope.positions)
+        there = rope._replace(cos_sin=cos_sin, positions=positions)
+        turned = reference(as_reference(x).float(), there)
+        from_reference(turned, out)
+    else:
+        _C.apply_rope(x, out, rope)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from typing import Any
 
@@ -60,6 +61,57 @@ def test_streams_are_told() -> None:
     array = np.ones(3, np.float32)
     assert from_cuda_array(Fake(array)).stream is None
     assert from_cuda_array(Fake(array, stream=7)).stream == 7
+
+
+@pytest.fixture
+def ordered(emulated_cuda: Emulation, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """(device, first, then) of each order of two streams."""
+    calls: list[tuple[int, ...]] = []
+    monkeypatch.setattr(emulated_cuda.module, "order_streams", lambda *call: calls.append(call))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("written_on", "stream", "expected"),
+    [
+        (None, 9, []), (7, 9, [(0, 7, 9)]), (7, 7, []),
+        (1, 0, []), (2, 0, [(0, 2, 1)]), (1, 9, [(0, 1, 9)]), (2, 2, []), (7, None, [(0, 7, 1)]),
+    ],
+)  # fmt: skip
+def test_the_operators_stream_waits_for_the_arrays(
+    ordered: list[tuple[int, ...]], written_on: int | None, stream: int | None,
+    expected: list[tuple[int, ...]],
+) -> None:  # fmt: skip
+    memory, rows = np.zeros((2, 4, 4, 2, 8), np.float32), np.ones((3, 2, 8), np.float32)
+    slots = DeviceArray(torch.tensor([5, -1, 15]))
+    pool = KVPool.wrap([from_cuda_array(Fake(memory, stream=33))], "kv page slot head dim")
+    assert ordered == []  # an address alone
+    k = from_cuda_array(Fake(rows, **({} if written_on is None else {"stream": written_on})))
+    append_kv(k, DeviceArray(torch.from_numpy(rows)), pool, 0, slots, stream=stream)
+    assert ordered == expected
+    assert (memory[0, 1, 1] == 1).all()
+
+
+def test_torch_orders_streams_without_the_cuda_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    class Stream:
+        def __init__(self, handle: int, device: str) -> None:
+            self.name = handle, device
+
+        def wait_stream(self, other: Stream) -> None:
+            calls.append((self.name, other.name))
+
+    monkeypatch.setitem(sys.modules, "kvlink._cuda", None)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", Stream)
+    array = from_cuda_array(Fake(np.ones(3, np.float32), stream=7), device=3)
+    array.__dlpack__(stream=9)
+    assert calls == [((9, "cuda:3"), (7, "cuda:3"))]
+    array.__dlpack__(stream=7)
+    array.__dlpack__(stream=-1)
+    assert len(calls) == 1
+    array.__dlpack__()  # no stream: the legacy default one
+    assert calls[1:] == [((1, "cuda:3"), (7, "cuda:3"))]
 
 
 @pytest.mark.parametrize(

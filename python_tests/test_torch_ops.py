@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 
 import kvlink
 from kvlink.errors import InvalidArgument, PageTableError
@@ -132,9 +135,13 @@ def test_quantised_caches_and_every_granularity() -> None:
         assert float((out - wanted).abs().max()) < 0.1
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_without_a_break(backend: str) -> None:
-    """A step of a layer in one graph: the write is seen by the read behind it."""
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compiled_without_a_break(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of a layer in one graph: the write is seen by the read behind it. Inductor compiles
+    what is beside the ops by a C++ compiler."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
     def step(
         cache: torch.Tensor, rows: torch.Tensor, q: torch.Tensor, table: torch.Tensor,
@@ -150,12 +157,15 @@ def test_compiled_without_a_break(backend: str) -> None:
     cache, expected = make_cache(), make_cache()
     torch._dynamo.reset()
     compiled = torch.compile(step, backend=backend, fullgraph=True)
+    compiler = os.environ.get("CXX", "c++").split()[-1]  # without what caches its results
     for _ in range(2):
-        out, lse = compiled(cache, ROWS, q, table, lens, indptr)
+        with torch._inductor.config.patch({"cpp.cxx": (None, compiler)}):
+            out, lse = compiled(cache, ROWS, q, table, lens, indptr)
         wanted, wanted_lse = step(expected, ROWS, q, table, lens, indptr)
         assert torch.equal(cache, expected)
         assert_same_bits(out, wanted)
         assert_same_bits(lse, wanted_lse, "lse")
+    assert (backend == "inductor") == any(tmp_path.rglob("*.cpp"))
 
 
 def test_errors_are_kvlinks() -> None:

@@ -22,6 +22,7 @@ from triton.runtime import JITFunction, driver
 from kvlink.triton import (
     TensorPool,
     append_kv,
+    apply_rope,
     digest_pages,
     merge_states,
     paged_attention,
@@ -127,6 +128,8 @@ SLOTS = torch.zeros(64, dtype=torch.int64)
 ROPE = (torch.ones(100, 128), SLOTS, False, 0)
 
 CASES: dict[str, Callable[[], Any]] = {
+    "rope": lambda: apply_rope(ROWS, ROPE),
+    "rope-interleaved": lambda: apply_rope(ROWS.float(), (*ROPE[:2], True, 0)),
     "merge": lambda: merge_states([ROWS] * 3, [torch.zeros(64, 8)] * 3),
     "append": lambda: append_kv(ROWS, ROWS, make_pool("bfloat16", 128), 0, SLOTS, rope=ROPE),
     "append-fp8": lambda: append_kv(

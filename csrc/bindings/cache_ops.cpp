@@ -34,27 +34,9 @@ void append_kv(const py::object& k, const py::object& v, const PoolView& pool,
 }
 
 void apply_rope(const py::object& x, const py::object& out, const py::object& rope) {
-  Symbols symbols;
-  const TensorSpec x_spec{"x", {"num_tokens", "num_heads", "head_dim"}, kFloatTypes};
-  const Tensor from = x_spec.import(x, symbols);
-  const std::string type = from.type_name();
-  TensorSpec out_spec{"out", {"num_tokens", "num_heads", "head_dim"}, {type.c_str()}};
-  out_spec.writable = true;
-  const Tensor to = out_spec.import(out, symbols);
-  const RopeArgs args(rope.cast<py::tuple>(), symbols);
-  const ApplyRopeParams params{.x = from.data<void>(),
-                               .out = to.data<void>(),
-                               .dtype = *from.dtype(),
-                               .x_stride_token = from.stride(0),
-                               .x_stride_head = from.stride(1),
-                               .out_stride_token = to.stride(0),
-                               .out_stride_head = to.stride(1),
-                               .num_tokens = from.dim(0),
-                               .num_heads = static_cast<int32_t>(from.dim(1)),
-                               .head_dim = static_cast<int32_t>(from.dim(2)),
-                               .rope = args.params};
+  const ApplyRopeArgs args(x, out, rope, true);
   const py::gil_scoped_release release;
-  cpu::apply_rope(params);
+  cpu::apply_rope(args.params);
 }
 
 py::tuple relayout_pages(const PoolView& src, const PageIds& src_pages, const PoolView& dst,

@@ -93,6 +93,7 @@ void paged_attention(const py::object& q, const PoolView& pool, int64_t layer,
                      const py::object& expected_generations, const ReadyItems& ready,
                      double ready_timeout, uintptr_t stream) {
   const DeviceGuard guard(pool);
+  const ConsumerStream consumer(static_cast<int64_t>(stream));
   const LayerView& kv = pool.layer(layer);
   KVLINK_CHECK(window >= 0, "window: expected >= 0 (0: everything); got ", window);
   KVLINK_CHECK(softcap >= 0.0f, "softcap: expected >= 0 (0: none); got ", softcap);
@@ -157,10 +158,15 @@ void merge_states(const std::vector<py::object>& outs, const std::vector<py::obj
   KVLINK_CHECK(!outs.empty() && outs.size() == lses.size(),
                "states: expected one lse for each of at least one out; got ", outs.size(),
                " outs and ", lses.size(), " lses");
-  const dlpack::Device device = Tensor(outs[0], "outs[0]").device();
+  dlpack::Device device;
+  {
+    const ConsumerStream device_alone(dlpack::kNoStreams);
+    device = Tensor(outs[0], "outs[0]").device();
+  }
   KVLINK_CHECK(device.type == dlpack::kDeviceCuda,
                "outs[0]: expected an array on a CUDA device; got device type ", device.type);
   const DeviceGuard guard(device.id);
+  const ConsumerStream consumer(static_cast<int64_t>(stream));
   DeviceArrays arrays(device);
   std::vector<Tensor> kept;
   std::vector<const void*> out_data;

@@ -69,6 +69,7 @@ class DevicePageIds {
 void append_kv(const py::object& k, const py::object& v, const PoolView& pool,
                const py::object& layers, const py::object& slots, uintptr_t stream) {
   const DeviceGuard guard(pool);
+  const ConsumerStream consumer(static_cast<int64_t>(stream));
   const AppendArgs args(k, v, pool, layers, slots);
   const py::gil_scoped_release release;
   for (const AppendKVParams& layer : args.params) cuda::append_kv(layer, as_stream(stream));
@@ -82,6 +83,7 @@ py::tuple relayout_pages(const PoolView& src, const py::object& src_pages, const
                          int64_t src_start, int64_t dst_start, int64_t token_position, bool digest,
                          uintptr_t stream) {
   const DeviceGuard guard(dst);
+  const ConsumerStream consumer(static_cast<int64_t>(stream));
   KVLINK_CHECK(src.device.type == dst.device.type && src.device.id == dst.device.id,
                "src_pool: expected the device of dst_pool, number ", dst.device.id,
                "; got device type ", src.device.type, " number ", src.device.id);
@@ -117,6 +119,7 @@ py::tuple digest_pages(const PoolView& pool, const py::object& pages,
                        int32_t num_heads, int32_t head, int32_t model_head, int64_t num_tokens,
                        int64_t start, int64_t token_position, uintptr_t stream) {
   const DeviceGuard guard(pool);
+  const ConsumerStream consumer(static_cast<int64_t>(stream));
   const auto views = stored_layers(pool, layers, "layers");
   KVLINK_CHECK(views.size() == model_layers.size(), "model_layers: expected ", views.size(),
                " layers; got ", model_layers.size());
@@ -207,4 +210,6 @@ PYBIND11_MODULE(KVLINK_CUDA_MODULE, module) {
              py::arg("token_position"), py::arg("stream"),
              "(rows, digest). Layers are stored layers.");
   register_cuda_attention(module);
+  register_cuda_rope(module);
+  register_cuda_streams(module);
 }

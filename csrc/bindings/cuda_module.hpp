@@ -46,5 +46,7 @@ cuda::ReadyCounters ready_counters(const ReadyItems& ready, double timeout,
                                    const dlpack::Device& device);
 
 void register_cuda_attention(pybind11::module_& module);
+void register_cuda_rope(pybind11::module_& module);
+void register_cuda_streams(pybind11::module_& module);
 
 }  // namespace kvlink::bindings

@@ -62,4 +62,24 @@ struct ManagedTensorVersioned {  // capsule "dltensor_versioned"
   Tensor tensor;
 };
 
+// What a type may have as `__dlpack_c_exchange_api__` (capsule "dlpack_exchange_api", DLPack 1.3):
+// exchange without Python in between, and without ordering streams. Functions return 0, or raise.
+struct ExchangeApiHeader {
+  Version version;
+  ExchangeApiHeader* previous;
+};
+
+struct ExchangeApi {
+  ExchangeApiHeader header;
+  void* allocate;
+  int (*managed_from_object)(void* object, ManagedTensorVersioned** out);
+  void* managed_to_object;
+  void* tensor_from_object;
+  int (*current_work_stream)(int32_t device_type, int32_t device_id, void** out);
+};
+
+// Streams as `__dlpack__` is told of them; others are handles.
+inline constexpr int64_t kNoStreams = -1;  // nothing is to be ordered
+inline constexpr int64_t kLegacyStream = 1;
+
 }  // namespace kvlink::dlpack

@@ -131,6 +131,7 @@ void register_memory(py::module_& module) {
   module.def(
       "tensor_info",
       [](const py::object& object, const std::string& name) {
+        const ConsumerStream addresses_alone(dlpack::kNoStreams);
         const Tensor tensor(object, name);
         return py::make_tuple(reinterpret_cast<uintptr_t>(tensor.data<void>()), tensor.shape(),
                               tensor.strides(), tensor.type_name(),

@@ -49,12 +49,21 @@ PageIds::PageIds(const py::object& pages, const std::string& name) {
   data_ = copied_.data();
 }
 
-RopeArgs::RopeArgs(const py::tuple& rope, Symbols& symbols)
-    : cos_sin(TensorSpec{"rope.cos_sin", {"num_positions", "rotary_dim"}, {"float32"}}.import(
-          rope[0], symbols)),
-      positions(
-          TensorSpec{"rope.positions", {"num_tokens"}, {"int64"}, TensorSpec::Strides::kContiguous}
-              .import(rope[1], symbols)) {
+RopeArgs::RopeArgs(const py::tuple& rope, Symbols& symbols, bool on_host)
+    : cos_sin(TensorSpec{"rope.cos_sin",
+                         {"num_positions", "rotary_dim"},
+                         {"float32"},
+                         TensorSpec::Strides::kLastContiguous,
+                         false,
+                         on_host}
+                  .import(rope[0], symbols)),
+      positions(TensorSpec{"rope.positions",
+                           {"num_tokens"},
+                           {"int64"},
+                           TensorSpec::Strides::kContiguous,
+                           false,
+                           on_host}
+                    .import(rope[1], symbols)) {
   params = {.cos_sin = cos_sin.data<float>(),
             .positions = positions.data<int64_t>(),
             .num_positions = cos_sin.dim(0),
@@ -136,6 +145,47 @@ std::vector<LayerView> stored_layers(const PoolView& pool, const std::vector<int
     views.push_back(pool.stored_layers[layer]);
   }
   return views;
+}
+
+ApplyRopeArgs::ApplyRopeArgs(const py::object& x_array, const py::object& out_array,
+                             const py::object& rope_tuple, bool on_host)
+    : x(TensorSpec{"x",
+                   {"num_tokens", "num_heads", "head_dim"},
+                   kFloatTypes,
+                   TensorSpec::Strides::kLastContiguous,
+                   false,
+                   on_host}
+            .import(x_array, symbols)),
+      out(TensorSpec{"out",
+                     {"num_tokens", "num_heads", "head_dim"},
+                     {x.type_name() == "bfloat16"  ? "bfloat16"
+                      : x.type_name() == "float16" ? "float16"
+                                                   : "float32"},
+                     TensorSpec::Strides::kLastContiguous,
+                     true,
+                     on_host}
+              .import(out_array, symbols)),
+      rope(rope_tuple.cast<py::tuple>(), symbols, on_host),
+      params{.x = x.data<void>(),
+             .out = out.data<void>(),
+             .dtype = *x.dtype(),
+             .x_stride_token = x.stride(0),
+             .x_stride_head = x.stride(1),
+             .out_stride_token = out.stride(0),
+             .out_stride_head = out.stride(1),
+             .num_tokens = x.dim(0),
+             .num_heads = static_cast<int32_t>(x.dim(1)),
+             .head_dim = static_cast<int32_t>(x.dim(2)),
+             .rope = rope.params} {
+  const dlpack::Device device = x.device();
+  const std::pair<const char*, const Tensor*> others[] = {
+      {"out", &out}, {"rope.cos_sin", &rope.cos_sin}, {"rope.positions", &rope.positions}};
+  for (const auto& [name, array] : others) {
+    const dlpack::Device other = array->device();
+    KVLINK_CHECK(on_host || (other.type == device.type && other.id == device.id), name,
+                 ": expected an array on the device of x, type ", device.type, " number ",
+                 device.id, "; got type ", other.type, " number ", other.id);
+  }
 }
 
 }  // namespace kvlink::bindings

@@ -31,9 +31,10 @@ class PageIds {
   int64_t size_ = 0;
 };
 
-// A Rope as Python has it: (cos_sin, positions, interleaved, first_dim), checked; host arrays.
+// A Rope as Python has it: (cos_sin, positions, interleaved, first_dim), checked; arrays in host
+// memory, or wherever they are.
 struct RopeArgs {
-  RopeArgs(const pybind11::tuple& rope, Symbols& symbols);
+  RopeArgs(const pybind11::tuple& rope, Symbols& symbols, bool on_host = true);
 
   Tensor cos_sin, positions;
   RopeParams params;
@@ -55,5 +56,16 @@ struct AppendArgs {
 // Throws InvalidArgument, naming the argument.
 std::vector<LayerView> stored_layers(const PoolView& pool, const std::vector<int32_t>& layers,
                                      const char* name);
+
+// The arguments of apply_rope: arrays in host memory, or all on one device.
+struct ApplyRopeArgs {
+  ApplyRopeArgs(const pybind11::object& x, const pybind11::object& out,
+                const pybind11::object& rope, bool on_host);
+
+  Symbols symbols;
+  Tensor x, out;
+  RopeArgs rope;
+  ApplyRopeParams params;
+};
 
 }  // namespace kvlink::bindings

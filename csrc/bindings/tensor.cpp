@@ -14,6 +14,12 @@ std::string describe(const std::vector<int64_t>& values) {
   return text + "]";
 }
 
+template <typename Managed>
+void release(void* pointer) {
+  auto* owned = static_cast<Managed*>(pointer);
+  if (owned->deleter) owned->deleter(owned);
+}
+
 // Takes the tensor out of a capsule and marks it consumed, as DLPack prescribes.
 template <typename Managed>
 std::shared_ptr<void> consume(PyObject* capsule, const char* name, const char* used_name,
@@ -21,11 +27,18 @@ std::shared_ptr<void> consume(PyObject* capsule, const char* name, const char* u
   *managed = static_cast<Managed*>(PyCapsule_GetPointer(capsule, name));
   if (!*managed) throw py::error_already_set();
   PyCapsule_SetName(capsule, used_name);
-  Managed* tensor = *managed;
-  return {tensor, [](void* pointer) {
-            auto* owned = static_cast<Managed*>(pointer);
-            if (owned->deleter) owned->deleter(owned);
-          }};
+  return {*managed, &release<Managed>};
+}
+
+thread_local std::optional<int64_t> consumer_stream;
+
+// What the producer is to be told of streams: nothing in host memory, as the protocol has it.
+std::optional<int64_t> stream_for(const py::handle& object) {
+  if (!consumer_stream || !py::hasattr(object, "__dlpack_device__")) return std::nullopt;
+  const py::tuple device = object.attr("__dlpack_device__")();
+  const auto type = device[0].cast<int32_t>();
+  const bool on_cuda = type == dlpack::kDeviceCuda || type == dlpack::kDeviceCudaManaged;
+  return on_cuda ? consumer_stream : std::nullopt;
 }
 
 py::object export_capsule(const py::handle& object, std::string_view name) {
@@ -35,38 +48,98 @@ py::object export_capsule(const py::handle& object, std::string_view name) {
   // Immortal on purpose: no destructor runs after the interpreter is gone.
   static const auto* kMaxVersion = new py::object(py::make_tuple(1, 1));
   try {
-    return object.attr("__dlpack__")(py::arg("max_version") = *kMaxVersion);
-  } catch (py::error_already_set& error) {
-    if (!error.matches(PyExc_TypeError)) {
-      throw InvalidArgument(
-          concat(name, ": the array could not be exported: ", std::string(py::str(error.value()))));
+    py::dict options;
+    if (const auto stream = stream_for(object)) options["stream"] = *stream;
+    const py::object produce = object.attr("__dlpack__");
+    try {
+      return produce(py::arg("max_version") = *kMaxVersion, **options);
+    } catch (py::error_already_set& error) {
+      if (!error.matches(PyExc_TypeError)) throw;
     }
-  }
-  try {  // producers older than DLPack 1.0 take no max_version
-    return object.attr("__dlpack__")();
+    return produce(**options);  // producers older than DLPack 1.0 take no max_version
   } catch (py::error_already_set& error) {
     throw InvalidArgument(
         concat(name, ": the array could not be exported: ", std::string(py::str(error.value()))));
   }
 }
 
+// The API of exactly this type: a subclass may have made something else of its arrays.
+const dlpack::ExchangeApi* exchange_api(PyObject* object) {
+  static PyObject* const kName = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+  PyObject* const attributes = Py_TYPE(object)->tp_dict;
+  PyObject* const capsule = attributes ? PyDict_GetItem(attributes, kName) : nullptr;
+  if (!capsule || !PyCapsule_IsValid(capsule, "dlpack_exchange_api")) return nullptr;
+  auto* header =
+      static_cast<dlpack::ExchangeApiHeader*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  while (header && header->version.major > 1) header = header->previous;
+  if (!header || header->version.major != 1) return nullptr;
+  return reinterpret_cast<const dlpack::ExchangeApi*>(header);
+}
+
+// torch's check, which the API leaves out.
+bool requires_grad(PyObject* object) {
+  static PyObject* const kName = PyUnicode_InternFromString("requires_grad");
+  const auto flag = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, kName));
+  if (!flag) PyErr_Clear();
+  return flag && flag.ptr() != Py_False;
+}
+
 }  // namespace
 
+ConsumerStream::ConsumerStream(int64_t stream) : before_(consumer_stream) {
+  consumer_stream = stream == 0 ? dlpack::kLegacyStream : stream;
+}
+
+ConsumerStream::~ConsumerStream() { consumer_stream = before_; }
+
 Tensor::Tensor(const py::handle& object, std::string_view name) {
+  if (!import_directly(object.ptr())) import_capsule(object, name);
+}
+
+// False: Python has to be asked, to order streams or to say what is wrong.
+bool Tensor::import_directly(PyObject* object) {
+  const dlpack::ExchangeApi* const api = exchange_api(object);
+  if (!api || requires_grad(object)) return false;
+  dlpack::ManagedTensorVersioned* managed = nullptr;
+  if (api->managed_from_object(object, &managed) != 0 || !managed) {
+    PyErr_Clear();
+    return false;
+  }
+  managed_ = {managed, &release<dlpack::ManagedTensorVersioned>};
+  const dlpack::Device device = managed->tensor.device;
+  if (consumer_stream && *consumer_stream != dlpack::kNoStreams &&
+      device.type == dlpack::kDeviceCuda) {
+    void* stream = nullptr;
+    if (api->current_work_stream(device.type, device.id, &stream) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    const auto current = static_cast<int64_t>(reinterpret_cast<uintptr_t>(stream));
+    if ((current ? current : dlpack::kLegacyStream) != *consumer_stream) return false;
+  }
+  if (managed->version.major != 1) return false;
+  read_only_ = managed->flags & dlpack::kFlagReadOnly;
+  take(managed->tensor);
+  return true;
+}
+
+void Tensor::import_capsule(const py::handle& object, std::string_view name) {
   const py::object capsule = export_capsule(object, name);
-  dlpack::Tensor tensor;
   if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
     dlpack::ManagedTensorVersioned* managed;
     managed_ = consume(capsule.ptr(), "dltensor_versioned", "used_dltensor_versioned", &managed);
     KVLINK_CHECK(managed->version.major == 1, name, ": expected DLPack version 1; got ",
                  managed->version.major);
-    tensor = managed->tensor;
     read_only_ = managed->flags & dlpack::kFlagReadOnly;
+    take(managed->tensor);
   } else {
     dlpack::ManagedTensor* managed;
     managed_ = consume(capsule.ptr(), "dltensor", "used_dltensor", &managed);
-    tensor = managed->tensor;
+    take(managed->tensor);
   }
+}
+
+void Tensor::take(const dlpack::Tensor& tensor) {
   data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
   device_ = tensor.device;
   type_ = tensor.dtype;

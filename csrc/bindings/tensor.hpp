@@ -20,6 +20,20 @@ namespace kvlink::bindings {
 
 namespace py = pybind11;
 
+// While it lives, arrays that this thread imports from CUDA devices are for work on this stream (a
+// cudaStream_t, or dlpack::kNoStreams: for their addresses alone). Producers are told, so that the
+// stream waits for what theirs have still to do.
+class ConsumerStream {
+ public:
+  explicit ConsumerStream(int64_t stream);
+  ~ConsumerStream();
+  ConsumerStream(const ConsumerStream&) = delete;
+  ConsumerStream& operator=(const ConsumerStream&) = delete;
+
+ private:
+  std::optional<int64_t> before_;
+};
+
 // A borrowed array; keeps its producer's memory alive.
 class Tensor {
  public:
@@ -47,6 +61,10 @@ class Tensor {
   std::optional<DType> dtype() const;
 
  private:
+  bool import_directly(PyObject* object);
+  void import_capsule(const py::handle& object, std::string_view name);
+  void take(const dlpack::Tensor& tensor);
+
   void* data_ = nullptr;
   dlpack::Device device_{};
   dlpack::DataType type_{};

@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 in the environment they run on the CPU, slowly, for tests.
 """
 
 from kvlink.triton.append_kv import append_kv
+from kvlink.triton.apply_rope import apply_rope
 from kvlink.triton.merge_states import merge_states
 from kvlink.triton.paged_attention import paged_attention
 from kvlink.triton.relayout_pages import digest_pages, relayout_pages
@@ -14,6 +15,7 @@ from kvlink.triton.tensor_pool import TensorPool
 __all__ = [
     "TensorPool",
     "append_kv",
+    "apply_rope",
     "digest_pages",
     "merge_states",
     "paged_attention",

@@ -11,32 +11,11 @@ import triton.language as tl
 
 from kvlink.errors import InvalidArgument
 from kvlink.triton import configs
+from kvlink.triton.apply_rope import check_positions, checked_rope, turn
 from kvlink.triton.arguments import FLOATS, Sizes, check, short_name
-from kvlink.triton.error_record import POSITIONS, SLOTS, record, record_error, report_errors
+from kvlink.triton.error_record import POSITIONS, SLOTS, record, record_first, report_errors
 from kvlink.triton.tensor_pool import TensorPool, as_tensor_pool, on_stream, strides_of
 from kvlink.triton.values import from_float32, largest_finite, row_scales
-
-
-@triton.jit
-def _turn(row, src, from_row, inside, cos_sin, at_angles, first_dim, DIMS: tl.constexpr,
-          ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
-    """The row with its pairs turned; see `kvlink.Rope`. The other dim of each is loaded again."""
-    dim = tl.arange(0, DIMS) - first_dim
-    HALF: tl.constexpr = ROTARY // 2
-    if INTERLEAVED:
-        pair, is_first = dim // 2, dim % 2 == 0
-        other = tl.where(is_first, dim + 1, dim - 1)
-    else:
-        pair, is_first = dim % HALF, dim < HALF
-        other = tl.where(is_first, dim + HALF, dim - HALF)
-    turning = inside & ((dim >= 0) & (dim < ROTARY))[None, :]
-    at = from_row[:, None] + (other + first_dim)[None, :]
-    others = tl.load(src + at, mask=turning, other=0.0).to(tl.float32)
-    at = at_angles[:, None] + pair[None, :]
-    cos = tl.load(cos_sin + at, mask=turning, other=1.0)
-    sin = tl.load(cos_sin + at + HALF, mask=turning, other=0.0)
-    turned = row * cos + tl.where(is_first[None, :], -1.0, 1.0) * (others * sin)
-    return tl.where(turning, turned, row)
 
 
 @triton.jit
@@ -81,11 +60,11 @@ def append_kv_kernel(
     token, head = row // NUM_HEADS, row % NUM_HEADS
     slot = tl.load(slots + token, mask=row < num_rows, other=-1)
     wanted = (slot >= 0) & (slot < num_slots)
-    _record(errors, SLOTS, (slot < -1) | (slot >= num_slots), token, slot, num_rows)
+    record_first(errors, SLOTS, (slot < -1) | (slot >= num_slots), token, slot, num_rows)
     if cos_sin is not None:
         position = tl.load(positions + token, mask=wanted, other=0)
         known = (position >= 0) & (position < num_positions)
-        _record(errors, POSITIONS, wanted & (known == 0), token, position, num_rows)
+        record_first(errors, POSITIONS, wanted & (known == 0), token, position, num_rows)
         wanted = wanted & known
     page, at = slot // PAGE_SIZE, slot % PAGE_SIZE
 
@@ -94,7 +73,7 @@ def append_kv_kernel(
     from_row = token * k_strides[0] + head * k_strides[1]
     keys = tl.load(k + from_row[:, None] + dim[None, :], mask=inside, other=0.0).to(tl.float32)
     if cos_sin is not None:
-        keys = _turn(
+        keys = turn(
             keys, k, from_row, inside, cos_sin, position * table_stride, first_dim, DIMS, ROTARY,
             INTERLEAVED,
         )  # fmt: skip
@@ -111,14 +90,6 @@ def append_kv_kernel(
             values.to(tl.float32), v_pages, v_scale, head, page, at, wanted, v_pages_strides,
             v_scale_strides, head_dim_v, KIND, SCALE, DIMS_V,
         )  # fmt: skip
-
-
-@triton.jit
-def _record(errors, ARGUMENT: tl.constexpr, bad, token, value, num_rows):
-    if tl.max(bad.to(tl.int32), 0) != 0:
-        first = tl.min(tl.where(bad, token, num_rows), 0)
-        found = tl.max(tl.where(bad & (token == first), value, -(2**63)), 0)
-        record_error(errors, ARGUMENT, -1, first, found)
 
 
 def append_kv(
@@ -160,7 +131,7 @@ def append_kv(
     elif v is not None:
         raise InvalidArgument("v: expected None, as V is part of K in latent pages")
     slots = check(slots, "slots", ("num_tokens",), ("int64",), sizes, cache.device, contiguous=True)
-    turning = None if rope is None else _checked_rope(rope, sizes, cache)
+    turning = None if rope is None else checked_rope(rope, sizes, cache.device, cache.head_dim)
     if cache.device.type == "cpu":
         _check_values(slots, cache.num_pages * cache.page_size, turning)
     if slots.numel():
@@ -196,25 +167,6 @@ def _launch(
     )  # fmt: skip
 
 
-def _checked_rope(rope: Any, sizes: Sizes, cache: TensorPool) -> tuple[Any, Any, bool, int]:
-    table, positions, interleaved, first_dim = rope
-    axes = ("num_positions", "rotary_dim")
-    table = check(table, "rope.cos_sin", axes, ("float32",), sizes, cache.device)
-    positions = check(
-        positions, "rope.positions", ("num_tokens",), ("int64",), sizes, cache.device,
-        contiguous=True,
-    )  # fmt: skip
-    rotary_dim = table.shape[1]
-    if rotary_dim % 2 or not rotary_dim:
-        raise InvalidArgument(f"rope.cos_sin: expected an even number of columns; got {rotary_dim}")
-    if first_dim < 0 or first_dim + rotary_dim > cache.head_dim:
-        raise InvalidArgument(
-            f"rope: expected dims within the {cache.head_dim} of a head; got {first_dim} to "
-            f"{first_dim + rotary_dim - 1}"
-        )
-    return table, positions, bool(interleaved), int(first_dim)
-
-
 def _check_values(slots: torch.Tensor, num_slots: int, rope: Any) -> None:
     bad = ((slots < -1) | (slots >= num_slots)).nonzero()
     if len(bad):
@@ -223,11 +175,4 @@ def _check_values(slots: torch.Tensor, num_slots: int, rope: Any) -> None:
             f"slots[{first}]: expected -1 or a slot in [0, {num_slots}); got {int(slots[first])}"
         )
     if rope is not None:
-        last, positions = len(rope[0]) - 1, rope[1]
-        bad = ((slots >= 0) & ((positions < 0) | (positions > last))).nonzero()
-        if len(bad):
-            first = int(bad[0])
-            raise InvalidArgument(
-                f"rope.positions[{first}]: expected a row of the table, 0 to {last}; "
-                f"got {int(positions[first])}"
-            )
+        check_positions(rope, slots >= 0)

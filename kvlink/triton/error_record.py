@@ -45,6 +45,15 @@ def record_error(record, ARGUMENT: tl.constexpr, sequence, index, value):
         tl.atomic_xchg(record, tl.full((), 2, tl.int64), sem="release", scope="sys")
 
 
+@triton.jit
+def record_first(record, ARGUMENT: tl.constexpr, bad, token, value, num_rows):
+    """Leaves the record of the first token that is bad, if one is."""
+    if tl.max(bad.to(tl.int32), 0) != 0:
+        first = tl.min(tl.where(bad, token, num_rows), 0)
+        found = tl.max(tl.where(bad & (token == first), value, -(2**63)), 0)
+        record_error(record, ARGUMENT, -1, first, found)
+
+
 def report_errors() -> None:
     """Raises what a kernel has recorded, and forgets it.
 
