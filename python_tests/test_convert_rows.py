@@ -115,3 +115,51 @@ def test_every_mantissa_by_every_scale_of_an_amax(simd_level: str, dst_dtype: st
         values = rows if name == "k" else -rows
         quotients = values[None, :, None] / torch.from_numpy(scales)[:, None]
         assert torch.equal(rows_of(dst.pool, 0, name), converted(quotients, dst_dtype))
+
+
+@pytest.mark.parametrize("dst_dtype", QUANT_MAX)
+def test_every_mantissa_beside_every_largest_value(simd_level: str, dst_dtype: str) -> None:
+    """Rows with scales of their own, down to quotients that are zero."""
+    mantissas = np.arange(128, 256, dtype=np.float32)
+    scaled = np.ldexp(mantissas, np.arange(0, -21, -1, dtype=np.int32)[:, None])
+    most = torch.from_numpy(mantissas)[:, None, None]
+    rows = torch.minimum(torch.from_numpy(scaled), most)  # [most, exponent, mantissa]
+    ends = torch.stack((most, -most / 2), -1).flatten(2).expand(-1, rows.shape[1], -1)
+    k = torch.cat((rows, ends.repeat(1, 1, 32)), 2).flatten(0, 1)
+    v = torch.cat((most.expand(-1, rows.shape[1], -1), -rows[:, :, 1:]), 2).flatten(0, 1)
+    powers = torch.tensor([0, 40, -50, -80, -120, 110])[torch.arange(len(k)) % 6, None]
+    shape = dict(num_kv_heads=1, head_dim=192, head_dim_v=128, page_size=len(k), num_pages=1)
+    src = make_pool("nhd", dtype="bfloat16", **shape)  # type: ignore[arg-type]
+    dst = make_pool("hnd", dtype=dst_dtype, scale="token_head", **shape)  # type: ignore[arg-type]
+    planes = {"k": torch.ldexp(k, powers).bfloat16(), "v": torch.ldexp(v, powers).bfloat16()}
+    for name, values in planes.items():
+        stored = rows_of(src.pool, 0, name)
+        stored.copy_(values.view(torch.int16).view(stored.shape))
+    relayout_pages(src.pool, [0], dst.pool, [0], num_tokens=len(k))
+    for name, values in planes.items():
+        scales = values.float().abs().amax(-1) / torch.tensor(QUANT_MAX[dst_dtype])
+        scales[scales < torch.finfo(torch.float32).tiny] = 1
+        assert torch.equal(scale_plane(dst.pool, 0, name).reshape(-1), scales)
+        found, expected = rows_of(dst.pool, 0, name), values.float() / scales[:, None]
+        assert torch.equal(found.reshape(expected.shape), converted(expected, dst_dtype))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 8, 9, 63, 65])
+@pytest.mark.parametrize("dst_dtype", QUANT_MAX)
+def test_few_rows_with_scales_of_their_own(
+    simd_level: str, dst_dtype: str, num_tokens: int
+) -> None:
+    shape = dict(num_kv_heads=3, head_dim=128, page_size=7, num_pages=10)
+    src = make_pool("nhd", dtype="bfloat16", **shape)  # type: ignore[arg-type]
+    dst = make_pool("hnd", dtype=dst_dtype, scale="token_head", **shape)  # type: ignore[arg-type]
+    values = torch.randn(70, 3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    stored = rows_of(src.pool, 0, "k")
+    stored.copy_(values.view(torch.int16).view(stored.shape))
+    pages = list(range(10))
+    relayout_pages(src.pool, pages, dst.pool, pages, num_tokens=num_tokens)
+    scales = values.float().abs().amax(-1) / torch.tensor(QUANT_MAX[dst_dtype])
+    expected = converted(values.float() / scales[..., None], dst_dtype)[:num_tokens]
+    found = rows_of(dst.pool, 0, "k").reshape(70, 3, 128)[:num_tokens]
+    assert torch.equal(found, expected)
+    found_scales = scale_plane(dst.pool, 0, "k").reshape(70, 3)[:num_tokens]
+    assert torch.equal(found_scales, scales[:num_tokens])

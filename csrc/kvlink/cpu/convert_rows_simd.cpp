@@ -7,7 +7,8 @@
 #include "kvlink/base/convert.hpp"
 #include "kvlink/base/math.hpp"
 #include "kvlink/cpu/move_rows.hpp"
-#include "kvlink/cpu/simd/quantise.hpp"
+#include "kvlink/cpu/simd/quantise_rows.hpp"
+#include "kvlink/cpu/simd/row_batch.hpp"
 #include "kvlink/cpu/simd/row_walk.hpp"
 #include "kvlink/cpu/simd/strided.hpp"
 #include "kvlink/cpu/simd/widen.hpp"
@@ -193,64 +194,6 @@ __attribute__((noinline)) RowLanes keep_row(const RowMove& move, const char* src
   return lanes;
 }
 
-struct RowAt {
-  const char* src;
-  char* dst;
-  const float* src_scale;  // of the row's own, as the next
-  float* dst_scale;
-  int64_t head;
-  uint64_t shift;  // of the digest, the scale left out
-};
-
-// Rows that are taken through one step after the other, so that the CPU always has as many of them
-// under way as a step's latency asks for. Sixteen at once are slower, where rows lie apart by half.
-struct Rows {
-  static constexpr int64_t kMost = 8;
-
-  int64_t count = 0;
-  int64_t scales = 0;  // where Converter has those of the rows' own
-  RowAt at[kMost];
-
-  // The next rows of a walk, `most` at most; none at its end.
-  __attribute__((noinline)) void take(const RowMove& move, RowWalk<false>& walk, int64_t most) {
-    for (count = 0; count < most && !walk.done();) {
-      const RowBox& box = walk.box();
-      const bool heads = walk.heads_inside();
-      const int64_t head = walk.head(), token = walk.token();
-      const int64_t left = walk.line_rows(), space = most - count;
-      const int64_t num_rows = left < space ? left : space;
-      RowAt row{walk.src(), walk.dst(), nullptr,
-                nullptr,    head,       row_digest::shift(box.token_position + token)};
-      const int64_t src_step = walk.src_step(), dst_step = walk.dst_step();
-      const int64_t head_step = heads ? 1 : 0;
-      const uint64_t shift_step = heads ? 0 : row_digest::shift(1);
-      int64_t src_scale_step = 0, dst_scale_step = 0;
-      if (move.src.token_scale) {
-        const Plane& at = move.src.scale_at;
-        row.src_scale =
-            move.src.row_scale(box.src_page, box.src_slot + token, move.src_head + head);
-        src_scale_step = heads ? at.stride_head : at.stride_slot;
-      }
-      if (move.dst.token_scale) {
-        const Plane& at = move.dst.scale_at;
-        row.dst_scale =
-            move.dst.row_scale(box.dst_page, box.dst_slot + token, move.dst_head + head);
-        dst_scale_step = heads ? at.stride_head : at.stride_slot;
-      }
-      walk.skip(num_rows);
-      for (const int64_t end = count + num_rows; count < end; ++count) {
-        at[count] = row;
-        row.src += src_step;
-        row.dst += dst_step;
-        row.src_scale += src_scale_step;
-        row.dst_scale += dst_scale_step;
-        row.head += head_step;
-        row.shift += shift_step;
-      }
-    }
-  }
-};
-
 // Scales of the heads of a plane; 1 where it has none, or one for every row.
 void static_scales(const RowPlane& plane, int32_t first, int32_t count, float* scales) {
   for (int32_t i = 0; i < count; ++i) {
@@ -270,29 +213,45 @@ class Converter {
         // Rows whose static scales happen to agree keep their bytes.
         may_keep_(kSrc == kDst && !move.src.token_scale && !move.dst.token_scale),
         streaming_(can_stream(move)),
-        quantises_(kQuantises<kSrc, kDst> && !strided_ && !move.src.scale) {
+        quantises_(kQuantises<kSrc, kDst> && !strided_ && !move.src.scale),
+        own_scales_(quantises_ && move.dst.token_scale && takes_rows(move.dims)) {
     static_scales(move.src, move.src_head, move.num_heads, src_scales_);
     static_scales(move.dst, move.dst_head, move.num_heads, dst_scales_);
-    if constexpr (kQuantises<kSrc, kDst>) quantiser_.set_scales(dst_scales_, 0, move.num_heads);
+    if constexpr (kQuantises<kSrc, kDst>) {
+      if (move.dst.token_scale) return;
+      quantiser_.set_scales(dst_scales_, 0, move.num_heads);
+      if (quantises_ && !move.dst.token_scale)
+        head_codes_.set(quantiser_, dst_scales_, move.num_heads);
+    }
   }
 
   // Finds the destination's scales, where rows have their own.
   KVLINK_INLINE void prepare(const Rows& rows) {
-    if (move_.dst.token_scale) find_scales(rows);
+    if (move_.dst.token_scale && rows.count > 0) find_scales(rows);
   }
   // `rows`, which are prepared; those of `ahead` are fetched on the way.
   KVLINK_INLINE void convert(const Rows& rows, const Rows& ahead, DigestSum& sum) {
     if constexpr (kQuantises<kSrc, kDst>) {
       if (quantises_) {
-        uint32_t left = move_.dims == 128  ? quantise<2>(rows, ahead, sum)
-                        : move_.dims == 64 ? quantise<1>(rows, ahead, sum)
-                                           : quantise<0>(rows, ahead, sum);
+        uint32_t left = (uint32_t{1} << rows.count) - 1;
+        if (own_scales_) {
+          left = move_.dims == 128 ? quantise_own<2>(rows, ahead, sum)
+                                   : quantise_own<0>(rows, ahead, sum);
+        }
+        if (left != 0) {
+          left = move_.dims == 128  ? quantise<2>(rows, ahead, left, sum)
+                 : move_.dims == 64 ? quantise<1>(rows, ahead, left, sum)
+                                    : quantise<0>(rows, ahead, left, sum);
+        }
         for (; left != 0; left &= left - 1) convert_row(rows, __builtin_ctz(left), sum);
         return;
       }
     }
     for (int64_t i = 0; i < rows.count; ++i) {
-      if (!strided_ && i < ahead.count) fetch(ahead.at[i].src, move_.dims * Row<kSrc>::kBytes);
+      if (!strided_ && i < ahead.count) {
+        fetch(ahead.at[i].src, move_.dims * Row<kSrc>::kBytes);
+        if (move_.dst.token_scale) __builtin_prefetch(ahead.at[i].dst_scale, 1);
+      }
       convert_row(rows, i, sum);
     }
   }
@@ -314,7 +273,11 @@ class Converter {
     uint32_t left = (uint32_t{1} << rows.count) - 1;
     if constexpr (kQuantises<kSrc, kDst>) {
       const auto src = [&](int64_t i) { return rows.at[i].src; };
-      if (quantises_) {
+      if (own_scales_) {
+        left = move_.dims == 128
+                   ? row_quantiser_.find_scales(src, rows.count, 128, rows.scales, scales)
+                   : row_quantiser_.find_scales(src, rows.count, move_.dims, rows.scales, scales);
+      } else if (quantises_) {
         left = move_.dims == 128 ? quantiser_.find_scales(src, rows.count, 128, scales)
                                  : quantiser_.find_scales(src, rows.count, move_.dims, scales);
       }
@@ -328,14 +291,57 @@ class Converter {
     }
     for (int64_t i = 0; i < rows.count; ++i) *rows.at[i].dst_scale = scales[i];
     if constexpr (kQuantises<kSrc, kDst>) {
-      if (quantises_) quantiser_.set_scales(scales, rows.scales, Rows::kMost);
+      if (quantises_ && !own_scales_) quantiser_.set_scales(scales, rows.scales, Rows::kMost);
     }
   }
 
-  // Rows of kStripes whole stripes, of any length with 0. Returns bits of the rows that are left to
-  // convert_row(), for their scale or a value is not a usual one.
+  static bool takes_rows([[maybe_unused]] int64_t dims) {
+    if constexpr (kQuantises<kSrc, kDst>) return RowQuantiser<kDst>::takes(dims);
+    return false;
+  }
+
+  // Rows that have scales of their own, and kStripes whole stripes, any number of them with 0.
+  // Returns bits of the rows that are left to quantise().
   template <int kStripes>
-  __attribute__((noinline)) uint32_t quantise(const Rows& rows, const Rows& ahead,
+  __attribute__((noinline)) uint32_t quantise_own(const Rows& rows, const Rows& ahead,
+                                                  DigestSum& total) {
+    const int64_t dims = kStripes ? kStripes * 64 : move_.dims;
+    const bool streaming = streaming_, with_digest = move_.with_digest;
+    const int64_t count = rows.count, num_ahead = ahead.count;
+    DigestSum sum;
+    uint32_t left = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (i < num_ahead) {
+        fetch(ahead.at[i].src, dims * 2);
+        __builtin_prefetch(ahead.at[i].dst_scale, 1);  // stores wait for each other
+      }
+      const int64_t scale = rows.scales + i;
+      if (!row_quantiser_.fits(scale)) {
+        quantiser_.set_scales(dst_scales_ + scale, scale, 1);
+        left |= uint32_t{1} << i;
+        continue;
+      }
+      const typename RowQuantiser<kDst>::Row row(row_quantiser_, scale);
+      const char* src = rows.at[i].src;
+      char* dst = rows.at[i].dst;
+      RowLanes lanes;
+      KVLINK_UNROLL_BY(2)
+      for (int64_t j = 0; j < dims; j += 64) {
+        const Words words = row.stripe(src + j * 2);
+        put(words, dst + j, streaming);
+        lanes.stripe(words);
+      }
+      if (with_digest) sum.add_row(lanes.acc(), starts_[rows.at[i].head], shift(rows, i));
+    }
+    total.add(sum);
+    return left;
+  }
+
+  // Those of `rows` that `which` has bits of: of kStripes whole stripes, of any length with 0.
+  // Returns bits of the rows that are left to convert_row(), for their scale or a value is not a
+  // usual one.
+  template <int kStripes>
+  __attribute__((noinline)) uint32_t quantise(const Rows& rows, const Rows& ahead, uint32_t which,
                                               DigestSum& total) const {
     const int64_t dims = kStripes ? kStripes * 64 : move_.dims;
     const bool streaming = streaming_, with_digest = move_.with_digest;
@@ -345,6 +351,7 @@ class Converter {
     uint32_t left = 0;
     for (int64_t i = 0; i < count; ++i) {
       if (i < num_ahead) fetch(ahead.at[i].src, dims * 2);
+      if ((which >> i & 1) == 0) continue;
       const int64_t scale = own_scales ? rows.scales + i : rows.at[i].head;
       const char* src = rows.at[i].src;
       char* dst = rows.at[i].dst;
@@ -354,7 +361,9 @@ class Converter {
       int64_t j = 0;
       KVLINK_UNROLL_BY(2)
       for (; j + 64 <= dims; j += 64) {
-        fits &= quantiser_.stripe(src + j * 2, scale, words);
+        if (!head_codes_.stripe(src + j * 2, scale, words)) {
+          fits &= quantiser_.stripe(src + j * 2, scale, words);
+        }
         put(words, dst + j, streaming);
         lanes.stripe(words);
       }
@@ -396,10 +405,12 @@ class Converter {
 
   const RowMove& move_;
   const HeadStarts starts_;
-  const bool strided_, may_keep_, streaming_, quantises_;
+  const bool strided_, may_keep_, streaming_, quantises_, own_scales_;
   // By head, or by row where rows have their own.
   float src_scales_[HeadStarts::kHeads], dst_scales_[HeadStarts::kHeads];
   std::conditional_t<kQuantises<kSrc, kDst>, Quantiser<kDst>, NoQuantiser> quantiser_;
+  std::conditional_t<kQuantises<kSrc, kDst>, RowQuantiser<kDst>, NoQuantiser> row_quantiser_;
+  std::conditional_t<kQuantises<kSrc, kDst>, HeadCodes<kDst>, NoQuantiser> head_codes_;
 };
 
 constexpr int64_t kRowsBytes = 4096;  // of the source, that are taken together
@@ -410,16 +421,16 @@ uint64_t convert_heads(const RowMove& move, const RowBox* boxes, int64_t num_box
   const int64_t most = fit < 1 ? 1 : fit < Rows::kMost ? fit : Rows::kMost;
   Converter<kSrc, kDst> converter(move);
   DigestSum sum;
-  RowWalk<false> walk(move, boxes, num_boxes, false);
+  RowBatches batches(move, boxes, num_boxes);
   constexpr int kRing = HeadStarts::kHeads / Rows::kMost;
   Rows rows[kRing];
   for (int i = 0; i < kRing; ++i) rows[i].scales = i * Rows::kMost;
-  for (int i = 0; i < kRing - 1; ++i) rows[i].take(move, walk, most);
+  for (int i = 0; i < kRing - 1; ++i) batches.take(rows[i], most);
   converter.prepare(rows[0]);
   for (int i = 0; rows[i].count != 0; i = (i + 1) % kRing) {
     // Scales are known a while before they are used, rows are in the caches before both.
     Rows& ahead = rows[(i + kRing - 1) % kRing];
-    ahead.take(move, walk, most);
+    batches.take(ahead, most);
     converter.prepare(rows[(i + 1) % kRing]);
     converter.convert(rows[i], ahead, sum);
   }

@@ -86,19 +86,46 @@ uint64_t digest_whole_rows(const RowMove& move, const RowBox* boxes, int64_t num
   DigestSum sum;
   RowWalk<false> walk(move, boxes, num_boxes, kWrite == Write::kNothing);
   FetchAhead<false> ahead(walk);
-  for (; !walk.done(); walk.next()) {
-    ahead.stripes<kStripes>();
+  while (!walk.done()) {
+    const int64_t num_rows = walk.line_rows();
+    const bool heads = walk.heads_inside();
     const char* src = walk.src();
     char* dst = walk.dst();
-    Words acc = Words::zero();
-    KVLINK_UNROLL
-    for (int i = 0; i < kStripes; ++i) {
-      const Words words = Words::load(src + 64 * i);
-      if (kWrite == Write::kStore) words.store(dst + 64 * i);
-      if (kWrite == Write::kStream) words.stream(dst + 64 * i);
-      add_stripe(acc, words, keys[i]);
+    const int64_t src_step = walk.src_step(), dst_step = walk.dst_step();
+    const Words* start = &starts[walk.head()];
+    const int64_t start_step = heads ? 1 : 0;
+    uint64_t shift = row_digest::shift(walk.box().token_position + walk.token());
+    const uint64_t shift_step = heads ? 0 : row_digest::shift(1);
+    const float* scale = nullptr;
+    int64_t scale_step = 0;
+    if (move.dst.token_scale) {
+      const RowBox& box = walk.box();
+      scale = move.dst.row_scale(box.dst_page, box.dst_slot + walk.token(),
+                                 move.dst_head + walk.head());
+      scale_step = heads ? move.dst.scale_at.stride_head : move.dst.scale_at.stride_slot;
     }
-    sum.add_row(acc, starts[walk.head()], digest_shift(move, walk));
+    walk.skip(num_rows);
+    for (int64_t i = 0; i < num_rows; ++i) {
+      ahead.stripes<kStripes>();
+      LaneSums lanes;
+      KVLINK_UNROLL
+      for (int j = 0; j < kStripes; ++j) {
+        const Words words = Words::load(src + 64 * j);
+        if (kWrite == Write::kStore) words.store(dst + 64 * j);
+        if (kWrite == Write::kStream) words.stream(dst + 64 * j);
+        lanes.add(words, keys[j]);
+      }
+      uint64_t row_shift = shift;
+      if (scale) {
+        row_shift += row_digest::scale_shift(float_bits(*scale));
+        scale += scale_step;
+      }
+      sum.add_row(lanes.acc(), *start, row_shift);
+      src += src_step;
+      dst += dst_step;
+      start += start_step;
+      shift += shift_step;
+    }
   }
   return sum.total();
 }

@@ -20,6 +20,18 @@ class Quantiser;
 
 #if defined(__AVX512F__)
 
+// The low halves of the lanes of two vectors, in turns.
+KVLINK_INLINE __m512i interleave_halves(__m512i even, __m512i odd) {
+  alignas(64) static constexpr auto kOrder = [] {
+    struct Order {
+      uint16_t idx[32];
+    } order{};
+    for (int i = 0; i < 32; ++i) order.idx[i] = static_cast<uint16_t>(i % 2 * 32 + i / 2 * 2);
+    return order;
+  }();
+  return _mm512_permutex2var_epi16(even, _mm512_load_si512(&kOrder), odd);
+}
+
 // Divides by one of a few scales, and rounds.
 template <DType kDst>
 class Quantiser {
@@ -94,6 +106,10 @@ class Quantiser {
   }
   // Whether scale i is not one of the few, or of the odd ones, that this cannot divide by.
   KVLINK_INLINE bool can_divide(int64_t i) const { return most_[i] != 0; }
+  // Bits of the smallest bfloat16 whose quotient by scale i is a normal float8, and of the largest
+  // one that needs no bound; of scales that this can divide by.
+  uint32_t least(int64_t i) const { return least_[i] & 0xffff; }
+  uint32_t most(int64_t i) const { return most_[i] & 0xffff; }
 
   // 64 values divided by scale i; false, and anything, where one is too large, or NaN.
   KVLINK_INLINE bool stripe(const char* src, int64_t i, Words& words) const {
@@ -147,7 +163,7 @@ class Quantiser {
     if constexpr (kDst == DType::kInt8) {
       const __m512 even = divide(_mm512_slli_epi32(stored, 16), i);
       const __m512 odd = divide(_mm512_and_si512(stored, upper), i);
-      return interleave(nearest(even), nearest(odd));
+      return interleave_halves(nearest(even), nearest(odd));
     } else {
       // Float8::round(), whose exponents are here those of the values less that of the scale.
       using Type = Float8Of<kDst>;
@@ -157,8 +173,8 @@ class Quantiser {
           exponents, _mm512_set1_epi16((Type::kLeastBits >> 16) + (Type::kShift << 7)));
       const __m512 even = divide(_mm512_slli_epi32(magnitude, 16), i);
       const __m512 odd = divide(_mm512_and_si512(magnitude, upper), i);
-      return _mm512_add_epi16(interleave(add(even, _mm512_slli_epi32(addends, 16)),
-                                         add(odd, _mm512_and_si512(addends, upper))),
+      return _mm512_add_epi16(interleave_halves(add(even, _mm512_slli_epi32(addends, 16)),
+                                                add(odd, _mm512_and_si512(addends, upper))),
                               _mm512_srli_epi16(exponents, Type::kShift - 16));
     }
   }
@@ -168,17 +184,6 @@ class Quantiser {
   }
   static KVLINK_INLINE __m512i add(__m512 x, __m512i addend) {
     return _mm512_castps_si512(_mm512_add_ps(x, _mm512_castsi512_ps(addend)));
-  }
-  // The low halves of the lanes of two vectors, in turns.
-  static KVLINK_INLINE __m512i interleave(__m512i even, __m512i odd) {
-    alignas(64) static constexpr auto kOrder = [] {
-      struct Order {
-        uint16_t idx[32];
-      } order{};
-      for (int i = 0; i < 32; ++i) order.idx[i] = static_cast<uint16_t>(i % 2 * 32 + i / 2 * 2);
-      return order;
-    }();
-    return _mm512_permutex2var_epi16(even, _mm512_load_si512(&kOrder), odd);
   }
 
   alignas(64) float high_[kScales];

@@ -43,6 +43,21 @@ class RowWalk {
   KVLINK_INLINE int64_t line_rows() const { return num_inner_ - inner_; }
   KVLINK_INLINE int64_t src_step() const { return src_inner_; }
   KVLINK_INLINE int64_t dst_step() const { return dst_inner_; }
+  // Such lines that follow each other by one step, one if the walk is inside it.
+  KVLINK_INLINE int64_t lines() const { return inner_ == 0 ? num_outer_ - outer_ : 1; }
+  KVLINK_INLINE int64_t src_line_step() const { return src_outer_; }
+  KVLINK_INLINE int64_t dst_line_step() const { return dst_outer_; }
+  // Past whole lines; lines() at most, from the beginning of one.
+  KVLINK_INLINE void skip_lines(int64_t num_lines) {
+    outer_ += num_lines;
+    if (outer_ < num_outer_) {
+      src_ = src_outer_begin_ += num_lines * src_outer_;
+      dst_ = dst_outer_begin_ += num_lines * dst_outer_;
+      return;
+    }
+    ++box_;
+    enter_box();
+  }
   // As many times next(); line_rows() at most.
   KVLINK_INLINE void skip(int64_t num_rows) {
     inner_ += num_rows;
@@ -117,7 +132,9 @@ template <bool kMerged>
 class FetchAhead {
  public:
   KVLINK_INLINE explicit FetchAhead(const RowWalk<kMerged>& walk) : walk_(walk) {
-    enter_run();
+    enter_line();
+    at_ = begin_;
+    end_ = begin_ + num_bytes_;
     bytes(kFetchBytes);
   }
 
@@ -140,18 +157,32 @@ class FetchAhead {
  private:
   static constexpr int64_t kFetchBytes = 4096;
 
-  KVLINK_INLINE void enter_run() {
-    at_ = walk_.src();
-    end_ = at_ + walk_.src_bytes();
-  }
   KVLINK_INLINE void next_run() {
-    if (!walk_.done()) walk_.next();
-    if (!walk_.done()) enter_run();
+    begin_ += step_;
+    if (--left_ == 0) enter_line();
+    at_ = begin_;
+    end_ = begin_ + num_bytes_;
+  }
+  // Past the last run it stays there.
+  __attribute__((noinline)) void enter_line() {
+    if (walk_.done()) {
+      begin_ -= step_;
+      step_ = 0;
+      left_ = INT64_MAX;
+      return;
+    }
+    begin_ = walk_.src();
+    num_bytes_ = walk_.src_bytes();
+    step_ = walk_.src_step();
+    left_ = walk_.line_rows();
+    walk_.skip(left_);
   }
 
-  RowWalk<kMerged> walk_;
-  const char* at_ = nullptr;
+  RowWalk<kMerged> walk_;     // past the line of runs that is being fetched
+  const char* at_ = nullptr;  // to be fetched next, of a run from begin_ to end_
   const char* end_ = nullptr;
+  const char* begin_ = nullptr;
+  int64_t num_bytes_ = 0, step_ = 0, left_ = 0;  // of the runs of the line; those left of it
 };
 
 // What each head of a move begins its digests with, kHeads of them at most.

@@ -106,13 +106,28 @@ alignas(64) inline constexpr uint64_t kFirstKeys[8] = {
     row_digest::key(0), row_digest::key(1), row_digest::key(2), row_digest::key(3),
     row_digest::key(4), row_digest::key(5), row_digest::key(6), row_digest::key(7)};
 
-KVLINK_INLINE void add_stripe(Words& acc, const Words& words, const Words& keys) {
-  KVLINK_UNROLL
-  for (int i = 0; i < kWordParts; ++i) {
-    acc.part[i] += multiply_halves(words.part[i] ^ keys.part[i]);
-    acc.part[i] += exchange_neighbours(words.part[i]);
+// What the stripes of one row add to its lanes. The sums of words reach their lanes at the end.
+class LaneSums {
+ public:
+  KVLINK_INLINE void add(const Words& words, const Words& keys) {
+    KVLINK_UNROLL
+    for (int i = 0; i < kWordParts; ++i) {
+      products_.part[i] += multiply_halves(words.part[i] ^ keys.part[i]);
+      words_.part[i] += words.part[i];
+    }
   }
-}
+  KVLINK_INLINE Words acc() const {
+    Words acc;
+    KVLINK_UNROLL
+    for (int i = 0; i < kWordParts; ++i) {
+      acc.part[i] = products_.part[i] + exchange_neighbours(words_.part[i]);
+    }
+    return acc;
+  }
+
+ private:
+  Words products_ = Words::zero(), words_ = Words::zero();
+};
 
 // The lanes of one row, stripe by stripe.
 class RowLanes {
@@ -120,7 +135,7 @@ class RowLanes {
   KVLINK_INLINE RowLanes() : keys_(Words::load(kFirstKeys)) {}
 
   KVLINK_INLINE void stripe(const Words& words) {
-    add_stripe(acc_, words, keys_);
+    sums_.add(words, keys_);
     KVLINK_UNROLL
     for (int i = 0; i < kWordParts; ++i) keys_.part[i] += row_digest::kStep;
   }
@@ -130,10 +145,10 @@ class RowLanes {
     for (; i + 64 <= num_bytes; i += 64) stripe(Words::load(data + i));
     if (i < num_bytes) stripe(Words::load_some(data + i, num_bytes - i));
   }
-  KVLINK_INLINE const Words& acc() const { return acc_; }
+  KVLINK_INLINE Words acc() const { return sums_.acc(); }
 
  private:
-  Words acc_ = Words::zero();
+  LaneSums sums_;
   Words keys_;
 };
 
