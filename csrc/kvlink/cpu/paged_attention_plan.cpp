@@ -12,7 +12,8 @@ namespace kvlink::cpu {
 
 namespace {
 
-constexpr int64_t kTileRows = 96;  // query rows that share a pass over K and V
+constexpr int64_t kTileRows = 96;        // query rows that share a pass over K and V
+constexpr int64_t kPanelTileRows = 192;  // where K and V are widened first
 constexpr int64_t kMaxWorkspaceFloats = int64_t{1} << 24;
 constexpr int64_t kUnitsPerThread = 4;  // enough for an even load
 constexpr int kMaxRounds = 8;           // of looking for prefixes among sequences of one first page
@@ -32,7 +33,7 @@ int64_t group_size(const PagedAttentionParams& p) {
 }
 
 int64_t max_tile_tokens(const PagedAttentionParams& p) {
-  return std::max<int64_t>(1, kTileRows / group_size(p));
+  return std::max<int64_t>(1, kPanelTileRows / group_size(p));
 }
 
 // KV heads that share a tile of `rows` rows each: several where they read K and V in place, so that

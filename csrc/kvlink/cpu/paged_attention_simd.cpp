@@ -201,7 +201,7 @@ void soften_run(const TileContext& c, int64_t kv_head, int64_t block_begin, cons
   soften_rows({.scores = c.scores + row * kBlockTokens,
                .num_rows = tokens * c.group,
                .key_factors = c.key_factors,
-               .value_factors = c.value_factors,
+               .value_factors = c.p.kv.v_scale ? c.value_factors : nullptr,
                .seen = run.seen,
                .softcap = c.p.softcap,
                .slopes = slopes ? slopes + kv_head * c.group : nullptr,

@@ -7,18 +7,19 @@ namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
 // e^x for x <= 88. Results below the smallest normal float are 0; NaN stays NaN.
 KVLINK_INLINE Vec exp(Vec x) {
-  // x = n * ln 2 + r with |r| <= ln 2 / 2; adding 1.5 * 2^23 rounds to the nearest integer.
-  const Vec rounded = x * 1.44269504f + 12582912.0f;
+  // x / ln 2 = n + r with |r| <= 1/2; adding 1.5 * 2^23 rounds to the nearest integer.
+  constexpr float kLog2E = 1.44269502f, kLog2ERest = 1.92596299e-8f;
+  const Vec rounded = x * kLog2E + 12582912.0f;
   const Vec n = rounded - 12582912.0f;
-  const Vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-  Vec poly = (r * 1.98412698e-4f + 1.38888889e-3f) * r + 8.33333333e-3f;
-  poly = poly * r + 4.16666667e-2f;
-  poly = poly * r + 1.66666667e-1f;
-  poly = poly * r + 0.5f;
-  poly = (poly * r) * r + r;
+  const Vec r = x * kLog2ERest + (x * kLog2E - n);
+  // 2^r, exact for r = 0.
+  Vec poly = r * 1.32646423e-3f + 9.67157725e-3f;
+  poly = poly * r + 5.55073470e-2f;
+  poly = poly * r + 2.40222409e-1f;
+  poly = poly * r + 6.93147004e-1f;
+  poly = poly * r + 1.0f;
   const VecU power = (bits_of(rounded) + 127u) << 23;  // 2^n
-  const Vec value = (poly + 1.0f) * from_bits(power);
-  return select(x < splat(-87.3f), Vec{}, value);
+  return select(x < splat(-87.3f), Vec{}, poly * from_bits(power));
 }
 
 // tanh(x): a series near 0, where 1 - 2 / (e^2x + 1) would cancel.
