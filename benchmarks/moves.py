@@ -59,6 +59,8 @@ class Kvlink:
     "verified" lasts from the call of the (first) sender until the receiver, which verifies layers
     as they land, has committed. "moved" is another push, whose receiver does not look before all
     has landed: until the last byte was moved. Paths other than `path` are refused.
+
+    With `like` the processes and pools are those of another one, which has been entered before.
     """
 
     sources: Sequence[Shape]
@@ -70,6 +72,7 @@ class Kvlink:
     hosts: Sequence[str] = ()
     name: str = "kvlink"
     detail: str = ""
+    like: Kvlink | None = None
 
     def __enter__(self) -> Kvlink:
         self._stack = contextlib.ExitStack()
@@ -85,6 +88,8 @@ class Kvlink:
 
     def once(self) -> dict[str, float]:
         """One move of each kind."""
+        if self.like:
+            _for_all(self, Side.go_on)
         begin, _, verified = self._push(verify_along=True)
         began, moved, _ = self._push(verify_along=False)
         return {"verified": (verified - begin) * 1e-9, "moved": (moved - began) * 1e-9}
@@ -109,6 +114,10 @@ class Kvlink:
         return [self.receiver, *self.senders]
 
     def _start(self) -> None:
+        if self.like:
+            self.receiver, self.senders = self.like.receiver, self.like.senders
+            self.detail = self.like.detail
+            return
         # A path is asked for only where there are others, so that host_shm needs nothing.
         options: dict[str, Any] = {} if self.path == "host_shm" else {"paths": [self.path]}
         threads = max(1, _C.num_threads() // len(self.sources))
