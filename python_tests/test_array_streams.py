@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +24,11 @@ from kvlink import (
 from kvlink._cuda_part import stream_of
 from kvlink.errors import InvalidArgument
 from kvlink.testing.pools import make_pool
+from kvlink.triton.tensor_pool import on_stream
 
 __all__ = ["emulated_cuda"]
 
+CSRC = Path(__file__).parents[1] / "csrc"
 NOT_TOLD = "not told"
 
 
@@ -136,6 +140,39 @@ def test_torchs_current_stream_is_found_the_short_way(monkeypatch: pytest.Monkey
         torch._C, "_cuda_getCurrentRawStream", lambda device: 70 + device, raising=False
     )
     assert stream_of((2, 1), None) == 71
+
+
+@pytest.mark.parametrize("stream", [None, 5, 9])
+def test_triton_kernels_wait_for_the_current_stream(
+    stream: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Theirs is the stream that is given, if it is another one."""
+    seen: list[Any] = []
+
+    class Stream:
+        def __init__(self, handle: int, _device: Any = None) -> None:
+            self.cuda_stream = handle
+
+        def wait_stream(self, other: Stream) -> None:
+            seen.append((self.cuda_stream, "waits for", other.cuda_stream))
+
+    monkeypatch.setattr(torch.cuda, "ExternalStream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: Stream(5))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: seen.append(stream.cuda_stream))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: seen.append(str(device)))
+    on_stream(torch.device("cuda", 0), stream)
+    assert seen == ([(9, "waits for", 5), 9] if stream == 9 else ["cuda:0"])
+
+
+def test_two_places_wait_for_a_device() -> None:
+    """A digest that is returned, and check_errors: everything else may be captured by a graph."""
+    waits = re.compile(r"\bcuda(?:Stream|Device|Event)Synchronize\b|\bcuda(?:Memcpy|Malloc|Free)\(")
+    sources = [*CSRC.glob("kvlink/cuda/*"), *CSRC.glob("bindings/cuda_*")]
+    found = {(path.name, call) for path in sources for call in waits.findall(path.read_text())}
+    assert found == {
+        ("cuda_module.cpp", "cudaDeviceSynchronize"),
+        ("relayout_pages.cu", "cudaStreamSynchronize"),
+    }
 
 
 # --- torch's C API --------------------------------------------------------------------------------

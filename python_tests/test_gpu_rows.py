@@ -13,9 +13,13 @@ from typing import Any
 import pytest
 import torch
 from emulated import Emulation, emulated_cuda
+from pretended import pretended_cuda
+
+from kvlink.cache_ops import APPEND_BACKENDS
 
 __all__ = ["emulated_cuda"]
 
+TURNS_ON_CUDA = any(each.name == "cuda" and "rope" in each.features for each in APPEND_BACKENDS)
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 GOALS = {
     "decode_1x32k": "43 us", "decode_8x4k": "41 us", "decode_16x4k": "68 us",
@@ -62,6 +66,31 @@ def test_every_goal_has_a_row(rows: Any, emulated_cuda: Emulation) -> None:
         both = [f"{kernel}: " for kernel in rows.gpu_attention.PREFILLS]
         wanted = both if "prefill" in name or "extend" in name else []
         assert [note[: note.index(": ") + 2] for note in kernels] == wanted
+
+
+def test_every_row_as_on_a_device(
+    rows: Any, emulated_cuda: Emulation, flashinfer: list[tuple[str, dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The code that a device runs, on emulated kernels, at small sizes."""
+    monkeypatch.setattr(rows.harness, "_other_memory", lambda: torch.ones(9))
+    with pretended_cuda():
+        for name, row in rows.ROWS.items():
+            if "rope" in name and not TURNS_ON_CUDA:
+                continue
+            monkeypatch.setitem(rows.ROWS, name, rows.dataclasses.replace(row, run=row.dry))
+            lines = list(rows.figures([name], "cuda", 0.0))
+            assert not [line for line in lines if "failed" in line], lines
+            emulated_cuda.check_errors()
+            peers = [line["peer"] for line in lines if "peer" in line]
+            assert peers[0] == "kvlink"
+            with_flashinfer = "relayout" not in name and "rope" not in name
+            assert ("flashinfer" in peers) == with_flashinfer
+            assert all(line["backend"] == "cuda" for line in lines if "peer" in line)
+        for kind in rows.WARM:
+            flashinfer.clear()
+            rows.warm(kind)
+            assert flashinfer
 
 
 def test_the_shapes_are_those_of_the_goals(rows: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from emulated import Emulation, emulated_cuda
+
+__all__ = ["emulated_cuda"]
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,6 +59,23 @@ def test_dry_run(tmp_path: Path) -> None:
     assert len(report["limits"]) == 1
 
 
+def test_tests_of_a_device_are_right_as_python(emulated_cuda: Emulation) -> None:
+    """Some of them, on emulated kernels: what a device would fail at before it computes."""
+    some = "bad_ids or merge or (twins and bfloat16-int8) or (one_part and plain)"
+    command = [
+        sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "pretended_session",
+        "-m", "gpu", "-k", some, *map(str, sorted((ROOT / "python_tests").glob("test_*_cuda.py"))),
+    ]  # fmt: skip
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python_tests")])
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+        timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert re.search(r"\b[5-9] passed|\b\d\d passed", done.stdout), done.stdout
+    assert "skipped" not in done.stdout
+
+
 ROWS = """
 import os, sys, time
 for name in sys.argv[sys.argv.index("--row") + 1 :]:
@@ -74,7 +96,7 @@ def test_a_row_that_ends_its_process_costs_itself(
     script.write_text(ROWS)
     names = ["first", "dies", "second", "hangs", "third"]
     monkeypatch.setattr(tool, "ROWS_SCRIPT", str(script))
-    monkeypatch.setattr(tool, "SILENCE_S", 3)
+    monkeypatch.setattr(tool, "SILENCE_S", 10)
     monkeypatch.setattr(tool.Run, "all_rows", lambda _self: names)
     report = tool.Report(tmp_path / "report.json", {})
     options = argparse.Namespace(quick=False, dry_run=False, flashinfer=[])
@@ -94,7 +116,7 @@ def test_a_step_without_time_is_said_to_be_one(tool: Any, tmp_path: Path) -> Non
     options = argparse.Namespace(quick=False, dry_run=False, flashinfer=[])
     run = tool.Run(report, options, time.monotonic(), str(tmp_path))
     endless = ["-c", "import time; print('begun', flush=True); time.sleep(1000)"]
-    assert run.step("endless", endless, 5) == 124
+    assert run.step("endless", endless, 10) == 124
     assert run.step("fails", ["-c", "raise SystemExit(7)"], 60) == 7
     assert run.step("passes", ["-c", "print('{\"no json')"], 60) == 0
     run.end_of_tests = time.monotonic()

@@ -141,12 +141,21 @@ def strides_of(scale: torch.Tensor | None) -> tuple[int, ...]:
 
 
 def on_stream(device: torch.device, stream: int | None) -> Any:
-    """A context in which kernels go to a stream of the device: a handle, or torch's current one."""
+    """A context in which kernels go to a stream of the device: a handle, or torch's current one.
+
+    The handle's stream waits for the current one, on which the arguments were made or imported.
+    """
     if device.type != "cuda":
         return contextlib.nullcontext()
     if stream is None:
         return torch.cuda.device(device)
-    return torch.cuda.stream(torch.cuda.ExternalStream(stream, device))
+    current = torch.cuda.current_stream(device)
+    if stream == current.cuda_stream:
+        return torch.cuda.device(device)
+    chosen: Any = torch.cuda.ExternalStream
+    chosen = chosen(stream, device)
+    chosen.wait_stream(current)
+    return torch.cuda.stream(chosen)
 
 
 def as_tensor_pool(pool: Any, opaque: bool = False) -> TensorPool:
