@@ -82,7 +82,10 @@ def cpu_sources() -> list[Path]:
 # What kvlink._cuda has beside its kernels.
 CUDA_HOST_SOURCES = [
     *sorted((CSRC / "bindings").glob("cuda_*.cpp")),
-    *(CSRC / "bindings" / f"{name}.cpp" for name in ("errors", "op_args", "pool", "tensor")),
+    *(
+        CSRC / "bindings" / f"{name}.cpp"
+        for name in ("attention_args", "errors", "op_args", "pool", "tensor")
+    ),
     CSRC / "kvlink" / "layout" / "serialise.cpp",
 ]
 

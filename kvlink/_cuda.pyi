@@ -8,7 +8,15 @@ from kvlink._C import PoolView
 architectures: str
 runtime_version: int
 
-def append_kv(k: Any, v: Any, pool: PoolView, layers: Any, slots: Any, stream: int) -> None: ...
+def append_kv(
+    k: Any,
+    v: Any,
+    pool: PoolView,
+    layers: Any,
+    slots: Any,
+    rope: Any,
+    stream: int,
+) -> None: ...
 
 def apply_rope(x: Any, out: Any, rope: Any, stream: int) -> None:
     """See kvlink.apply_rope."""
@@ -31,6 +39,9 @@ def digest_pages(
     num_tokens: int,
     start: int,
     token_position: int,
+    digest_into: Any,
+    ready: Sequence[tuple[Any, int]],
+    ready_timeout: float,
     stream: int,
 ) -> tuple[Any, ...]:
     """(rows, digest). Layers are stored layers."""
@@ -95,6 +106,10 @@ def relayout_pages(
     dst_start: int,
     token_position: int,
     digest: bool,
+    digest_into: Any,
+    ready: Sequence[tuple[Any, int]],
+    ready_timeout: float,
+    raises: Sequence[Any] = [],
     stream: int,
 ) -> tuple[Any, ...]:
     """(rows, digest). Layers are stored layers."""

@@ -18,10 +18,38 @@ _CPU, _CUDA = frozenset({"cpu"}), frozenset({"cuda"})
 # In order of preference.
 RELAYOUT_BACKENDS = (
     Capabilities("cpu", _CPU, _ALL, _ALL, _NONE),
-    Capabilities("cuda", _CUDA, _ALL, _ALL, _NONE, packages=("kvlink._cuda",)),
+    Capabilities(
+        "cuda",
+        _CUDA,
+        _ALL,
+        _ALL,
+        frozenset({"digest_into", "ready_counters"}),
+        packages=("kvlink._cuda",),
+    ),
     Capabilities("triton", TRITON_DEVICES, _ALL, _ALL, _NONE, packages=TRITON_PACKAGES),
     Capabilities("reference", _CPU, _ALL, _ALL, _NONE, automatic=False),
 )
+
+
+class DeviceOptions(NamedTuple):
+    """What is for devices: where a digest goes, what is waited for, what is raised."""
+
+    digest_into: Any = None
+    ready: Any = None
+    ready_timeout: float = 1.0
+    raises: Any = None
+
+    def features(self) -> list[str]:
+        """What a backend must have for them."""
+        counters = self.ready or self.raises or None
+        given = (("digest_into", self.digest_into), ("ready_counters", counters))
+        return [name for name, value in given if value is not None]
+
+    def arguments(self) -> dict[str, Any]:
+        """As kvlink._cuda takes them."""
+        given: dict[str, Any] = {"ready": list(self.ready or [])}
+        given |= {"digest_into": self.digest_into, "ready_timeout": self.ready_timeout}
+        return given if self.raises is None else given | {"raises": list(self.raises)}
 
 
 class RelayoutResult(NamedTuple):
@@ -41,6 +69,7 @@ def move_rows(
     dst_pages: Any,
     backend: str,
     stream: int | None,
+    on_device: DeviceOptions,
     **run: Any,
 ) -> RelayoutResult:
     """`run`: which layers, heads and tokens, as `_C.relayout_pages` takes them."""
@@ -51,11 +80,11 @@ def move_rows(
             "relayout_pages: both pools on one device; got DLPack devices "
             f"{src_pool.device} and {dst_pool.device}"
         )
-    name = _chosen(dst_pool, backend, src_pool.layout.dtype)
+    name = _chosen(dst_pool, backend, src_pool.layout.dtype, on_device.features())
     if name == "cuda":
         result = cuda_ops().relayout_pages(
             src=src_pool.view, src_pages=src_pages, dst=dst_pool.view, dst_pages=dst_pages,
-            stream=stream_of(dst_pool.device, stream), **run,
+            stream=stream_of(dst_pool.device, stream), **on_device.arguments(), **run,
         )  # fmt: skip
     elif name == "triton":
         result = _triton_ops().move_rows(
@@ -72,14 +101,20 @@ def move_rows(
 
 
 def digest_rows(
-    pool: KVPool, pages: Any, backend: str, stream: int | None, **run: Any
+    pool: KVPool,
+    pages: Any,
+    backend: str,
+    stream: int | None,
+    on_device: DeviceOptions,
+    **run: Any,
 ) -> RelayoutResult:
     """`run`: which layers, heads and tokens, as `_C.digest_pages` takes them."""
-    name = _chosen(pool, backend, pool.layout.dtype)
+    name = _chosen(pool, backend, pool.layout.dtype, on_device.features())
     if name == "cuda":
         result = cuda_ops().digest_pages(
-            pool=pool.view, pages=pages, stream=stream_of(pool.device, stream), **run
-        )
+            pool=pool.view, pages=pages, stream=stream_of(pool.device, stream),
+            **on_device.arguments(), **run,
+        )  # fmt: skip
     elif name == "triton":
         result = _triton_ops().digest_rows(pool, pages, stream=stream, **run)
     elif name == "reference":
@@ -89,10 +124,11 @@ def digest_rows(
     return RelayoutResult(*result)
 
 
-def _chosen(pool: KVPool, backend: str, src_dtype: str) -> str:
-    if backend == "auto" and not on_cuda(pool.device):
+def _chosen(pool: KVPool, backend: str, src_dtype: str, features: list[str]) -> str:
+    if backend == "auto" and not features and not on_cuda(pool.device):
         return "cpu"
-    return choose(RELAYOUT_BACKENDS, backend, pool.device, src_dtype, pool.layout.dtype).name
+    dtypes = src_dtype, pool.layout.dtype
+    return choose(RELAYOUT_BACKENDS, backend, pool.device, *dtypes, features).name
 
 
 def _triton_ops() -> Any:

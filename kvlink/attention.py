@@ -43,7 +43,6 @@ _ON_CUDA = (_FEATURES | _SELECTING | {"ready_counters"}) - {
     "ready", "any_head_dim", "any_strides", "scaled_floats",
 }  # fmt: skip
 _ON_TRITON = (_FEATURES - {"ready"}) | _SELECTING
-_ON_CUDA_STORED = STORED - {"float32"}
 _CUDA_PART = ("kvlink._cuda",)
 
 # In order of preference.
@@ -51,9 +50,7 @@ BACKENDS = (
     Capabilities(
         "cpu", frozenset({"cpu"}), FLOATS, STORED, _FEATURES | _SELECTING | {"plan", "cascade"}
     ),
-    Capabilities(
-        "cuda", frozenset({"cuda"}), FLOATS, _ON_CUDA_STORED, _ON_CUDA, packages=_CUDA_PART
-    ),
+    Capabilities("cuda", frozenset({"cuda"}), FLOATS, STORED, _ON_CUDA, packages=_CUDA_PART),
     Capabilities("triton", TRITON_DEVICES, FLOATS, STORED, _ON_TRITON, packages=TRITON_PACKAGES),
     Capabilities(
         "reference", frozenset({"cpu"}), FLOATS, STORED, _FEATURES | _SELECTING, automatic=False

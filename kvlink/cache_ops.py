@@ -9,7 +9,13 @@ from kvlink import _C
 from kvlink._arrays import as_reference, dtype_of
 from kvlink._cuda_part import cuda_ops, on_cuda, stream_of
 from kvlink._layer_pairs import checked_shard, shared_heads, stored_layers, stored_pairs
-from kvlink._moving import RELAYOUT_BACKENDS, RelayoutResult, digest_rows, move_rows
+from kvlink._moving import (
+    RELAYOUT_BACKENDS,
+    DeviceOptions,
+    RelayoutResult,
+    digest_rows,
+    move_rows,
+)
 from kvlink.backends import (
     FLOATS,
     STORED,
@@ -32,8 +38,7 @@ _APPEND = frozenset({"layers", "rope"})
 APPEND_BACKENDS = (
     Capabilities("cpu", frozenset({"cpu"}), FLOATS, STORED, _APPEND),
     Capabilities(
-        "cuda", frozenset({"cuda"}), FLOATS, STORED, frozenset({"layers"}),
-        packages=("kvlink._cuda",),
+        "cuda", frozenset({"cuda"}), FLOATS, STORED, _APPEND, packages=("kvlink._cuda",)
     ),
     Capabilities("triton", TRITON_DEVICES, FLOATS, STORED, _APPEND, packages=TRITON_PACKAGES),
     Capabilities("reference", frozenset({"cpu"}), FLOATS, STORED, _APPEND, automatic=False),
@@ -64,8 +69,9 @@ def append_kv(
     Raises InvalidArgument (shapes, dtypes, a slot outside the pool, a position outside the rope's
     table: then nothing is written) and Unsupported (opaque pools; what no backend does). On a CUDA
     pool all arrays are on its device and the work is queued on `stream` (a handle; default: torch's
-    current stream if torch is loaded, else the default stream); a slot outside the pool is skipped
-    and raised by a later call. `backend` is "auto" or the name of one in APPEND_BACKENDS.
+    current stream if torch is loaded, else the default stream); a token whose slot is outside the
+    pool, or its position outside the table, is skipped and raised by a later call. `backend` is
+    "auto" or the name of one in APPEND_BACKENDS.
     """
     if not isinstance(layer, int):
         layer = _distinct_layers(pool, layer)
@@ -77,7 +83,7 @@ def append_kv(
     if name == "triton":
         _triton_ops().append_kv(k, v, pool, layer, slots, rope=rope, stream=stream)
     elif name == "cuda":
-        cuda_ops().append_kv(k, v, pool.view, layer, slots, stream_of(pool.device, stream))
+        cuda_ops().append_kv(k, v, pool.view, layer, slots, rope, stream_of(pool.device, stream))
     elif name == "reference":
         _append_by_definition(k, v, pool, layer, slots, rope)
     else:
@@ -109,6 +115,10 @@ def relayout_pages(
     layers: Iterable[int] | None = None,
     token_position: int = 0,
     digest: bool = False,
+    digest_into: Any = None,
+    ready: Any = None,
+    ready_timeout: float = 1.0,
+    raises: Any = None,
     stream: int | None = None,
     backend: str = "auto",
 ) -> RelayoutResult:
@@ -128,9 +138,15 @@ def relayout_pages(
     Raises, before any byte is written: InvalidArgument (sizes, shards), PageTableError (an entry
     that is used names no page), Unsupported (forms that do not convert; a destination layer that
     would receive two different source layers; pools on two devices). On CUDA the work is queued on
-    `stream` as for `append_kv`, and waited for only if a digest is asked for; page ids may be on
-    the device; bad ones are skipped and raised by a later call; that destination pages are
-    distinct is not checked. `backend` is "auto" or the name of one in RELAYOUT_BACKENDS.
+    `stream` as for `append_kv`; page ids may be on the device; bad ones are skipped and raised by
+    a later call; that destination pages are distinct is not checked. A digest is waited for, unless
+    it goes into `digest_into`, int64 [1] on the device, to which it is added (the result has 0
+    then): whoever reads that waits. `ready` and `ready_timeout` are those of `paged_attention` on
+    CUDA: nothing is moved when a counter has not reached its target in time. `raises`: up to 16
+    such counters, int64 [1], that grow by one when all rows are there (and not if nothing had to
+    be moved, a page id was bad or the time was over). With page ids on the device, a CUDA graph
+    may capture a call that waits for no digest. `backend` is "auto" or the name of one in
+    RELAYOUT_BACKENDS.
     """
     src_shard = _shard_of(src_pool, src_shard, "src_shard")
     dst_shard = _shard_of(dst_pool, dst_shard, "dst_shard")
@@ -149,6 +165,7 @@ def relayout_pages(
         model_head=heads.start,
         num_tokens=num_tokens, src_start=src_start, dst_start=dst_start,
         token_position=token_position, digest=digest,
+        on_device=DeviceOptions(digest_into, ready, ready_timeout, raises),
     )  # fmt: skip
 
 
@@ -161,6 +178,9 @@ def digest_pages(
     shard: Shard | None = None,
     token_position: int = 0,
     layers: Iterable[int] | None = None,
+    digest_into: Any = None,
+    ready: Any = None,
+    ready_timeout: float = 1.0,
     stream: int | None = None,
     backend: str = "auto",
 ) -> RelayoutResult:
@@ -177,6 +197,7 @@ def digest_pages(
         layers=list(stored), model_layers=list(stored.values()), num_heads=len(shard.kv_heads),
         head=0, model_head=shard.kv_heads.start, num_tokens=num_tokens, start=start,
         token_position=token_position,
+        on_device=DeviceOptions(digest_into, ready, ready_timeout),
     )  # fmt: skip
 
 
@@ -202,7 +223,7 @@ def copy_pages(
         src_layers=stored, dst_layers=stored, model_layers=stored,
         num_heads=pool.layout.num_kv_heads, src_head=0, dst_head=0, model_head=0,
         num_tokens=len(src_pages) * pool.layout.page_size, src_start=0, dst_start=0,
-        token_position=0, digest=False,
+        token_position=0, digest=False, on_device=DeviceOptions(),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from kvlink.testing.cases import AttentionCase
 
 BFLOAT16 = dict(kv_dtype="bfloat16", q_dtype="bfloat16")
 FLOAT16 = dict(kv_dtype="float16", q_dtype="float16")
+FLOAT32 = dict(kv_dtype="float32", q_dtype="float32")
 RAGGED = dict(q_lens=(1, 7, 30, 40), seq_lens=(150, 65, 300, 40))
 EVERYTHING = dict(window=65, softcap=8.0, sinks=True, alibi=True, csr=True, scale=0.2)
 FEATURES: dict[str, dict[str, Any]] = {
@@ -60,6 +61,11 @@ STORED: dict[str, dict[str, Any]] = {
     "bfloat16-float16": {"q_dtype": "float16", "head_dim": 192, "head_dim_v": 128},
     "float16-bfloat16": {"kv_dtype": "float16"},
     "float16-float32": {"kv_dtype": "float16", "q_dtype": "float32", "head_dim": 144},
+    "float32": FLOAT32,
+    "float32-dim-256": FLOAT32 | {"head_dim": 256, "head_dim_v": 80, "form": "packed"},
+    "float32-dim-16": FLOAT32 | {"head_dim": 16, "num_q_heads": 40, "num_kv_heads": 2},
+    "float32-bfloat16": {"kv_dtype": "float32", "page_size": 1, **EVERYTHING},
+    "float32-float16": {"kv_dtype": "float32", "q_dtype": "float16", "head_dim": 128},
 }
 LATENT: dict[str, dict[str, Any]] = {
     "bfloat16": {"num_q_heads": 70},
@@ -70,6 +76,8 @@ LATENT: dict[str, dict[str, Any]] = {
     "float8-float16": {"kv_dtype": "float8_e4m3", "q_dtype": "float16", "kv_scale": "tensor"},
     "float8-e5m2": {"kv_dtype": "float8_e5m2", "kv_scale": "head"},
     "int8": {"kv_dtype": "int8", "kv_scale": "token_head", "page_size": 1},
+    "all-float32": FLOAT32 | {"num_q_heads": 20},
+    "float32-bfloat16": {"kv_dtype": "float32", "head_dim": 96, "head_dim_v": 80, "page_size": 7},
     "small": {"head_dim": 80, "head_dim_v": 48, "num_q_heads": 5, **EVERYTHING},
     "splits": {"head_dim": 96, "head_dim_v": 64, "seq_lens": (513, 1030, 40)},
 }
@@ -77,6 +85,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "tree": {"mask": "tree"},
     "mask": {"mask": "any"},
     "mask-float8": {"mask": "any", "kv_dtype": "float8_e4m3", "kv_scale": "token_head"},
+    "mask-float32": FLOAT32 | {"mask": "any", "window": 50, "subset": True},
     "mask-window": {"mask": "any", "window": 33, "causal": False},
     "subset": {"subset": True},
     "subset-mask": {"subset": True, "mask": "any", "alibi": True, "csr": True},
@@ -115,6 +124,7 @@ EXTEND = {
     "splits": AttentionCase(
         **(BFLOAT16 | {"q_lens": (3, 5, 1), "seq_lens": (1025, 2100, 3), "sinks": True})
     ),
+    "splits-float32": AttentionCase(**(FLOAT32 | {"q_lens": (3, 7), "seq_lens": (1100, 513)})),
     "splits-window": AttentionCase(
         **(BFLOAT16 | {"q_lens": (3, 9), "seq_lens": (2100, 1500), "window": 1030, "csr": True})
     ),

@@ -102,6 +102,9 @@ class DeviceArray:
         self.tensor = tensor
         self.dtype, self.shape = tensor.dtype, tensor.shape
 
+    def __len__(self) -> int:
+        return len(self.tensor)
+
     def __dlpack_device__(self) -> tuple[int, int]:
         return (2, 0)
 

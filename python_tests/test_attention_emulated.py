@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_attention_cases import BFLOAT16, EVERYTHING, RAGGED, every_case
+from cuda_attention_cases import BFLOAT16, EVERYTHING, FLOAT32, RAGGED, every_case
 from emulated import SEEDS, DeviceArray, Emulation, emulated_cuda, pool_on_device
 
 import kvlink
@@ -54,10 +54,13 @@ def test_against_the_reference(emulated_cuda: Emulation, case: AttentionCase) ->
     assert_close(lse, expected_lse, "lse")
 
 
+@pytest.mark.parametrize("dtypes", [BFLOAT16, FLOAT32], ids=lambda each: each["kv_dtype"])
 @pytest.mark.parametrize("q_lens", [(1, 1, 1), (3, 1, 20)])
-def test_the_schedule_does_not_matter(emulated_cuda: Emulation, q_lens: tuple[int, ...]) -> None:
+def test_the_schedule_does_not_matter(
+    emulated_cuda: Emulation, q_lens: tuple[int, ...], dtypes: dict[str, Any]
+) -> None:
     inputs = make_attention(
-        AttentionCase(q_lens=q_lens, seq_lens=(530, 40, 133), **BFLOAT16, **EVERYTHING)
+        AttentionCase(q_lens=q_lens, seq_lens=(530, 40, 133), **dtypes, **EVERYTHING)
     )
     results = []
     for seed in SEEDS:
@@ -119,12 +122,13 @@ def test_bad_entries_are_never_used_and_reported_later(emulated_cuda: Emulation)
 
 def test_walking_splits_gives_the_bits_of_folding_them_later(emulated_cuda: Emulation) -> None:
     """Ten tiles of a sequence walk its splits; the last rows alone go split by split."""
-    for latent in (False, True):
+    for latent, dtypes in ((False, BFLOAT16), (True, BFLOAT16), (False, FLOAT32), (True, FLOAT32)):
         sizes: dict[str, Any] = dict(num_kv_heads=1, head_dim=32, head_dim_v=32)
-        tokens, heads, length = (74, 8, 1030) if not latent else (66, 8, 520)
+        short = latent or dtypes is FLOAT32
+        tokens, heads, length = (66, 8, 520) if short else (74, 8, 1030)
         case = AttentionCase(
             q_lens=(tokens,), seq_lens=(length,), num_q_heads=heads, window=length - 20,
-            form="latent" if latent else "nhd", **(BFLOAT16 | sizes),
+            form="latent" if latent else "nhd", **(dtypes | sizes),
         )  # fmt: skip
         inputs = make_attention(case)
         q, *rest = inputs.args
@@ -137,13 +141,13 @@ def test_walking_splits_gives_the_bits_of_folding_them_later(emulated_cuda: Emul
         assert_same_bits(again_lse, lse[-5:], "lse")
 
 
-@pytest.mark.parametrize("kind", ["halves", "bytes", "latent", "mask"])
+@pytest.mark.parametrize("kind", ["halves", "bytes", "floats", "latent", "latent-floats", "mask"])
 def test_what_a_row_does_not_see_stays_out_of_it(emulated_cuda: Emulation, kind: str) -> None:
     """NaN and infinities in K and V of later tokens, and of hidden ones, reach nobody else."""
     case = AttentionCase(
-        q_lens=(9, 1), seq_lens=(40, 70), form="latent" if kind == "latent" else "nhd",
+        q_lens=(9, 1), seq_lens=(40, 70), form="latent" if "latent" in kind else "nhd",
         num_kv_heads=1, q_dtype="bfloat16", mask="tree" if kind == "mask" else None,
-        kv_dtype="float8_e5m2" if kind == "bytes" else "bfloat16",
+        kv_dtype=dict(bytes="float8_e5m2", floats="float32").get(kind.split("-")[-1], "bfloat16"),
     )  # fmt: skip
     inputs = make_attention(case)
     _, pool, layer, page_table, _ = inputs.args
@@ -220,7 +224,7 @@ def test_readiness_is_waited_for_on_the_device(
     emulated_cuda.check_errors()
     assert_same_bits(out, expected)
     assert_same_bits(lse, expected_lse, "lse")
-    with pytest.raises(InvalidArgument, match=r"ready: expected counters of one int64.*2 x int64"):
+    with pytest.raises(InvalidArgument, match=r"ready: expected one int64.*2 x int64"):
         attend(inputs.args, inputs.kwargs, ready=[(DeviceArray(torch.zeros(2).long()), 1)])
 
 
@@ -230,7 +234,7 @@ def test_what_is_not_covered_is_told(emulated_cuda: Emulation) -> None:
         with pytest.raises(Unsupported, match=match):
             attend(inputs.args, inputs.kwargs)
 
-    refused("cuda lacks KV dtype float32", q_dtype="float32", kv_dtype="float32")
+    refused("cuda lacks feature 'scaled_floats'", kv_dtype="float32", kv_scale="token_head")
     refused("cuda lacks feature 'scaled_floats'", kv_scale="head")
     refused("cuda lacks feature 'any_head_dim'", head_dim=24)
     refused("cuda lacks feature 'any_head_dim'", head_dim=512)

@@ -17,6 +17,21 @@ namespace py = pybind11;
 
 namespace {
 
+// An array of one 64-bit integer.
+Tensor counter_of(const py::object& counter, const std::string& name, const dlpack::Device& device,
+                  bool may_be_mapped) {
+  const Tensor array(counter, name);
+  const bool there = array.device().type == device.type && array.device().id == device.id;
+  const bool mapped = may_be_mapped && array.device().type == dlpack::kDeviceCudaHost;
+  KVLINK_CHECK((there || mapped) && array.num_elements() == 1 &&
+                   (array.type_name() == "int64" || array.type_name() == "uint64"),
+               name, ": expected one int64 on the pool's device",
+               may_be_mapped ? " or in page-locked host memory" : "", "; got ",
+               array.num_elements(), " x ", array.type_name(), " on device type ",
+               array.device().type);
+  return array;
+}
+
 // Page ids on the device: the caller's own array, or a copy of what is on the host.
 class DevicePageIds {
  public:
@@ -42,6 +57,8 @@ class DevicePageIds {
     const PageIds host(pages, name);
     size_ = host.size();
     if (size_ == 0) return;
+    KVLINK_CHECK(!cuda::is_captured(stream), name,
+                 ": expected an array on the device while a graph is captured; got host memory");
     cuda::check_cuda(cudaMallocAsync(&copy_, size_ * 4, stream), "cudaMallocAsync");
     data_ = static_cast<const int32_t*>(copy_);
     cuda::check_cuda(
@@ -67,13 +84,35 @@ class DevicePageIds {
 };
 
 void append_kv(const py::object& k, const py::object& v, const PoolView& pool,
-               const py::object& layers, const py::object& slots, uintptr_t stream) {
+               const py::object& layers, const py::object& slots, const py::object& rope,
+               uintptr_t stream) {
   const DeviceGuard guard(pool);
   const ConsumerStream consumer(static_cast<int64_t>(stream));
-  const AppendArgs args(k, v, pool, layers, slots);
+  const AppendArgs args(k, v, pool, layers, slots, rope);
   const py::gil_scoped_release release;
-  for (const AppendKVParams& layer : args.params) cuda::append_kv(layer, as_stream(stream));
+  cuda::append_kv(args.params, as_stream(stream));
 }
+
+// What an operator has on a device alone, and the array it is told to write to.
+struct DeviceArgs {
+  DeviceArgs(const ReadyItems& ready, double ready_timeout, const std::vector<py::object>& raises,
+             const py::object& digest_into, const PoolView& pool) {
+    options.ready = ready_counters(ready, ready_timeout, pool.device);
+    KVLINK_CHECK(raises.size() <= cuda::kMaxReady, "raises: expected at most ", cuda::kMaxReady,
+                 " counters; got ", raises.size());
+    for (const py::object& counter : raises) {
+      const Tensor array = counter_of(counter, "raises", pool.device, true);
+      KVLINK_CHECK(!array.read_only(), "raises: is written to, but is read-only");
+      options.raised.items[options.raised.num_items++] = array.data<uint64_t>();
+    }
+    if (digest_into.is_none()) return;
+    const Tensor array = counter_of(digest_into, "digest_into", pool.device, false);
+    KVLINK_CHECK(!array.read_only(), "digest_into: is written to, but is read-only");
+    options.digest_into = array.data<uint64_t>();
+  }
+
+  cuda::DeviceOptions options = {};
+};
 
 py::tuple relayout_pages(const PoolView& src, const py::object& src_pages, const PoolView& dst,
                          const py::object& dst_pages, const std::vector<int32_t>& src_layers,
@@ -81,9 +120,12 @@ py::tuple relayout_pages(const PoolView& src, const py::object& src_pages, const
                          const std::vector<int32_t>& model_layers, int32_t num_heads,
                          int32_t src_head, int32_t dst_head, int32_t model_head, int64_t num_tokens,
                          int64_t src_start, int64_t dst_start, int64_t token_position, bool digest,
+                         const py::object& digest_into, const ReadyItems& ready,
+                         double ready_timeout, const std::vector<py::object>& raises,
                          uintptr_t stream) {
   const DeviceGuard guard(dst);
   const ConsumerStream consumer(static_cast<int64_t>(stream));
+  const DeviceArgs on_device(ready, ready_timeout, raises, digest_into, dst);
   KVLINK_CHECK(src.device.type == dst.device.type && src.device.id == dst.device.id,
                "src_pool: expected the device of dst_pool, number ", dst.device.id,
                "; got device type ", src.device.type, " number ", src.device.id);
@@ -109,7 +151,7 @@ py::tuple relayout_pages(const PoolView& src, const py::object& src_pages, const
   RelayoutResult result;
   {
     const py::gil_scoped_release release;
-    result = cuda::relayout_pages(params, as_stream(stream));
+    result = cuda::relayout_pages(params, on_device.options, as_stream(stream));
   }
   return py::make_tuple(result.rows, result.digest);
 }
@@ -117,9 +159,11 @@ py::tuple relayout_pages(const PoolView& src, const py::object& src_pages, const
 py::tuple digest_pages(const PoolView& pool, const py::object& pages,
                        const std::vector<int32_t>& layers, const std::vector<int32_t>& model_layers,
                        int32_t num_heads, int32_t head, int32_t model_head, int64_t num_tokens,
-                       int64_t start, int64_t token_position, uintptr_t stream) {
+                       int64_t start, int64_t token_position, const py::object& digest_into,
+                       const ReadyItems& ready, double ready_timeout, uintptr_t stream) {
   const DeviceGuard guard(pool);
   const ConsumerStream consumer(static_cast<int64_t>(stream));
+  const DeviceArgs on_device(ready, ready_timeout, {}, digest_into, pool);
   const auto views = stored_layers(pool, layers, "layers");
   KVLINK_CHECK(views.size() == model_layers.size(), "model_layers: expected ", views.size(),
                " layers; got ", model_layers.size());
@@ -136,7 +180,7 @@ py::tuple digest_pages(const PoolView& pool, const py::object& pages,
   RelayoutResult result;
   {
     const py::gil_scoped_release release;
-    result = cuda::digest_pages(params, as_stream(stream));
+    result = cuda::digest_pages(params, on_device.options, as_stream(stream));
   }
   return py::make_tuple(result.rows, result.digest);
 }
@@ -161,14 +205,7 @@ cuda::ReadyCounters ready_counters(const ReadyItems& ready, double timeout,
   cuda::ReadyCounters counters;
   counters.timeout_ns = static_cast<uint64_t>(std::min(timeout, kLongest) * 1e9);
   for (const auto& [counter, target] : ready) {
-    const Tensor array(counter, "ready");
-    const bool there = array.device().type == device.type && array.device().id == device.id;
-    KVLINK_CHECK(
-        (there || array.device().type == dlpack::kDeviceCudaHost) && array.num_elements() == 1 &&
-            (array.type_name() == "int64" || array.type_name() == "uint64"),
-        "ready: expected counters of one int64 on the pool's device or in page-locked host "
-        "memory; got ",
-        array.num_elements(), " x ", array.type_name(), " on device type ", array.device().type);
+    const Tensor array = counter_of(counter, "ready", device, true);
     counters.items[counters.num_items++] = {array.data<uint64_t>(), target};
   }
   return counters;
@@ -197,17 +234,20 @@ PYBIND11_MODULE(KVLINK_CUDA_MODULE, module) {
       },
       py::arg("device"), "Waits for the device and raises what its kernels recorded.");
   module.def("append_kv", &append_kv, py::arg("k"), py::arg("v"), py::arg("pool"),
-             py::arg("layers"), py::arg("slots"), py::arg("stream"));
+             py::arg("layers"), py::arg("slots"), py::arg("rope"), py::arg("stream"));
   module.def("relayout_pages", &relayout_pages, py::kw_only(), py::arg("src"), py::arg("src_pages"),
              py::arg("dst"), py::arg("dst_pages"), py::arg("src_layers"), py::arg("dst_layers"),
              py::arg("model_layers"), py::arg("num_heads"), py::arg("src_head"),
              py::arg("dst_head"), py::arg("model_head"), py::arg("num_tokens"),
              py::arg("src_start"), py::arg("dst_start"), py::arg("token_position"),
-             py::arg("digest"), py::arg("stream"), "(rows, digest). Layers are stored layers.");
+             py::arg("digest"), py::arg("digest_into"), py::arg("ready"), py::arg("ready_timeout"),
+             py::arg("raises") = py::list(), py::arg("stream"),
+             "(rows, digest). Layers are stored layers.");
   module.def("digest_pages", &digest_pages, py::kw_only(), py::arg("pool"), py::arg("pages"),
              py::arg("layers"), py::arg("model_layers"), py::arg("num_heads"), py::arg("head"),
              py::arg("model_head"), py::arg("num_tokens"), py::arg("start"),
-             py::arg("token_position"), py::arg("stream"),
+             py::arg("token_position"), py::arg("digest_into"), py::arg("ready"),
+             py::arg("ready_timeout"), py::arg("stream"),
              "(rows, digest). Layers are stored layers.");
   register_cuda_attention(module);
   register_cuda_rope(module);

@@ -107,13 +107,15 @@ AppendArgs::AppendArgs(const py::object& k, const py::object& v, const PoolView&
                  " as in k; got ", arrays[1].type_name());
   }
   arrays.push_back(slots_spec.import(slots, symbols));
-  for (const Tensor& array : arrays) {
+  if (!rope_tuple.is_none()) rope.emplace(rope_tuple.cast<py::tuple>(), symbols, on_host);
+  const auto check_device = [&](const char* names, const Tensor& array) {
     KVLINK_CHECK(
         on_host || (array.device().type == pool.device.type && array.device().id == pool.device.id),
-        "k, v, slots: expected arrays on the pool's device, type ", pool.device.type, " number ",
+        names, ": expected arrays on the pool's device, type ", pool.device.type, " number ",
         pool.device.id, "; got type ", array.device().type, " number ", array.device().id);
-  }
-  if (!rope_tuple.is_none()) rope.emplace(rope_tuple.cast<py::tuple>(), symbols);
+  };
+  for (const Tensor& array : arrays) check_device("k, v, slots", array);
+  if (rope) check_device("rope", rope->cos_sin), check_device("rope", rope->positions);
   // Of one layer.
   const auto data = [&](size_t array, size_t layer) {
     const Tensor& tensor = arrays[array];

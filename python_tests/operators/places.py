@@ -1,7 +1,8 @@
 """Where the operator tests run: every backend that this process has, and the memory it works on.
 
-An ordinary process has the CPU backend and, with a GPU, those on the device; one with
-TRITON_INTERPRET=1 (python_tests/test_triton.py starts it) has the Triton kernels on host memory.
+An ordinary process has the CPU backend and, with a GPU, those on the device, else the CUDA kernels
+in emulation; one with TRITON_INTERPRET=1 (python_tests/test_triton.py starts it) has the Triton
+kernels on host memory.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+from emulated import DeviceArray, emulation, pool_on_device
 
 from kvlink import KVPool
 from kvlink.testing.pools import Filled
@@ -19,15 +21,20 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Place(NamedTuple):
-    """A backend, and the device whose memory it works on."""
+    """A backend, and whose memory it works on: "cpu", "cuda" or "emulated", which is the host's."""
 
     backend: str
     device: str
 
+    def __str__(self) -> str:
+        return self.backend if self.device != "emulated" else "cuda-emulated"
+
     def put(self, value: Any) -> Any:
         """Tensors, pools and containers of them, in memory of the device."""
         if isinstance(value, torch.Tensor):
-            return value.to(self.device)
+            return DeviceArray(value) if self.device == "emulated" else value.to(self.device)
+        if isinstance(value, KVPool) and self.device == "emulated":
+            return pool_on_device(value)
         if isinstance(value, KVPool):
             return value if self.device == "cpu" else twin(value, self.device)
         if isinstance(value, dict):
@@ -38,10 +45,17 @@ class Place(NamedTuple):
             return type(value)(self.put(each) for each in value)
         return value
 
+    def take(self, array: Any) -> torch.Tensor:
+        """An operator's result as a tensor in host memory."""
+        found: torch.Tensor = array.tensor if self.device == "emulated" else array.cpu()
+        return found
+
     def settle(self) -> None:
         """Waits for what is queued on the device."""
-        if self.device != "cpu":
+        if self.device == "cuda":
             torch.cuda.synchronize()
+        elif self.device == "emulated":
+            emulation().check_errors()
 
 
 def places() -> list[Place]:
@@ -53,6 +67,8 @@ def places() -> list[Place]:
         if importlib.util.find_spec("kvlink._cuda") is not None:
             found.append(Place("cuda", "cuda"))
         found.append(Place("triton", "cuda"))
+    else:
+        found.append(Place("cuda", "emulated"))
     return found
 
 
@@ -80,10 +96,10 @@ def twin(pool: KVPool, device: str) -> KVPool:
 
 def assert_same_bytes(place: Place, pool: KVPool, ours: Filled, expected: Filled) -> None:
     """`pool` is place.put(ours.pool). On the host every byte is compared, padding included."""
-    if place.device == "cpu":
+    place.settle()
+    if place.device != "cuda":
         assert ours.bytes() == expected.bytes()
         return
-    place.settle()
     layout = pool.layout
     for layer in range(pool.num_layers):
         for name in ("k", "v", "k_scale", "v_scale"):

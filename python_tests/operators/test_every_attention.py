@@ -46,7 +46,8 @@ def attend(place: Place, inputs: AttentionInputs) -> Any:
         if place.backend != "cuda" or "cuda lacks" not in str(miss):
             raise
         return None
-    return out.cpu(), lse.cpu()
+    place.settle()
+    return place.take(out), place.take(lse)
 
 
 def check(place: Place, case: AttentionCase) -> None:

@@ -13,56 +13,97 @@ namespace kvlink::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kResident = 2;  // blocks on a processor that registers must suffice for
 
 struct AppendArgs {
-  RowMove planes[2];
+  LayerMoves moves;
+  RopeParams rope;
   const int64_t* slots;
   int64_t num_rows, num_slots;
   int32_t page_size;
   ErrorRecord* errors;
 };
 
-// Grid: rows (heads of tokens) in x, planes in y.
-template <int kLanes>
-__global__ void __launch_bounds__(kThreads) append_rows(const __grid_constant__ AppendArgs args) {
+// Grid: rows (heads of tokens) in x, planes of layers in y.
+template <int kLanes, bool kTurns>
+__global__ void __launch_bounds__(kThreads, kResident)
+    append_rows(const __grid_constant__ AppendArgs args) {
   const Group<kLanes> group;
-  const RowMove& move = args.planes[blockIdx.y];
+  const LayerMove move = args.moves.of(static_cast<int>(blockIdx.y));
   const int64_t step = static_cast<int64_t>(gridDim.x) * (kThreads / kLanes);
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
        row < args.num_rows; row += step) {
-    const int64_t token = row / move.num_heads, head = row % move.num_heads;
+    const int64_t token = row / move.all.num_heads, head = row % move.all.num_heads;
     const int64_t slot = args.slots[token];
     if (slot == -1) continue;
     if (slot < 0 || slot >= args.num_slots) {
       if (group.lane == 0) record_error(args.errors, BadEntry::kSlots, token, slot);
       continue;
     }
-    move_row(group, move, {0, token, head, slot / args.page_size, slot % args.page_size, head});
+    const RowPlace place{0, token, head, slot / args.page_size, slot % args.page_size, head};
+    if constexpr (kTurns) {
+      const int64_t position = args.rope.positions[token];
+      if (position < 0 || position >= args.rope.num_positions) {
+        if (group.lane == 0) record_error(args.errors, BadEntry::kRopePositions, token, position);
+        continue;
+      }
+      if (move.all.model_plane == 0) {
+        turn_row(group, move, place, args.rope,
+                 args.rope.cos_sin + position * args.rope.stride_position);
+        continue;
+      }
+    }
+    move_row(group, move, place);
   }
+}
+
+template <bool kTurns>
+auto* kernel_for(int lanes) {
+  return lanes == 8    ? append_rows<8, kTurns>
+         : lanes == 16 ? append_rows<16, kTurns>
+                       : append_rows<32, kTurns>;
+}
+
+void check_rope(const RopeParams& rope, int64_t head_dim) {
+  KVLINK_CHECK(rope.rotary_dim > 0 && rope.rotary_dim % 2 == 0,
+               "rope.cos_sin: expected an even number of columns; got ", rope.rotary_dim);
+  KVLINK_CHECK(rope.first_dim >= 0 && rope.first_dim + int64_t{rope.rotary_dim} <= head_dim,
+               "rope: expected rotated dims within the ", head_dim, " of a head; got ",
+               rope.first_dim, " to ", rope.first_dim + int64_t{rope.rotary_dim} - 1);
 }
 
 }  // namespace
 
-void append_kv(const AppendKVParams& params, cudaStream_t stream) {
-  const std::vector<RowMove> moves = plan_append(params);
+void append_kv(const std::vector<AppendKVParams>& layers, cudaStream_t stream) {
+  if (layers.empty()) return;
+  const AppendKVParams& first = layers.front();
+  const KVLayout& layout = first.kv.layout;
+  std::vector<RowMove> moves;
+  for (const AppendKVParams& layer : layers) {
+    for (const RowMove& move : plan_append(layer)) moves.push_back(move);
+  }
+  if (first.rope) check_rope(*first.rope, layout.head_dim);
   report_errors();
-  if (params.num_tokens == 0) return;
-  AppendArgs args{.planes = {},
-                  .slots = params.slots,
-                  .num_rows = params.num_tokens * params.kv.layout.num_kv_heads,
-                  .num_slots = params.kv.num_pages * params.kv.layout.page_size,
-                  .page_size = params.kv.layout.page_size,
-                  .errors = error_record()};
+  if (first.num_tokens == 0) return;
   int64_t row_bytes = 0;
-  for (size_t i = 0; i < moves.size(); ++i) {
-    args.planes[i] = moves[i];
-    row_bytes = std::max(row_bytes, moves[i].dims * dtype_bytes(moves[i].dst.dtype));
+  for (const RowMove& move : moves) {
+    row_bytes = std::max(row_bytes, move.dims * dtype_bytes(move.dst.dtype));
   }
   const int lanes = group_lanes(row_bytes);
-  const int64_t blocks = std::min<int64_t>(ceil_div(args.num_rows, kThreads / lanes), 1 << 16);
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(moves.size()));
-  const auto kernel = lanes == 8 ? append_rows<8> : lanes == 16 ? append_rows<16> : append_rows<32>;
-  launch("append_kv", kernel, grid, kThreads, 0, stream, args);
+  const auto kernel = first.rope ? kernel_for<true>(lanes) : kernel_for<false>(lanes);
+  size_t end = 0;
+  for (size_t begin = 0; begin < moves.size(); begin = end) {
+    const AppendArgs args{.moves = take_layers(moves, num_planes(layout), begin, &end),
+                          .rope = first.rope ? *first.rope : RopeParams{},
+                          .slots = first.slots,
+                          .num_rows = first.num_tokens * layout.num_kv_heads,
+                          .num_slots = first.kv.num_pages * layout.page_size,
+                          .page_size = layout.page_size,
+                          .errors = error_record()};
+    const int64_t blocks = std::min<int64_t>(ceil_div(args.num_rows, kThreads / lanes), 1 << 16);
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(end - begin));
+    launch("append_kv", kernel, grid, kThreads, 0, stream, args);
+  }
 }
 
 }  // namespace kvlink::cuda

@@ -1,5 +1,5 @@
-// The kernels that there are: attention_halves.cu, attention_bytes.cu and attention_latent.cu list
-// them.
+// The kernels that there are: attention_halves.cu, attention_bytes.cu, attention_latent.cu and
+// attention_floats.cu list them.
 #pragma once
 
 #include <span>
@@ -48,13 +48,13 @@ constexpr Instance instance() {
           .running_bytes = running_bytes<Extend>()};
 }
 
-template <DType kKV, int kParts>
-constexpr Instance latent_instance() {
-  using Tile = LatentTile<kKV, kParts>;
-  return {.stored = kKV,
-          .any_q = kParts == 2,
-          .max_dim = kLatentDim,
-          .max_dim_v = kLatentDimV,
+// Of a tile that serves decode, too.
+template <typename Tile>
+constexpr Instance extend_instance(DType stored, bool any_q, int max_dim, int max_dim_v) {
+  return {.stored = stored,
+          .any_q = any_q,
+          .max_dim = max_dim,
+          .max_dim_v = max_dim_v,
           .decode = nullptr,
           .decode_shared_bytes = 0,
           .extend = extend<Tile>,
@@ -65,9 +65,16 @@ constexpr Instance latent_instance() {
           .running_bytes = running_bytes<Tile>()};
 }
 
+template <DType kKV, int kParts>
+constexpr Instance latent_instance() {
+  return extend_instance<LatentTile<kKV, kParts>>(kKV, kParts == 2, kLatentDim, kLatentDimV);
+}
+
 // The first that fits a call is taken.
 std::span<const Instance> half_instances();
 std::span<const Instance> byte_instances();
 std::span<const Instance> latent_instances();
+std::span<const Instance> float_instances();
+std::span<const Instance> latent_float_instances();
 
 }  // namespace kvlink::cuda

@@ -131,13 +131,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
       const int split = local % plan.num_splits,
                 first = (plan.first_split + split) * Tile::kSplitTokens;
       tile.place(Tile::kRows, first, first + Tile::kSplitTokens);
-      tile.attend([] {});
+      attend(tile, [] {});
       store_split(args, tile, split);
       continue;
     }
     tile.place(Tile::kRows, 0, plan.seq_len);
     Running<Tile> running(args);
-    tile.attend([&] {
+    attend(tile, [&] {
       tile.finish_split();
       running.take(tile);
       tile.clear();
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
               static_cast<int>(blockIdx.x) / num_kv_heads * kRows);
     const int first = (plan.first_split + item - plan.first_item) * Tile::kSplitTokens;
     tile.place(kRows, first, first + Tile::kSplitTokens);
-    tile.attend([] {});
+    attend(tile, [] {});
     // Each warp has seen a part of every block.
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -158,4 +158,36 @@ struct TileRows {
   }
 };
 
+// All of the tile's range, block by block, of which kStages - 1 are on their way; `at_split` is
+// called wherever a split begins, but for the first. Ends with nothing under way and shared memory
+// free for other use.
+template <typename Tile, typename AtSplit>
+__device__ void attend(Tile& tile, const AtSplit& at_split) {
+  constexpr int kStages = Tile::kStages, kBlockTokens = Tile::kBlockTokens;
+  constexpr int kSplitBlocks = Tile::kSplitTokens / kBlockTokens;
+  tile.load_queries();
+  const Range range = tile.range;
+  const int first = range.begin / kBlockTokens;
+  const int end = range.end > range.begin ? (range.end + kBlockTokens - 1) / kBlockTokens : first;
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (first + i < end) tile.load_block(first + i, i);
+    commit_copies();
+  }
+  int stage = 0;
+  for (int block = first; block < end; ++block) {
+    wait_copies<kStages - 2>();
+    __syncthreads();  // the block is there for all, and all are done with the one before it
+    const int next = block + kStages - 1;
+    if (next < end) tile.load_block(next, stage == 0 ? kStages - 1 : stage - 1);
+    commit_copies();
+    if (block > first && block % kSplitBlocks == 0) at_split();
+    tile.attend_block(block, stage);
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+  }
+  wait_copies<0>();
+  __syncthreads();
+  tile.finish_split();
+}
+
 }  // namespace kvlink::cuda

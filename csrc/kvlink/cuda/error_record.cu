@@ -17,15 +17,25 @@ void check_cuda(cudaError_t status, const char* what) {
   throw std::runtime_error(text);
 }
 
+bool is_captured(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
 ErrorRecord* error_record() {
   static std::mutex mutex;
   static ErrorRecord* record = nullptr;  // lives as long as the process
   const std::lock_guard lock(mutex);
   if (!record) {
     void* memory = nullptr;
-    check_cuda(
-        cudaHostAlloc(&memory, sizeof(ErrorRecord), cudaHostAllocMapped | cudaHostAllocPortable),
-        "cudaHostAlloc of the error record");
+    // The first call may be one that a graph captures, and this is none of the graph's.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+    const cudaError_t allocated =
+        cudaHostAlloc(&memory, sizeof(ErrorRecord), cudaHostAllocMapped | cudaHostAllocPortable);
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    check_cuda(allocated, "cudaHostAlloc of the error record");
     record = static_cast<ErrorRecord*>(memory);
     *record = kNoError;
   }

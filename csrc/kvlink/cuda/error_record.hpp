@@ -39,4 +39,8 @@ void report_errors();
 // Throws Unsupported when there is no usable device, std::runtime_error for other failures.
 void check_cuda(cudaError_t status, const char* what);
 
+// A graph is being made of what is queued on `stream`: nothing of the host may be waited for or
+// copied then.
+bool is_captured(cudaStream_t stream);
+
 }  // namespace kvlink::cuda

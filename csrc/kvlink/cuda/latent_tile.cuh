@@ -64,6 +64,8 @@ struct LatentTile : TileRows<4, kLatentDimV / 8 / 8> {
   __device__ static bool owns_state() { return Base::warp() == 0 && Base::lane() % 4 == 0; }
   __device__ int padded_dim() const { return (this->p.kv.layout.head_dim + 31) / 32 * 32; }
 
+  __device__ void load_queries() const { Queries::load(*this, queries(), kThreads, padded_dim()); }
+
   // Begins the copies of a block; slots that nothing may see become zeros, and are not read.
   __device__ void load_block(int block, int stage) const {
     constexpr int kRowLanes = 8;
@@ -236,36 +238,6 @@ struct LatentTile : TileRows<4, kLatentDimV / 8 / 8> {
       for (int j = 0; j < 4; ++j) this->sum[i] += part_results()[j * kRows + this->tile_row(i)];
     }
     __syncthreads();
-  }
-
-  // As AttentionTile's.
-  template <typename AtSplit>
-  __device__ void attend(const AtSplit& at_split) {
-    constexpr int kSplitBlocks = kSplitTokens / kBlockTokens;
-    Queries::load(*this, queries(), kThreads, padded_dim());
-    const int first = this->range.begin / kBlockTokens;
-    const int end = this->range.end > this->range.begin
-                        ? (this->range.end + kBlockTokens - 1) / kBlockTokens
-                        : first;
-#pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) {
-      if (first + i < end) load_block(first + i, i);
-      commit_copies();
-    }
-    int stage = 0;
-    for (int block = first; block < end; ++block) {
-      wait_copies<kStages - 2>();
-      __syncthreads();  // the block is there for all, and all are done with the one before it
-      const int next = block + kStages - 1;
-      if (next < end) load_block(next, stage == 0 ? kStages - 1 : stage - 1);
-      commit_copies();
-      if (block > first && block % kSplitBlocks == 0) at_split();
-      attend_block(block, stage);
-      stage = stage == kStages - 1 ? 0 : stage + 1;
-    }
-    wait_copies<0>();
-    __syncthreads();
-    finish_split();
   }
 };
 

@@ -33,7 +33,7 @@ const Instance& find_instance(const PagedAttentionParams& p) {
   };
   if (layout.form == KVForm::kOpaque)
     throw missing("pool: attention needs K and V, not opaque pages");
-  if (size == 2 && layout.has_scales()) throw missing("pool: scales of ", dtype_name(layout.dtype));
+  if (size > 1 && layout.has_scales()) throw missing("pool: scales of ", dtype_name(layout.dtype));
   if (layout.head_dim % 16 != 0 || layout.head_dim_v % 16 != 0) {
     throw missing("head_dim: supported are multiples of 16; got ", layout.head_dim, " and ",
                   layout.head_dim_v);
@@ -50,7 +50,8 @@ const Instance& find_instance(const PagedAttentionParams& p) {
     throw missing("out: supported are rows that begin at multiples of 4 bytes");
   }
   int largest = 0, largest_v = 0;
-  const auto instances = latent      ? latent_instances()
+  const auto instances = size == 4   ? (latent ? latent_float_instances() : float_instances())
+                         : latent    ? latent_instances()
                          : size == 1 ? byte_instances()
                                      : half_instances();
   for (const Instance& each : instances) {

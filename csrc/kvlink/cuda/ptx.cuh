@@ -150,6 +150,11 @@ __device__ inline uint64_t load_of_system(const uint64_t* at) {
   return value;
 }
 
+// Who then sees the sum sees what was stored before, too.
+__device__ inline void add_of_system(uint64_t* at, uint64_t value) {
+  asm volatile("red.release.sys.global.add.u64 [%0], %1;\n" ::"l"(at), "l"(value) : "memory");
+}
+
 __device__ inline uint64_t global_time_ns() {
   uint64_t now;
   asm volatile("mov.u64 %0, %%globaltimer;\n" : "=l"(now));

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "kvlink/cuda/error_record.cuh"
@@ -6,6 +7,7 @@
 #include "kvlink/cuda/move_rows.cuh"
 #include "kvlink/cuda/relayout_pages.hpp"
 #include "kvlink/cuda/scratch.hpp"
+#include "kvlink/cuda/wait_ready.cuh"
 #include "kvlink/params/plan_moves.hpp"
 
 namespace kvlink::cuda {
@@ -13,6 +15,7 @@ namespace kvlink::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kResident = 2;  // blocks on a processor that registers must suffice for
 
 struct Side {
   const int32_t* pages = nullptr;
@@ -33,34 +36,43 @@ struct Side {
 };
 
 struct MoveArgs {
-  const RowMove* moves;  // [gridDim.y]
+  LayerMoves moves;
   Side src, dst;
   int64_t num_rows, token_position;
   int32_t num_heads;
   unsigned long long* digest;  // null: none
+  const int* go;               // null, or 0: nothing may be read
+  int* skipped;                // null, or is told that there were bad page ids
   ErrorRecord* errors;
 };
 
 // Grid: rows (heads of tokens) in x, planes of layers in y.
 template <int kLanes, bool kMove>
-__global__ void __launch_bounds__(kThreads) move_rows(const __grid_constant__ MoveArgs args) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    move_rows(const __grid_constant__ MoveArgs args) {
   const Group<kLanes> group;
-  const RowMove& move = args.moves[blockIdx.y];
+  if (args.go && *args.go == 0) return;
+  const LayerMove move = args.moves.of(static_cast<int>(blockIdx.y));
   uint64_t sum = 0;
   const int64_t step = static_cast<int64_t>(gridDim.x) * (kThreads / kLanes);
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
        row < args.num_rows; row += step) {
     const int64_t token = row / args.num_heads, head = row % args.num_heads;
-    RowPlace place{0, 0, move.src_head + head, 0, 0, move.dst_head + head};
+    RowPlace place{0, 0, move.all.src_head + head, 0, 0, move.all.dst_head + head};
     const bool report = group.lane == 0;
-    if (!args.dst.locate(token, &place.dst_page, &place.dst_slot, report, args.errors)) continue;
+    bool there = args.dst.locate(token, &place.dst_page, &place.dst_slot, report, args.errors);
     if constexpr (kMove) {
-      if (!args.src.locate(token, &place.src_page, &place.src_slot, report, args.errors)) continue;
-      move_row(group, move, place);
+      there =
+          there && args.src.locate(token, &place.src_page, &place.src_slot, report, args.errors);
     }
+    if (!there) {
+      if (report && args.skipped) *args.skipped = 1;
+      continue;
+    }
+    if constexpr (kMove) move_row(group, move, place);
     if (!args.digest) continue;
     group.sync();  // the row's lanes see what the others wrote
-    sum += digest_row(group, move, place, move.model_head + static_cast<int32_t>(head),
+    sum += digest_row(group, move, place, move.all.model_head + static_cast<int32_t>(head),
                       args.token_position + token);
   }
   if (!args.digest) return;
@@ -77,33 +89,71 @@ auto* kernel_for(int lanes) {
                        : move_rows<32, kMove>;
 }
 
-RelayoutResult run(const std::vector<RowMove>& moves, MoveArgs args, int64_t num_tokens,
-                   bool with_source, bool with_digest, cudaStream_t stream) {
+struct ReadyArgs {
+  ReadyCounters ready;
+  RaisedCounters raised;
+  int *go, *skipped;
+  ErrorRecord* errors;
+};
+
+// One thread, before the rows are moved.
+__global__ void wait_for_rows(const __grid_constant__ ReadyArgs args) {
+  *args.skipped = 0;
+  *args.go = wait_ready(args.ready, args.errors);
+}
+
+// One thread, after that.
+__global__ void raise_counters(const __grid_constant__ ReadyArgs args) {
+  if (*args.go == 0 || *args.skipped != 0) return;
+  for (int i = 0; i < args.raised.num_items; ++i) add_of_system(args.raised.items[i], 1);
+}
+
+RelayoutResult run(const std::vector<RowMove>& moves, int num_planes, MoveArgs args,
+                   int64_t num_tokens, bool with_source, bool with_digest,
+                   const DeviceOptions& options, cudaStream_t stream) {
   report_errors();
   if (num_tokens == 0) return {};
-  const size_t moves_bytes = moves.size() * sizeof(RowMove);
-  const Scratch scratch(8 + moves_bytes, stream);
-  check_cuda(cudaMemcpyAsync(scratch.data() + 8, moves.data(), moves_bytes, cudaMemcpyHostToDevice,
-                             stream),
-             "cudaMemcpyAsync");
-  if (with_digest) check_cuda(cudaMemsetAsync(scratch.data(), 0, 8, stream), "cudaMemsetAsync");
-  args.moves = reinterpret_cast<const RowMove*>(scratch.data() + 8);
+  // A digest that is waited for, and what kernels have to tell each other.
+  std::optional<Scratch> scratch;
+  const bool reads_digest = with_digest && !options.digest_into;
+  KVLINK_CHECK(!reads_digest || !is_captured(stream),
+               "digest_into: expected an array while a graph is captured; got None");
+  const bool counts = options.ready.num_items > 0 || options.raised.num_items > 0;
+  if (reads_digest || counts) scratch.emplace(16, stream);
+  if (reads_digest) {
+    check_cuda(cudaMemsetAsync(scratch->data(), 0, 8, stream), "cudaMemsetAsync");
+    args.digest = reinterpret_cast<unsigned long long*>(scratch->data());
+  } else if (with_digest) {
+    args.digest = reinterpret_cast<unsigned long long*>(options.digest_into);
+  }
+  args.errors = error_record();
+  ReadyArgs ready{options.ready, options.raised, nullptr, nullptr, args.errors};
+  if (counts) {
+    args.go = ready.go = reinterpret_cast<int*>(scratch->data() + 8);
+    args.skipped = ready.skipped = ready.go + 1;
+    launch("relayout_pages: wait", wait_for_rows, dim3(1), 1, 0, stream, ready);
+  }
   args.num_heads = moves[0].num_heads;
   args.num_rows = num_tokens * args.num_heads;
-  args.digest = with_digest ? reinterpret_cast<unsigned long long*>(scratch.data()) : nullptr;
-  args.errors = error_record();
   int64_t row_bytes = 0;
   for (const RowMove& move : moves) {
     row_bytes = std::max(row_bytes, move.dims * dtype_bytes(move.dst.dtype));
   }
   const int lanes = group_lanes(row_bytes);
   const int64_t blocks = std::min<int64_t>(ceil_div(args.num_rows, kThreads / lanes), 1 << 16);
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(moves.size()));
   const auto kernel = with_source ? kernel_for<true>(lanes) : kernel_for<false>(lanes);
-  launch("relayout_pages", kernel, grid, kThreads, 0, stream, args);
+  size_t end = 0;
+  for (size_t begin = 0; begin < moves.size(); begin = end) {
+    args.moves = take_layers(moves, num_planes, begin, &end);
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(end - begin));
+    launch("relayout_pages", kernel, grid, kThreads, 0, stream, args);
+  }
+  if (options.raised.num_items > 0) {
+    launch("relayout_pages: raise", raise_counters, dim3(1), 1, 0, stream, ready);
+  }
   RelayoutResult result{.rows = static_cast<uint64_t>(args.num_rows) * moves.size(), .digest = 0};
-  if (with_digest) {
-    check_cuda(cudaMemcpyAsync(&result.digest, scratch.data(), 8, cudaMemcpyDeviceToHost, stream),
+  if (reads_digest) {
+    check_cuda(cudaMemcpyAsync(&result.digest, scratch->data(), 8, cudaMemcpyDeviceToHost, stream),
                "cudaMemcpyAsync");
     check_cuda(cudaStreamSynchronize(stream), "relayout_pages");
     report_errors();
@@ -117,7 +167,8 @@ Side make_side(const TokenRun& run, const LayerView& layer, BadEntry name) {
 
 }  // namespace
 
-RelayoutResult relayout_pages(const RelayoutParams& params, cudaStream_t stream) {
+RelayoutResult relayout_pages(const RelayoutParams& params, const DeviceOptions& options,
+                              cudaStream_t stream) {
   const std::vector<RowMove> moves = plan_moves(params);
   const LayerView& src = params.src_layers[0];
   const LayerView& dst = params.dst_layers[0];
@@ -127,17 +178,21 @@ RelayoutResult relayout_pages(const RelayoutParams& params, cudaStream_t stream)
   args.src = make_side(params.src, src, BadEntry::kSrcPages);
   args.dst = make_side(params.dst, dst, BadEntry::kDstPages);
   args.token_position = params.token_position;
-  return run(moves, args, params.num_tokens, true, params.with_digest, stream);
+  const bool with_digest = params.with_digest || options.digest_into;
+  return run(moves, num_planes(dst.layout), args, params.num_tokens, true, with_digest, options,
+             stream);
 }
 
-RelayoutResult digest_pages(const DigestParams& params, cudaStream_t stream) {
+RelayoutResult digest_pages(const DigestParams& params, const DeviceOptions& options,
+                            cudaStream_t stream) {
   const std::vector<RowMove> moves = plan_digests(params);
   const LayerView& layer = params.layers[0];
   check_run_bounds(params.run, params.num_tokens, layer.layout.page_size, "pages");
   MoveArgs args{};
   args.dst = make_side(params.run, layer, BadEntry::kPages);
   args.token_position = params.token_position;
-  return run(moves, args, params.num_tokens, false, true, stream);
+  return run(moves, num_planes(layer.layout), args, params.num_tokens, false, true, options,
+             stream);
 }
 
 }  // namespace kvlink::cuda

@@ -20,4 +20,10 @@ struct ReadyCounters {
   uint64_t timeout_ns = 0;
 };
 
+// Each of them grows by one when all that a call stores is there.
+struct RaisedCounters {
+  uint64_t* items[kMaxReady] = {};
+  int32_t num_items = 0;
+};
+
 }  // namespace kvlink::cuda

@@ -241,6 +241,10 @@ void multiply_columns(float (&sums)[kCount], const uint32_t (&rows)[4], uint64_t
 
 inline uint64_t load_of_system(const uint64_t* at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
 
+inline void add_of_system(uint64_t* at, uint64_t value) {
+  __atomic_fetch_add(at, value, __ATOMIC_RELEASE);
+}
+
 inline uint64_t global_time_ns() {
   const auto now = std::chrono::steady_clock::now().time_since_epoch();
   return static_cast<uint64_t>(std::chrono::nanoseconds(now).count());
