@@ -50,7 +50,7 @@ def test_dry_run(tmp_path: Path) -> None:
     ]
     for at in (0, 3):
         assert "test_attention_cuda.py" in report["steps"][at]["output"]
-    assert "test_every_attention.py" in report["steps"][1]["output"]
+    assert "test_every_rope.py" in report["steps"][1]["output"]
     listed = [sys.executable, "benchmarks/gpu_rows.py", "--list"]
     rows = subprocess.run(
         listed, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
