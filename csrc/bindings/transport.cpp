@@ -144,6 +144,7 @@ void register_control(py::module_& module) {
            "What a writer does before each chunk; for fault injection.")
       .def("leave", &Control::leave, py::arg("key"), py::arg("bit"))
       .def("adopt", &Control::adopt, py::arg("key"), py::arg("bit"))
+      .def("unadopt", &Control::unadopt, py::arg("key"), py::arg("bit"))
       .def("release", &Control::release, py::arg("key"), py::arg("bit"))
       .def(
           "deadline_ns",

@@ -15,6 +15,7 @@ from kvlink.transfer.errors import (
     LinkRefused,
     MoveFailed,
     OutOfSlots,
+    PagesLent,
     PathUnavailable,
     PeerLost,
     PeerUnreachable,
@@ -31,7 +32,7 @@ from kvlink.transfer.errors import (
     VersionMismatch,
 )
 from kvlink.transfer.grant import Arrival, Grant
-from kvlink.transfer.group_transfer import GroupTransfer
+from kvlink.transfer.group_transfer import GroupTransfer, LeaseGroup
 from kvlink.transfer.groups import GrantGroup, Member, OfferGroup
 from kvlink.transfer.link import Link
 from kvlink.transfer.offer import Lease, Offer
@@ -56,6 +57,7 @@ __all__ = [
     "GroupTransfer",
     "InvalidDescriptor",
     "Lease",
+    "LeaseGroup",
     "Link",
     "LinkClosed",
     "LinkRefused",
@@ -64,6 +66,7 @@ __all__ = [
     "Offer",
     "OfferGroup",
     "OutOfSlots",
+    "PagesLent",
     "PartTimes",
     "PathUnavailable",
     "PeerLost",

@@ -134,9 +134,11 @@ class Endpoint(LendsGroups):
         """Promises pages for `num_tokens` tokens of one request, for `ttl` seconds.
 
         `pages`: page ids in token order, each once; until the grant has ended and is `released`
-        nobody else may use them. `on_release(grant)` is called once, on any thread, when a grant
-        that failed gives the pages back. `digest=False` leaves out the digest on both sides: count
-        and generations alone are then verified. Raises OutOfSlots, InvalidArgument, LinkClosed.
+        nobody else may use them, and they are neither granted nor offered again (PagesLent).
+        `on_release(grant)` is called once, on any thread, when a grant that failed gives the pages
+        back. `digest=False` leaves out the digest on both sides: count and generations alone are
+        then verified. Raises PagesLent, OutOfSlots, InvalidArgument,
+        LinkClosed.
         """
         return self.lend(Grant, ttl, digest, 1, region, pages, num_tokens, on_release)
 
@@ -153,6 +155,7 @@ class Endpoint(LendsGroups):
     ) -> Offer:
         """Lets peers pull or adopt the KV of `num_tokens` tokens in `pages`, for `ttl` seconds.
 
+        Pages may be offered several times at once, but not while they are granted (PagesLent).
         `pulls`: how many pulls end the offer. `on_release(offer)` is called once, on any thread,
         when the pages are the owner's alone again. Raises as `grant`.
         """

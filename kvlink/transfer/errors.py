@@ -61,6 +61,11 @@ class OutOfSlots(TransferError):
     """The endpoint has as many open grants and offers as it can hold."""
 
 
+class PagesLent(TransferError):
+    """A page is under another grant, or offered; the message names region and page. Nothing was
+    lent or begun, and it may be once the pages are released."""
+
+
 class AlreadyWriting(TransferError):
     """This link already writes to the grant, or the offer is already taken."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvlink import _C
 from kvlink.errors import InvalidArgument
@@ -17,6 +17,9 @@ from kvlink.transfer.errors import (
 )
 from kvlink.transfer.group_descriptor import GroupDescriptor
 from kvlink.transfer.transfer import Progress, Transfer
+
+if TYPE_CHECKING:
+    from kvlink.transfer.offer import Lease
 
 # How members end because of another one.
 _CONSEQUENCES = (GrantRevoked, TransferCancelled)
@@ -105,6 +108,40 @@ class GroupTransfer:
         return type(error)(f"group {self.group_id.hex()}, member {idx}: {error}")
 
 
+class LeaseGroup:
+    """The pools of one request in place: `Link.adopt_group` makes it. Thread-safe.
+
+    `members`: a `Lease` each, in the order of the group; read them as any. They hold together:
+    when one has ended (its owner took it back, its deadline passed), `check` raises and `valid` is
+    False, and the owner ends the others. A context manager; `release` at its end.
+    """
+
+    def __init__(self, group_id: bytes, members: Sequence[Lease]) -> None:
+        self.group_id = group_id
+        self.members = tuple(members)
+
+    @property
+    def valid(self) -> bool:
+        """The pages of all members still hold what was offered."""
+        return all(lease.valid for lease in self.members)
+
+    def check(self) -> None:
+        """Raises as `Lease.check` when the pages of any member may hold something else by now."""
+        for lease in self.members:
+            lease.check()
+
+    def release(self) -> None:
+        """Gives the pages of all members back. Idempotent."""
+        for lease in self.members:
+            lease.release()
+
+    def __enter__(self) -> LeaseGroup:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
 class MovesGroups:
     """What `Link` does for groups."""
 
@@ -114,6 +151,10 @@ class MovesGroups:
 
     def prepare(self, kind: Any, token: Any, pages: Any, region: Any) -> Callable[[], Transfer]:
         """Checks one member, and gives what begins it."""
+        raise NotImplementedError
+
+    def adopt_all(self, offers: Sequence[Any]) -> list[Lease]:
+        """Adopts all of these offers, or none."""
         raise NotImplementedError
 
     def push_group(self, src_members: Sequence[Any], grants: Any) -> GroupTransfer:
@@ -133,6 +174,12 @@ class MovesGroups:
         """Pulls what the peer's `OfferGroup.to_bytes()` offers into `(region, pages)` each, as
         `pull`; nothing of it may be read before every member has arrived. Raises as `begin`."""
         return self._start_group(_C.SlotKind.OFFER, offers, dst_members).post_all()
+
+    def adopt_group(self, offers: Any) -> LeaseGroup:
+        """Uses all members of the peer's `OfferGroup.to_bytes()` where they lie, as `adopt`: all of
+        them, or an error (as `adopt`'s) that leaves the group as it was, open to another try."""
+        group = self.parse_group(_C.SlotKind.OFFER, offers)
+        return LeaseGroup(group.group_id, self.adopt_all(group.members))
 
     def _start_group(self, kind: Any, token: Any, members: Sequence[Any]) -> GroupTransfer:
         group = self.parse_group(kind, token)

@@ -77,7 +77,6 @@ class _Group(Generic[ReservationT]):
         try:
             for region, pages, num_tokens in wanted:
                 opened.append(lend(region, pages, num_tokens, self._on_member))
-            _check_distinct(opened)
         except BaseException:
             for reservation in opened:
                 reservation.revoke()
@@ -227,15 +226,18 @@ def _checked(members: Sequence[Any]) -> list[Member]:
         raise InvalidArgument(
             f"members: expected (region, pages, num_tokens) each; got {members!r}"
         ) from None
+    _check_distinct(checked)
     return checked
 
 
-def _check_distinct(members: Sequence[Grant | Offer]) -> None:
+def _check_distinct(members: Sequence[Member]) -> None:
     """Members of one region name no page twice."""
+    import numpy as np
+
     used: dict[int, set[int]] = {}
     for member in members:
-        before = used.setdefault(member.region.region_id, set())
-        pages = member.pages.tolist()
+        before = used.setdefault(id(getattr(member.region, "pool", member.region)), set())
+        pages = np.ravel(member.pages).tolist()
         if not before.isdisjoint(pages):
             twice = min(before.intersection(pages))
             raise InvalidArgument(f"members: page {twice} of one region is named twice")
@@ -279,7 +281,7 @@ class LendsGroups:
         digest: bool = True,
         on_release: Callable[[OfferGroup], None] | None = None,
     ) -> OfferGroup:
-        """Lets a peer pull what several pools hold of one request; as `grant_group`, but
+        """Lets a peer pull or adopt what several pools hold of one request; as `grant_group`, but
         `on_release(group)` is called in any case, when the pages are the owner's alone again."""
         lend = partial(self.lend, Offer, ttl, digest, 1)
         return OfferGroup(members, lend, self.descriptor_key, on_release)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvlink import _C
@@ -18,6 +18,7 @@ from kvlink.transfer.errors import (
     status_error,
 )
 from kvlink.transfer.group_transfer import MovesGroups
+from kvlink.transfer.lending import check_not_lent
 from kvlink.transfer.link_facts import LinkFacts
 from kvlink.transfer.offer import Lease
 from kvlink.transfer.region import Region, page_ids
@@ -81,7 +82,8 @@ class Link(LinkFacts, MovesGroups):
         """Copies what the peer offers into `dst_pages` of `region`'s pool. Returns at once.
 
         `offer`: the peer's `Offer.to_bytes()`. `wait_arrived` of the result tells when all is there
-        and verified: only then may the pages be read. Raises as `begin`.
+        and verified: only then may the pages be read. Raises as `begin`, and PagesLent when this
+        side has granted or offered one of them.
         """
         transfer = self._start(_C.SlotKind.OFFER, offer, dst_pages, region)
         for part in range(len(transfer.plan.parts)):
@@ -93,14 +95,27 @@ class Link(LinkFacts, MovesGroups):
         """Uses the offered pages where they lie: no byte moves, and the time it takes does not
         depend on the request's length. Raises as `begin`, and PathUnavailable on paths that map
         nothing."""
+        return self.adopt_all([offer])[0]
+
+    def adopt_all(self, offers: Sequence[Any]) -> list[Lease]:
+        """For `MovesGroups`: adopts all of them or none; an error leaves every one open."""
+        taken: list[tuple[Descriptor, Any]] = []
         with self.watch.beginning(_C.SlotKind.OFFER, "adoption"):
             session = self._current()
-            descriptor = session.remote.parse(_C.SlotKind.OFFER, offer)
-            pool, pages, control, key = session.path_link.adopt(descriptor)
-        lease = Lease(session, control, key, descriptor, pool, pages)
-        session.add_lease(lease)
-        self.watch.adopted(descriptor.transfer_id, descriptor.num_pages)
-        return lease
+            descriptors = [session.remote.parse(_C.SlotKind.OFFER, offer) for offer in offers]
+            try:
+                for descriptor in descriptors:
+                    taken.append((descriptor, session.path_link.adopt(descriptor)))
+            except BaseException:
+                for _, (*_, key) in taken:
+                    session.path_link.unadopt(key)
+                raise
+        leases = []
+        for descriptor, (pool, pages, control, key) in taken:
+            leases.append(lease := Lease(session, control, key, descriptor, pool, pages))
+            session.add_lease(lease)
+            self.watch.adopted(descriptor.transfer_id, descriptor.num_pages)
+        return leases
 
     def query(self, transfer_id: bytes, timeout: float = 5.0) -> Any:
         """How a transfer of the peer's grants and offers stands or ended, by its id: a
@@ -203,6 +218,8 @@ class Link(LinkFacts, MovesGroups):
                     f"got {own_ids.size}"
                 )
             plan = session.remote.plan(kind, own, descriptor)
+            if kind == _C.SlotKind.OFFER:
+                check_not_lent(own, own_ids[:needed], self._peers.table)
         return lambda: self._begin(session, kind, descriptor, own, own_ids, plan)
 
     def _start(self, kind: Any, token: Any, pages: Any, region: Region | None) -> Transfer:

@@ -20,6 +20,7 @@ from kvlink.transfer.errors import (
     TransferTimeout,
     status_error,
 )
+from kvlink.transfer.lending import take_pages
 from kvlink.transfer.region import Region, granted_ids
 from kvlink.transfer.wire import TRANSFER_ID_BYTES
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from kvlink.transfer.watching import EndpointWatch
 
+_GRANT = _C.SlotKind.GRANT
 _HISTORY = 4096  # outcomes remembered for queries
 _QUIET_POLL = 0.002  # s
 
@@ -168,18 +170,24 @@ class Reservation:
             descriptor.shard.kv_heads.start, ids, num_tokens, region.generations,
         )  # fmt: skip
         rows = descriptor.rows_per_token * num_tokens
-        with table.lock:
-            slot, first_page = table.take_slot(ids.size)
-            self._slot = (slot, first_page, ids.size)
-            try:
-                self.key = self._control.open(
-                    slot, self.kind, self.transfer_id, deadline_ns, descriptor.num_stored_layers,
-                    rows, num_pulls, with_digest, first_page, own,
-                )  # fmt: skip
-            except BaseException:
-                table.give_slot(*self._slot)
-                raise
-            table.open[self.transfer_id] = self
+        self._lent = ids.copy()  # `pages` may be changed by whoever reads it
+        take_pages(region, ids, self.kind, table)
+        try:
+            with table.lock:
+                slot, first_page = table.take_slot(ids.size)
+                self._slot = (slot, first_page, ids.size)
+                try:
+                    self.key = self._control.open(
+                        slot, self.kind, self.transfer_id, deadline_ns,
+                        descriptor.num_stored_layers, rows, num_pulls, with_digest, first_page, own,
+                    )  # fmt: skip
+                except BaseException:
+                    table.give_slot(*self._slot)
+                    raise
+                table.open[self.transfer_id] = self
+        except BaseException:
+            region.lent.give(ids, to_write=self.kind == _GRANT)
+            raise
         self._bytes = Descriptor(
             self.kind, epoch, self.transfer_id, slot, self.key.generation, region.region_id,
             num_tokens, first_page, ids.size, deadline_ns,
@@ -254,10 +262,16 @@ class Reservation:
             del self._table.open[self.transfer_id]
             self._table.give_slot(*self._slot)
             self._control.forget(self.key)
+            self.region.lent.give(self._lent, to_write=self.kind == _GRANT)
             self._released.set()
         watch.released(self)
         if self._on_release is not None and self._gives_back():
             self._on_release(self)
+
+    def tidy(self) -> None:
+        """As `advance`, unless somebody waits for `on_release` before the pages are used again."""
+        if self._on_release is None:
+            self.advance()
 
     def _gives_back(self) -> bool:
         """The pages return to the owner's pool, rather than to the request that arrived in them."""

@@ -130,6 +130,20 @@ class HybridBody(Held):
         self.open[group.to_bytes()] = group
         return group.to_bytes()
 
+    def adopt_group(self, offers: bytes) -> list[tuple[list[int], bytes]]:
+        """Pages of each member, and the memory of the pool they lie in."""
+        assert self.link is not None
+        self.lease = self.link.adopt_group(offers)
+        return [
+            (each.pages.tolist(), pool_bytes(each.pool).tobytes()) for each in self.lease.members
+        ]
+
+    def check_lease(self) -> None:
+        self.lease.check()
+
+    def release(self) -> None:
+        self.lease.release()
+
     def revoke_member(self, token: bytes, idx: int) -> bool:
         return self.open[token].members[idx].revoke()
 

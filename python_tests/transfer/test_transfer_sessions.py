@@ -104,6 +104,37 @@ def test_a_connection_that_breaks(prefill: Endpoint) -> None:
         assert again.query(bytes(16)) is None
 
 
+def test_a_peer_comes_back_to_who_accepts() -> None:
+    """The link that was accepted ends; the next one has the same name, and is not a dead one."""
+    with Endpoint("decode", secret=SECRET) as decode:
+        pool = SPEC.build()
+        decode.register(pool)
+        SPEC.fill(pool, PAGES, TOKENS)
+        with Peer(SPEC) as peer:
+            peer.call("connect", decode.address)
+            first = decode.accept(5)
+            old_grant, old_epoch = peer.call("grant", PAGES, TOKENS), first.peer_epoch
+            peer.kill()
+        eventually(lambda: first.gone)
+        with pytest.raises(PeerLost):
+            first.begin(PAGES, old_grant)
+        with Peer(SPEC) as peer:  # nobody accepts this one
+            peer.call("connect", decode.address)
+            eventually(lambda: decode.links)
+            peer.kill()
+        eventually(lambda: not decode.links)
+        with Peer(SPEC) as peer:
+            peer.call("connect", decode.address)
+            link = decode.accept(5)
+            assert (link.peer_name, link.state) == (first.peer_name, "connected")
+            assert link.peer_epoch != old_epoch
+            with pytest.raises(UnknownRegion, match="restarted"):
+                link.begin(PAGES, old_grant)
+            arrives(link, peer)
+            with pytest.raises(TransferTimeout):
+                decode.accept(0)
+
+
 @pytest.mark.parametrize("which", ["link", "endpoint"])
 def test_closing_ends_the_search_at_once(which: str) -> None:
     prefill = Endpoint("prefill", secret=SECRET)

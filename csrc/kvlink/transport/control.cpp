@@ -428,6 +428,19 @@ Status Control::adopt(SlotKey key, uint32_t bit) {
   return status == Status::kPending ? Status::kBusy : status;
 }
 
+bool Control::unadopt(SlotKey key, uint32_t bit) {
+  Slot& slot = this->slot(key.slot);
+  uint64_t bits = Word{key.generation, Status::kPending, Phase::kAdopted}.pack();
+  const Word open{key.generation, Status::kPending, Phase::kOpen};
+  const bool opened =
+      slot.lessee.load() == bit + 1 && slot.word.compare_exchange_strong(bits, open.pack());
+  Word word;
+  uint32_t self = bit + 1;
+  if (owns(key, &word)) slot.lessee.compare_exchange_strong(self, 0);
+  notify(slot);
+  return opened;
+}
+
 bool Control::release(SlotKey key, uint32_t bit) {
   Slot& slot = this->slot(key.slot);
   // Closed first: the owner takes the pages back when it sees a closed slot without a lessee.

@@ -148,6 +148,8 @@ class Control {
   Status begin(SlotKey key, uint32_t bit);  // marks this link unfinished; kBusy if it is
   void finish(SlotKey key, uint32_t bit);
   Status adopt(SlotKey key, uint32_t bit);  // takes an offer in place
+  // Undoes adopt, before anything was read: the offer is open again; false when it had ended.
+  bool unadopt(SlotKey key, uint32_t bit);
   bool release(SlotKey key, uint32_t bit);  // ends the lease; false when it had ended before
   Status consume(SlotKey key);              // one pull is done
 

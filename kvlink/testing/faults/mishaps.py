@@ -17,7 +17,7 @@ from kvlink.testing.faults import frames
 from kvlink.testing.faults.party import NUM_SLOTS, Party
 from kvlink.testing.faults.tuning import be_patient
 from kvlink.testing.faults.watched import SPECS, TOKENS, eventually, holdings, write_kv
-from kvlink.transfer import Grant, TransferError, TransferTimeout
+from kvlink.transfer import Offer, TransferError, TransferTimeout
 from kvlink.transfer.descriptor import Descriptor
 
 logger = logging.getLogger("kvlink.transfer")
@@ -73,15 +73,15 @@ class FaultyParty(Party):
     def fill_up(self) -> list[str]:
         """Takes every slot and every page there is; what the next request is told."""
         told = []
-        grants: list[Grant] = []
         page = self.pools["same"].take(1)
+        offers: list[Offer] = []  # of one page, which any number may name
         for _ in range(NUM_SLOTS + 1):
             try:
-                grants.append(self.endpoint.grant(page, 1, region=self.pools["same"].region))
+                offers.append(self.endpoint.offer(page, 1, region=self.pools["same"].region))
             except TransferError as error:
                 told.append(type(error).__name__)
-        for grant in grants:
-            grant.revoke()
+        for offer in offers:
+            offer.revoke()
         pool = self.pools["large"]
         held = pool.allocator.allocate(pool.allocator.num_free)
         try:

@@ -92,6 +92,9 @@ class PathLink(Protocol):
     def release(self, key: Any) -> None:
         """Ends what `adopt` began. Idempotent; allowed after `close`."""
 
+    def unadopt(self, key: Any) -> None:
+        """Undoes `adopt`, before anything was read: the offer is open again."""
+
     def failed(self) -> str | None:
         """Why the path itself has lost the peer; polled by the service thread."""
 

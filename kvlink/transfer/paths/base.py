@@ -74,6 +74,9 @@ class BaseLink(Generic[RegionT]):
     def release(self, key: Any) -> None:
         """Nothing was adopted."""
 
+    def unadopt(self, key: Any) -> None:
+        """Nothing was adopted."""
+
     def failed(self) -> str | None:
         """The control connection tells of every end."""
         return None

@@ -109,6 +109,10 @@ class ShmLink(BaseLink[KVPool]):
         """Ends what `adopt` began."""
         self._control.release(key, self._bit)
 
+    def unadopt(self, key: Any) -> None:
+        """The offer is open again."""
+        self._control.unadopt(key, self._bit)
+
     def enter(self, descriptor: Descriptor) -> str:
         """Pins the pages and stays inside, as a writer between two instructions: "OK", or why not.
         For fault injection."""

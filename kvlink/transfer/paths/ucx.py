@@ -120,7 +120,7 @@ class Ucx(BasePath):
         try:
             check_told("describe", blob, fds, len(blob), 0)
             checksum, blob = blob[:_CHECKSUM_BYTES], blob[_CHECKSUM_BYTES:]
-            if checksum != _checksum(blob):  # UCX ends the process over an address that is none
+            if checksum != _checksum(blob):  # UCX does not survive every address
                 raise ProtocolError("describe: not the address that the peer sent")
             link.connect(blob, peer.same_host)
         except ProtocolError:

@@ -17,6 +17,12 @@ constexpr unsigned kMessageId = 0;
 // cannot: fetching costs it a round trip and a copy more.
 constexpr size_t kRendezvousBytes = 64 << 10;
 
+// UCX takes no length with an address, but follows those in it: zeros behind it, where they may
+// lead. It aborts over a version that it does not know; 1.13 and later know these two.
+constexpr int kAddressVersions = 2;
+constexpr size_t kMinAddressBytes = 9;  // version and flags, the worker's number
+constexpr size_t kAddressPadding = 128 << 10;
+
 std::string describe(ucs_status_t status) { return api().ucs_status_string(status); }
 
 }  // namespace
@@ -80,7 +86,10 @@ void Port::set_handlers(Accept accept, OnMessage on_message, OnFailure on_failur
   });
 }
 
-void Port::connect(const std::string& address, bool same_host) {
+void Port::connect(std::string address, bool same_host) {
+  KVLINK_CHECK(address.size() >= kMinAddressBytes && (address[0] & 0xf) < kAddressVersions,
+               "address: not one of a UCX worker");
+  address.append(kAddressPadding, '\0');
   engine_->call([&] {
     KVLINK_CHECK(worker_ != nullptr && endpoint_ == nullptr, "port: closed, or connected before");
     ucp_ep_params_t params{};

@@ -72,7 +72,7 @@ class Port : public std::enable_shared_from_this<Port> {
   // Any thread. Throws std::runtime_error.
   // `same_host`: memory may be shared with the peer, which UCX does only where it is not asked to
   // tell when the peer dies.
-  void connect(const std::string& address, bool same_host);
+  void connect(std::string address, bool same_host);
   // Any thread. `done` runs on the engine's thread, once, unless the engine has stopped.
   void send(Outgoing message, Done done = {});
   // Any thread. Keys of the peer's memory, by block number. Throws std::runtime_error.
