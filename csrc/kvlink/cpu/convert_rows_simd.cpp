@@ -422,7 +422,8 @@ uint64_t convert_heads(const RowMove& move, const RowBox* boxes, int64_t num_box
   Converter<kSrc, kDst> converter(move);
   DigestSum sum;
   RowBatches batches(move, boxes, num_boxes);
-  constexpr int kRing = HeadStarts::kHeads / Rows::kMost;
+  constexpr int kRing = 5;  // the last of them is being fetched
+  static_assert(kRing * Rows::kMost <= HeadStarts::kHeads);
   Rows rows[kRing];
   for (int i = 0; i < kRing; ++i) rows[i].scales = i * Rows::kMost;
   for (int i = 0; i < kRing - 1; ++i) batches.take(rows[i], most);
