@@ -133,7 +133,7 @@ def shm_convert(run: Run) -> Iterator[Figure]:
 
 
 def digest(run: Run) -> Iterator[Figure]:
-    # By the same processes: pools of others lie elsewhere in memory, which alone can cost more.
+    # By the same processes: those of others have other memory.
     digested = Kvlink([SAME_64K], SAME_64K, "host_shm")
     sides = {
         "with digest": digested,
