@@ -51,9 +51,10 @@ class Figure:
 def limits(device: str) -> dict[str, float]:
     """Rates of this machine, in 10^9 a second, measured once.
 
-    "read" and "copy" (bytes; a copied byte counts once), "fma" (float32 operations). On the CPU
-    with num_threads() threads. A CUDA device's copy is torch's, reads count as fast as its reads
-    and writes together, and its "fma" is a torch product of two bfloat16 matrices.
+    "read" and "copy" (bytes; a copied byte counts once), "fma" (float32 operations), on the CPU
+    "bf16 dot" (operations on pairs of bfloat16 with float32 sums; 0 where there are none). On the
+    CPU with num_threads() threads. A CUDA device's copy is torch's, reads count as fast as its
+    reads and writes together, and its "fma" is a torch product of two bfloat16 matrices.
     """
     if device == "cuda":
         import torch
@@ -71,6 +72,7 @@ def limits(device: str) -> dict[str, float]:
         "read": _C.probe_read_bandwidth(_PROBE_BYTES, _PROBE_SECONDS) / 1e9,
         "copy": _C.probe_copy_bandwidth(_PROBE_BYTES, _PROBE_SECONDS) / 1e9,
         "fma": _C.probe_fma_peak(_PROBE_SECONDS) / 1e9,
+        "bf16 dot": _C.probe_dot_peak(_PROBE_SECONDS) / 1e9,
     }
 
 
@@ -157,12 +159,13 @@ def figure(
     needs: dict[str, float], peer: str = "kvlink", device: str = "cpu",
     rates: dict[str, float] | None = None,
 ) -> Figure:  # fmt: skip
-    """A figure from a time and what the work needs of the limits ("read" or "copy", "fma")."""
+    """A figure from a time and what the work needs of the limits that limits() names."""
     limit, fraction = limit_fraction(seconds, needs, device, rates)
     num_bytes = needs.get("read", 0.0) + needs.get("copy", 0.0)
+    operations = needs.get("fma", 0.0) + needs.get("bf16 dot", 0.0)
     return Figure(
         op, case, backend, dtype, page_size, round(seconds * 1e3, 4),
-        round(num_bytes / seconds / 1e9, 3), round(needs.get("fma", 0.0) / seconds / 1e9, 3),
+        round(num_bytes / seconds / 1e9, 3), round(operations / seconds / 1e9, 3),
         limit, round(fraction, 4), peer,
     )  # fmt: skip
 
@@ -208,5 +211,5 @@ def report(figures: Iterable[Figure], as_json: bool, device: str = "cpu") -> Non
             names = f"{each.op:<18}{each.case:<29}{each.dtype:<13}{each.peer:<12}"
             rates = f"{each.ms:>10.3f}{each.GBps:>9.2f}{each.GFLOPs:>9.1f}"
             part = "-" if each.limit == "none" else f"{each.limit_fraction:.0%} of {each.limit}"
-            print(f"{names}{rates}  {part:<14}{each.note}".rstrip(), flush=True)
+            print(f"{names}{rates}  {part:<17}{each.note}".rstrip(), flush=True)
     sys.stdout.flush()

@@ -380,6 +380,10 @@ def plan_attention(
 def probe_copy_bandwidth(num_bytes: int, seconds: float) -> float:
     """Bytes copied a second with num_threads() threads."""
 
+def probe_dot_peak(seconds: float) -> float:
+    """The same of products of pairs of bfloat16 with float32 sums, four operations each; 0 where there is no instruction for them.
+    """
+
 def probe_fma_peak(seconds: float) -> float:
     """float32 operations a second with num_threads() threads; an FMA is two."""
 

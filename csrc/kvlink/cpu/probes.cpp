@@ -70,10 +70,11 @@ double probe_copy_bandwidth(int64_t num_bytes, double seconds) {
   });
 }
 
-double probe_fma_peak(double seconds) {
+namespace {
+
+double arithmetic_peak(int64_t (*run)(int64_t, float*), double seconds) {
   KVLINK_CHECK(seconds >= 0.0 && seconds <= 60.0, "seconds: expected 0 to 60; got ", seconds);
   constexpr int64_t kRounds = 200000;
-  const auto run = KVLINK_SIMD_PICK(probe_fma);
   const int64_t tasks = num_threads();
   std::vector<int64_t> done(tasks);
   std::vector<float> sinks(tasks * 16);
@@ -83,6 +84,16 @@ double probe_fma_peak(double seconds) {
     for (const int64_t operations : done) total += static_cast<double>(operations);
     return total;
   });
+}
+
+}  // namespace
+
+double probe_fma_peak(double seconds) {
+  return arithmetic_peak(KVLINK_SIMD_PICK(probe_fma), seconds);
+}
+
+double probe_dot_peak(double seconds) {
+  return arithmetic_peak(KVLINK_SIMD_PICK(probe_dot), seconds);
 }
 
 }  // namespace kvlink::cpu

@@ -1,5 +1,6 @@
 #include "kvlink/cpu/probes.hpp"
-#include "kvlink/cpu/simd/vec.hpp"
+#include "kvlink/cpu/simd/pair_rows.hpp"
+#include "kvlink/cpu/simd/tile_product.hpp"
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
@@ -35,6 +36,27 @@ int64_t probe_fma(int64_t rounds, float* sink) {
   for (int s = 0; s < kSums; ++s) total += sums[s];
   *sink += sum_lanes(total);
   return rounds * kSums * kLanes * 2;
+}
+
+int64_t probe_dot(int64_t rounds, float* sink) {
+#if defined(__AVX512F__)
+  if (!has_pair_products()) return 0;
+  constexpr int kSums = 24;
+  Vec sums[kSums] = {};
+  const Vec left = from_bits(VecU{} + 0x3f003f00u), right = left;  // 0.5 everywhere
+  for (int64_t round = 0; round < rounds; ++round) {
+    KVLINK_UNROLL
+    for (int s = 0; s < kSums; ++s) PairTerms::add(sums[s], left, right);
+  }
+  Vec total{};
+  KVLINK_UNROLL
+  for (int s = 0; s < kSums; ++s) total += sums[s];
+  *sink += sum_lanes(total);
+  return rounds * kSums * kLanes * 4;
+#else
+  (void)rounds, (void)sink;
+  return 0;
+#endif
 }
 
 }  // namespace kvlink::cpu::KVLINK_SIMD_LEVEL
