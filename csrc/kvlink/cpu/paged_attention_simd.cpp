@@ -29,6 +29,8 @@ struct TileContext {
   int64_t num_items, q_stride;  // of a query row
   int64_t out_stride;
   bool in_place;
+  int64_t key_step,
+      value_step;        // positions that all KV heads are done with before the next, in place
   float* q;              // [num_rows, num_items], rows q_stride apart, zeros between
   float* keys;           // [num_items, kBlockTokens]
   float* values;         // [kBlockTokens / positions, out_stride]
@@ -55,7 +57,10 @@ struct TileContext {
         num_items(layout.head_dim / scoring.item_dims),
         q_stride(padded_query(layout.head_dim) / scoring.item_dims),
         out_stride(padded_row(layout.head_dim_v)),
-        in_place(attends_in_place(layout, head_rows)) {
+        in_place(attends_in_place(layout, head_rows)),
+        key_step(scoring.item_dims == 1 ? RowStream::step_of(row_bytes(layout.head_dim))
+                                        : kScoredRows),
+        value_step(RowStream::step_of(row_bytes(layout.head_dim_v))) {
     const auto take = [&scratch](int64_t num_floats) {
       float* taken = scratch;
       scratch += num_floats;
@@ -74,6 +79,7 @@ struct TileContext {
     gathered = reinterpret_cast<char*>(scratch);
   }
 
+  int64_t row_bytes(int64_t dims) const { return tile.num_kv_heads * dims * element_bytes; }
   VisibleRange token_range(int64_t token) const { return tile.tokens[token].range; }
 };
 
@@ -306,8 +312,9 @@ struct BlockRows {
 };
 
 RowStream stream_of(const TileContext& c, const PanelRows& rows, const Plane& plane, int64_t dims,
-                    int64_t block_begin, VisibleRange range) {
+                    int64_t step, int64_t block_begin, VisibleRange range) {
   return {.rows = rows,
+          .step = step,
           .first = range.begin - block_begin,
           .num_rows = range.begin < range.end ? range.end - block_begin : 0,
           .head_bytes = dims * c.element_bytes,
@@ -323,19 +330,18 @@ void attend_in_place(const TileContext& c, int64_t block_begin, VisibleRange ran
   const bool twice = c.p.kv.k == c.p.kv.v;  // V is a part of K
   ahead.announce(twice ? next_keys : value_stream);
   const int64_t begin = range.begin - block_begin, end = range.end - block_begin;
-  for (int64_t first = begin / kLanes * kLanes; first < end; first += kLanes) {
-    for (int64_t head = 0; head < c.tile.num_kv_heads; ++head) {
-      const int64_t row = head * c.head_rows;
-      c.scoring.score({.keys = rows.keys + first,
-                       .offset_bytes = head * k.stride_head * c.element_bytes,
-                       .num_bytes = c.layout.head_dim * c.element_bytes,
-                       .q = c.q + row * c.q_stride,
-                       .stride_q = c.q_stride,
-                       .num_rows = c.head_rows,
-                       .sums = c.sums,
-                       .scores = c.scores + row * kBlockTokens + first,
-                       .ahead = &ahead});
-    }
+  for (int64_t first = begin / kScoredRows * kScoredRows; first < end; first += kScoredRows) {
+    c.scoring.score({.keys = rows.keys + first,
+                     .num_bytes = c.layout.head_dim * c.element_bytes,
+                     .num_heads = c.tile.num_kv_heads,
+                     .stride_head = k.stride_head * c.element_bytes,
+                     .q = c.q,
+                     .stride_q = c.q_stride,
+                     .num_rows = c.head_rows,
+                     .step = c.key_step,
+                     .sums = c.sums,
+                     .scores = c.scores + first,
+                     .ahead = &ahead});
   }
 
   constexpr int64_t kLinesMeanwhile = 8;  // of memory, while a row of scores becomes weights
@@ -344,31 +350,32 @@ void attend_in_place(const TileContext& c, int64_t block_begin, VisibleRange ran
     find_factors(c, kv_head, block_begin, range);
     for_each_run(c, block_begin,
                  [&](const TokenRun& run) { soften_run(c, kv_head, block_begin, run, state); });
-    ahead.fetch(kLinesMeanwhile * (c.head_rows + 1));
+    ahead.fetch_early(kLinesMeanwhile * (c.head_rows + 1));
   }
 
   if (!twice) ahead.announce(next_keys);
-  constexpr int64_t kStep = 16;
-  for (int64_t first = 0; first < kBlockTokens; first += kStep) {
-    for (int64_t head = 0; head < c.tile.num_kv_heads; ++head) {
-      for_each_run(c, block_begin, [&](const TokenRun& run) {
-        const int64_t row = head * c.head_rows + run.first * c.group;
-        for_each_stretch(run.seen & range_bits({first, first + kStep}), [&](VisibleRange seen) {
-          const bool is_first = (run.seen & range_bits({0, seen.begin})) == 0;
-          c.valuing.add({.values = rows.values + first,
-                         .offset_bytes = head * v.stride_head * c.element_bytes,
-                         .begin = seen.begin - first,
-                         .end = seen.end - first,
-                         .dims = c.layout.head_dim_v,
-                         .weights = c.scores + row * kBlockTokens + first / c.valuing.positions,
-                         .num_rows = (run.last - run.first) * c.group,
-                         .row_scale = is_first ? c.row_scale + row : nullptr,
-                         .out = state.out + row * c.out_stride,
-                         .stride_out = c.out_stride,
-                         .ahead = twice ? nullptr : &ahead});
-        });
+  constexpr int64_t kAtOnce = 16;  // runs of tokens read the same rows of V in turn
+  for (int64_t first = 0; first < kBlockTokens; first += kAtOnce) {
+    for_each_run(c, block_begin, [&](const TokenRun& run) {
+      const int64_t row = run.first * c.group;
+      for_each_stretch(run.seen & range_bits({first, first + kAtOnce}), [&](VisibleRange seen) {
+        const bool is_first = (run.seen & range_bits({0, seen.begin})) == 0;
+        c.valuing.add({.values = rows.values + first,
+                       .num_heads = c.tile.num_kv_heads,
+                       .stride_head = v.stride_head * c.element_bytes,
+                       .begin = seen.begin - first,
+                       .end = seen.end - first,
+                       .dims = c.layout.head_dim_v,
+                       .weights = c.scores + row * kBlockTokens + first / c.valuing.positions,
+                       .num_rows = (run.last - run.first) * c.group,
+                       .head_rows = c.head_rows,
+                       .step = c.value_step,
+                       .row_scale = is_first ? c.row_scale + row : nullptr,
+                       .out = state.out + row * c.out_stride,
+                       .stride_out = c.out_stride,
+                       .ahead = twice ? nullptr : &ahead});
       });
-    }
+    });
   }
 }
 
@@ -384,7 +391,8 @@ void attend_split(const TileContext& c, int64_t split, const AttentionState& sta
   BlockRows rows[2];
   ReadAhead ahead;
   const auto keys_of = [&](const BlockRows& rows, int64_t block) {
-    return stream_of(c, rows.keys, c.layout.k, c.layout.head_dim, block, seen_in(block));
+    return stream_of(c, rows.keys, c.layout.k, c.layout.head_dim, c.key_step, block,
+                     seen_in(block));
   };
   if (c.in_place) rows[0].find(c, split * kSplitTokens, seen_in(split * kSplitTokens));
   bool begun = false;
@@ -394,11 +402,16 @@ void attend_split(const TileContext& c, int64_t split, const AttentionState& sta
     if (range.begin >= range.end) continue;
     if (c.in_place) {
       const BlockRows &now = rows[i % 2], &then = rows[(i + 1) % 2];
-      if (!begun) ahead.begin(keys_of(now, block));
+      const RowStream values = stream_of(c, now.values, c.layout.v, c.layout.head_dim_v,
+                                         c.value_step, block, range);
+      if (!begun) {
+        const RowStream keys = keys_of(now, block);
+        const int64_t key_lines = keys.step_lines(), value_lines = values.step_lines();
+        ahead.begin(keys, key_lines > value_lines ? key_lines : value_lines);
+      }
       begun = true;
-      attend_in_place(c, block, range, now,
-                      stream_of(c, now.values, c.layout.v, c.layout.head_dim_v, block, range),
-                      keys_of(then, block + kBlockTokens), ahead, state);
+      attend_in_place(c, block, range, now, values, keys_of(then, block + kBlockTokens), ahead,
+                      state);
       continue;
     }
     for (int64_t head = 0; head < c.tile.num_kv_heads; ++head) {

@@ -98,8 +98,8 @@ struct ScoreType {
   void (*product)(const FloatProduct&);
 };
 template <DType kDType>
-constexpr ScoreType kFloatScores = {1, score_rows<FloatUnits<kDType>>,
-                                    pack_keys<FloatItems<kDType>>, product_of<2, FloatTerms>};
+constexpr ScoreType kFloatScores = {1, score_floats<kDType>, pack_keys<FloatItems<kDType>>,
+                                    product_of<kLanes, FloatTerms>};
 constexpr ScoreType kScoreTypes[] = {
     kFloatScores<DType::kFloat32>,    kFloatScores<DType::kFloat16>,
     kFloatScores<DType::kBFloat16>,   kFloatScores<DType::kFloat8E4M3>,
@@ -119,7 +119,7 @@ template <DType kDType>
 constexpr ValueType kPairValues = {2, add_values<PairValues<kDType>>, pack_value_pairs<kDType>,
                                    product_of<1, PairTerms>};
 template <DType kDType>
-constexpr ScoreType kPairScores = {2, score_rows<PairUnits<kDType>>, pack_keys<PairItems<kDType>>,
+constexpr ScoreType kPairScores = {2, score_pairs<PairUnits<kDType>>, pack_keys<PairItems<kDType>>,
                                    product_of<2, PairTerms>};
 constexpr ValueType kPairValueTypes[] = {
     kPairValues<DType::kBFloat16>,

@@ -7,14 +7,23 @@
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
-// The rows of a block that a pass reads, in the order in which they are fetched: kGroupRows rows,
-// of each as many heads as follow each other in memory (up to kMaxRunBytes), then the next heads.
+// The rows of a block that a pass reads, in the order in which they are fetched: `step` rows, of
+// each as many heads as follow each other in memory (up to kMaxRunBytes), then the next heads.
 struct RowStream {
-  static constexpr int64_t kGroupRows = 16;
-  static constexpr int64_t kMaxRunBytes = 16384;  // so that a group stays in the caches
+  static constexpr int64_t kMaxRunBytes = 4096;
+  // What is being read, and as much that is being fetched, share the nearest cache with what they
+  // are multiplied with.
+  static constexpr int64_t kStepBytes = 16384;
 
-  const char* const* rows = nullptr;  // [num_rows], from the first group on
-  int64_t first = 0, num_rows = 0;    // rows before `first` are not read
+  // Of the steps 4, 8 and 16, the longest that fits.
+  static int64_t step_of(int64_t row_bytes) {
+    const int64_t run = row_bytes < kMaxRunBytes ? row_bytes : kMaxRunBytes;
+    return run * 16 <= kStepBytes ? 16 : run * 8 <= kStepBytes ? 8 : 4;
+  }
+
+  const char* const* rows = nullptr;  // [num_rows], from the first step on
+  int64_t step = 16;
+  int64_t first = 0, num_rows = 0;  // rows before `first` are not read
   int64_t head_bytes = 0, stride_head = 0, num_heads = 0;
 
   int64_t run_heads() const {
@@ -22,15 +31,16 @@ struct RowStream {
     const int64_t most = kMaxRunBytes / head_bytes;
     return most < num_heads ? most : num_heads;
   }
-  int64_t group_lines() const { return kGroupRows * run_heads() * head_bytes / 64; }
+  int64_t step_lines() const { return step * run_heads() * head_bytes / 64; }
 };
 
 class ReadAhead {
  public:
   // A pass over `stream` begins, of which nothing has been fetched: fetches as much as stays ahead.
-  void begin(const RowStream& stream) {
+  void begin(const RowStream& stream, int64_t lead_lines) {
     enter(stream);
-    fetch(stream.group_lines());
+    early_ = 0;
+    fetch(lead_lines);
   }
 
   // A pass begins, over what was announced last; `next` is what the pass after it will read.
@@ -40,29 +50,34 @@ class ReadAhead {
     if (at_ >= end_) go_on();
   }
 
-  template <int kLines>
-  KVLINK_INLINE void fetch() {
-    const char* at = at_;
-    if (end_ - at < kLines * 64) return fetch(kLines);
-    KVLINK_UNROLL
-    for (int i = 0; i < kLines; ++i) __builtin_prefetch(at + i * 64);
-    at_ = at + kLines * 64;
-  }
-
-  __attribute__((noinline)) void fetch(int64_t num_lines) {
-    for (; num_lines > 0; --num_lines) {
+  // As many lines as are about to be read. All at once: between the loads of a block, they would
+  // keep them waiting.
+  KVLINK_INLINE void fetch(int64_t num_lines) {
+    if (early_ > 0) {
+      const int64_t spared = early_ < num_lines / 2 ? early_ : num_lines / 2;
+      early_ -= spared;
+      num_lines -= spared;
+    }
+    while (num_lines > 0) {
       if (at_ >= end_) go_on();
       if (at_ >= end_) return;
-      __builtin_prefetch(at_);
-      at_ += 64;
+      const char* end = end_ - at_ < num_lines * 64 ? end_ : at_ + num_lines * 64;
+      num_lines -= (end - at_ + 63) / 64;
+      for (; at_ < end; at_ += 64) __builtin_prefetch(at_);
     }
+  }
+
+  // Some while nothing is being read; fewer follow.
+  void fetch_early(int64_t num_lines) {
+    fetch(num_lines);
+    early_ += num_lines;
   }
 
  private:
   void enter(const RowStream& stream) {
     now_ = stream;
     run_heads_ = stream.run_heads();
-    group_ = stream.first / RowStream::kGroupRows * RowStream::kGroupRows;
+    group_ = stream.first / stream.step * stream.step;
     row_ = stream.first;
     head_ = 0;
     at_ = end_ = nullptr;
@@ -75,14 +90,14 @@ class ReadAhead {
     end_ = at_ + heads * now_.head_bytes;
   }
 
-  void go_on() {
+  __attribute__((noinline)) void go_on() {
     at_ = end_;
     if (row_ < now_.num_rows) ++row_;
-    if (row_ >= now_.num_rows || row_ >= group_ + RowStream::kGroupRows) {
+    if (row_ >= now_.num_rows || row_ >= group_ + now_.step) {
       head_ += run_heads_;
       if (head_ >= now_.num_heads) {
         head_ = 0;
-        group_ += RowStream::kGroupRows;
+        group_ += now_.step;
       }
       row_ = group_ > now_.first ? group_ : now_.first;
     }
@@ -95,6 +110,7 @@ class ReadAhead {
 
   RowStream now_, follow_;
   int64_t run_heads_ = 1, group_ = 0, row_ = 0, head_ = 0;
+  int64_t early_ = 0;         // lines fetched early, for which others come later
   const char* at_ = nullptr;  // to be fetched next, of a run that ends at end_
   const char* end_ = nullptr;
 };

@@ -1,7 +1,8 @@
 // Products of a few rows with a panel, C = scale * C + A B. Each element of C is computed in an
 // order that depends on its depth alone, wherever it lies in its tile: that is what makes attention
-// independent of how rows are batched. Scores are summed in two chains, of the even terms and of
-// the odd ones, that are added at the end (kChains = 2; see score_rows.hpp, which does the same).
+// independent of how rows are batched. Scores are summed in kChains chains, term i by chain
+// i % kChains, that are added at the end (see page_rows.hpp, which does the same): those half as
+// many as there are apart first, neighbours last.
 #pragma once
 
 #include "kvlink/cpu/simd/vec.hpp"
@@ -58,11 +59,19 @@ KVLINK_INLINE void add_terms(const TileProduct<Terms>& t, int64_t first, int64_t
   }
 }
 
+// Where in the order of additions chain i comes: its bits from the last to the first.
+constexpr int chain_at(int i, int num_chains) {
+  int chain = 0;
+  for (int bit = 1; bit < num_chains; bit *= 2, i /= 2) chain = chain * 2 + i % 2;
+  return chain;
+}
+
 template <class Terms, int kChains, int kRows, int kVecs>
 KVLINK_INLINE void product_block(const TileProduct<Terms>& t, int64_t row, int64_t vec) {
+  constexpr int kLevels = __builtin_ctz(kChains);
   float* c = t.c + row * t.stride_c + vec * kLanes;
-  KVLINK_UNROLL
-  for (int chain = 0; chain < kChains; ++chain) {
+  Vec waiting[kLevels + 1][kRows][kVecs];  // sums of as many chains that those after them will join
+  for (int i = 0; i < kChains; ++i) {
     Vec sum[kRows][kVecs];
     KVLINK_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -73,14 +82,22 @@ KVLINK_INLINE void product_block(const TileProduct<Terms>& t, int64_t row, int64
                         : Vec{};
       }
     }
-    add_terms<Terms, kChains>(t, chain, row, vec, sum);
+    add_terms<Terms, kChains>(t, chain_at(i, kChains), row, vec, sum);
+    int level = 0;
+    for (; i >> level & 1; ++level) {
+      KVLINK_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        KVLINK_UNROLL
+        for (int v = 0; v < kVecs; ++v) sum[r][v] += waiting[level][r][v];
+      }
+    }
+    const bool last = i + 1 == kChains;
+    float* target = last ? c : reinterpret_cast<float*>(waiting[level]);
+    const int64_t stride = last ? t.stride_c : kVecs * kLanes;
     KVLINK_UNROLL
     for (int r = 0; r < kRows; ++r) {
       KVLINK_UNROLL
-      for (int v = 0; v < kVecs; ++v) {
-        float* target = c + r * t.stride_c + v * kLanes;
-        store(target, chain == 0 ? sum[r][v] : load(target) + sum[r][v]);
-      }
+      for (int v = 0; v < kVecs; ++v) store(target + r * stride + v * kLanes, sum[r][v]);
     }
   }
 }

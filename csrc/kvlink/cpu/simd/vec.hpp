@@ -114,6 +114,45 @@ KVLINK_INLINE float max_lanes(Vec v) {
 #define KVLINK_SHUFFLE(a, b, i0, i1, i2, i3) __builtin_shufflevector(a, b, i0, i1, i2, i3)
 #endif
 
+// Lane i: the sum of the lanes of v[i]. Lanes of every vector are added by halves: those kLanes / 2
+// apart first, neighbours last (see product_block, which adds in the same order).
+KVLINK_INLINE Vec sums_of(const Vec (&v)[kLanes]) {
+  Vec part[kLanes];  // in the order in which lanes of the result come together
+  KVLINK_UNROLL
+  for (int i = 0; i < kLanes; ++i) part[i % 4 * (kLanes / 4) + i / 4] = v[i];
+#if defined(__AVX512F__)
+  KVLINK_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const Vec a = part[2 * i], b = part[2 * i + 1];
+    part[i] =
+        __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+        __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  KVLINK_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const Vec a = part[2 * i], b = part[2 * i + 1];
+    part[i] =
+        __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+        __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+#elif defined(__AVX2__)
+  KVLINK_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const Vec a = part[2 * i], b = part[2 * i + 1];
+    part[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+              __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+#endif
+  constexpr int b = kLanes;
+  KVLINK_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    part[i] = KVLINK_SHUFFLE(part[2 * i], part[2 * i + 1], 0, 1, b, b + 1) +
+              KVLINK_SHUFFLE(part[2 * i], part[2 * i + 1], 2, 3, b + 2, b + 3);
+  }
+  return KVLINK_SHUFFLE(part[0], part[1], 0, 2, b, b + 2) +
+         KVLINK_SHUFFLE(part[0], part[1], 1, 3, b + 1, b + 3);
+}
+
 // Transposes a kLanes x kLanes block held in registers.
 KVLINK_INLINE void transpose(Vec (&rows)[kLanes]) {
   constexpr int b = kLanes;
