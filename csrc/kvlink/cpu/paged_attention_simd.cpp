@@ -402,13 +402,9 @@ void attend_split(const TileContext& c, int64_t split, const AttentionState& sta
     if (range.begin >= range.end) continue;
     if (c.in_place) {
       const BlockRows &now = rows[i % 2], &then = rows[(i + 1) % 2];
-      const RowStream values = stream_of(c, now.values, c.layout.v, c.layout.head_dim_v,
-                                         c.value_step, block, range);
-      if (!begun) {
-        const RowStream keys = keys_of(now, block);
-        const int64_t key_lines = keys.step_lines(), value_lines = values.step_lines();
-        ahead.begin(keys, key_lines > value_lines ? key_lines : value_lines);
-      }
+      const RowStream values =
+          stream_of(c, now.values, c.layout.v, c.layout.head_dim_v, c.value_step, block, range);
+      if (!begun) ahead.begin(keys_of(now, block), values);
       begun = true;
       attend_in_place(c, block, range, now, values, keys_of(then, block + kBlockTokens), ahead,
                       state);

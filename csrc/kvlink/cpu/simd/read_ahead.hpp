@@ -36,11 +36,13 @@ struct RowStream {
 
 class ReadAhead {
  public:
-  // A pass over `stream` begins, of which nothing has been fetched: fetches as much as stays ahead.
-  void begin(const RowStream& stream, int64_t lead_lines) {
+  // A pass over `stream` begins, of which nothing has been fetched: fetches as much as stays ahead,
+  // a step of it or of the pass after it.
+  void begin(const RowStream& stream, const RowStream& after) {
     enter(stream);
     early_ = 0;
-    fetch(lead_lines);
+    const int64_t lines = stream.step_lines(), lines_after = after.step_lines();
+    fetch(lines > lines_after ? lines : lines_after);
   }
 
   // A pass begins, over what was announced last; `next` is what the pass after it will read.
