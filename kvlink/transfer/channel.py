@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 
 from kvlink.transfer.address import same_host
 from kvlink.transfer.errors import ProtocolError, TransferError
+from kvlink.transfer.framing import FrameHead, pack_frame, unpack_frame
 from kvlink.transfer.tls import Tls
-from kvlink.transfer.wire import MAX_FDS, Frame, FrameHead, pack_frame, unpack_body
+from kvlink.transfer.wire import MAX_FDS, Frame
 
 _READ = 1 << 16
 _MAX_WAITING_FDS = 4 * MAX_FDS  # that came before their frames were complete
@@ -170,8 +171,6 @@ class Channel:
         if self._backlog_bytes > self.max_backlog:
             # It is alive, and may be inside pages: this is not its end.
             raise ProtocolError(f"{self._backlog_bytes} bytes wait for a peer that does not read")
-        if self._shut or self.sock.fileno() < 0:
-            raise PeerGone("this side closed the connection")
         try:
             self._tls.write(message)
         except TransferError as error:
@@ -254,14 +253,14 @@ class Channel:
             end = FrameHead.SIZE + head.body_bytes
             if len(self._plain) < end:
                 return
-            body = bytes(self._plain[FrameHead.SIZE : end])
+            message = bytes(self._plain[:end])
             del self._plain[:end]
             self._received += 1
+            frame = unpack_frame(message)
             if head.num_fds > len(self._fds):
                 raise ProtocolError(
                     f"frame: expected {head.num_fds} descriptors; got {len(self._fds)}"
                 )
-            frame = unpack_body(head.kind, body)
             yield frame, [self._fds.popleft() for _ in range(head.num_fds)]
 
 

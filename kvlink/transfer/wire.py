@@ -1,7 +1,7 @@
 """The control protocol's frames: a fixed binary schema (docs/transfer_contract.md, "Wire format").
 
-A frame is a header and a body inside TLS. All integers are little-endian. Whatever does not fit the
-schema exactly is a ProtocolError. Hello and Refuse are the same in every version.
+A frame is a header (framing.py) and a body inside TLS. All integers are little-endian. Whatever
+does not fit the schema exactly is a ProtocolError. Hello and Refuse are the same in every version.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ MAC_BYTES = 32  # of the descriptors of grants and offers
 MAX_LAYERS = 4096
 MAX_PATHS = 16
 NUM_STATUSES = len(_C.TransferStatus.__members__)
-
-_MAGIC = b"KV"
-_HEADER = struct.Struct("<2sBBIQ")  # magic, type, descriptors, body bytes, sequence number
 
 
 class FrameType(enum.IntEnum):
@@ -246,51 +243,9 @@ class Reply:
 
 Frame = Hello | Welcome | Refuse | Describe | RegionFrame | Ready | Unregion | Query | Reply
 _KINDS = (Hello, Welcome, Refuse, Describe, RegionFrame, Ready, Unregion, Query, Reply)
-_UNPACK: dict[int, Callable[[Reader], Frame]] = {int(kind.type): kind.unpack for kind in _KINDS}
+UNPACK: dict[int, Callable[[Reader], Frame]] = {int(kind.type): kind.unpack for kind in _KINDS}
 
 FrameT = TypeVar("FrameT")
-
-
-@dataclass(frozen=True)
-class FrameHead:
-    """What comes before a body."""
-
-    SIZE: ClassVar[int] = _HEADER.size
-    kind: int
-    num_fds: int
-    body_bytes: int
-
-    @classmethod
-    def unpack(cls, message: bytes | bytearray, sequence: int) -> FrameHead:
-        """From the front of `message`; the sequence number must be the expected one."""
-        magic, kind, num_fds, body_bytes, got = _HEADER.unpack_from(message)
-        if magic != _MAGIC:
-            raise ProtocolError("frame: not one of this protocol")
-        if kind not in _UNPACK:
-            raise ProtocolError(f"frame: unknown type {kind}")
-        if body_bytes > MAX_FRAME - cls.SIZE or num_fds > MAX_FDS:
-            raise ProtocolError(
-                f"frame: expected at most {MAX_FRAME} bytes and {MAX_FDS} descriptors; got "
-                f"{body_bytes + cls.SIZE} and {num_fds}"
-            )
-        if got != sequence:
-            raise ProtocolError(f"frame: expected sequence number {sequence}; got {got}")
-        return cls(kind, num_fds, body_bytes)
-
-
-def pack_frame(frame: Frame, sequence: int, num_fds: int = 0) -> bytes:
-    """Header and body of a frame that goes with `num_fds` descriptors."""
-    body = frame.pack()
-    assert len(body) <= MAX_FRAME - _HEADER.size
-    return _HEADER.pack(_MAGIC, frame.type, num_fds, len(body), sequence) + body
-
-
-def unpack_body(kind: int, body: bytes) -> Frame:
-    """The frame of that type; raises ProtocolError unless every byte has its place."""
-    reader = Reader(body)
-    frame = _UNPACK[kind](reader)
-    reader.end()
-    return frame
 
 
 def expect(frame: Frame, kind: type[FrameT]) -> FrameT:

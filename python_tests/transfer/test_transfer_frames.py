@@ -20,7 +20,7 @@ from kvlink.testing.transfer_peer import SECRET
 from kvlink.testing.transfer_pool import PoolSpec
 from kvlink.transfer import Endpoint, LinkClosed, ProtocolError, wire
 from kvlink.transfer.descriptor import Descriptor
-from kvlink.transfer.wire import FrameHead, pack_frame, unpack_body
+from kvlink.transfer.framing import FrameHead, pack_frame, seal, unpack_frame
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -98,9 +98,10 @@ GARBAGE = {
     "sequence": pack_frame(HELLO, 7),
     "oversized": GOOD[:4] + struct.pack("<I", wire.MAX_FRAME) + GOOD[8:],
     "huge": GOOD[:4] + struct.pack("<I", 0xFFFFFFFF) + GOOD[8:],
-    "short body": GOOD[:4] + struct.pack("<I", len(GOOD) - FrameHead.SIZE - 1) + GOOD[8:],
+    "short body": seal(GOOD[:4] + struct.pack("<I", len(GOOD) - FrameHead.SIZE - 1) + GOOD[8:-1]),
+    "altered": GOOD.replace(b"knocker", b"knicker"),
     "versions": pack_frame(replace(HELLO, min_version=3), 0),
-    "text": GOOD.replace(b"knocker", b"\xff\xfe\xfd\xfc\xfb\xfa\xf9"),
+    "text": seal(GOOD.replace(b"knocker", b"\xff\xfe\xfd\xfc\xfb\xfa\xf9")),
     "paths": pack_frame(replace(HELLO, paths=tuple((str(i), "") for i in range(17))), 0),
     "descriptors": pack_frame(HELLO, 0, num_fds=2),
     "more descriptors than there can be": pack_frame(HELLO, 0, num_fds=200),
@@ -148,7 +149,8 @@ def test_descriptors_before_the_proof(server: Endpoint, caplog: pytest.LogCaptur
 
 
 def test_mutated_frames_never_get_through() -> None:
-    """Each kind of frame, cut and flipped: a ProtocolError or a frame that packs to the same."""
+    """Each kind of frame, cut and flipped: a ProtocolError. With a checksum made for it, that or a
+    frame that packs to the same."""
     region = PoolSpec(shared=False)
     with Endpoint("one", secret=SECRET) as endpoint:
         frame = endpoint.register(region.build()).descriptor.to_frame(b"what a path tells")
@@ -168,9 +170,14 @@ def test_mutated_frames_never_get_through() -> None:
                 del bad[choose.randrange(len(bad)) :]
             else:
                 bad[choose.randrange(len(bad))] ^= 1 << choose.randrange(8)
+            with pytest.raises(ProtocolError):
+                unpack(bytes(bad))
+            if len(bad) < FrameHead.SIZE:
+                continue
+            sealed = seal(bytes(bad))
             try:
-                frame = unpack(bytes(bad))
-                assert pack_frame(frame, 9, FrameHead.unpack(bad, 9).num_fds) == bad
+                frame = unpack(sealed)
+                assert pack_frame(frame, 9, FrameHead.unpack(sealed, 9).num_fds) == sealed
             except ProtocolError:
                 refused += 1
     assert refused > 500
@@ -182,7 +189,7 @@ def unpack(message: bytes) -> wire.Frame:
     head = FrameHead.unpack(message, 9)
     if head.body_bytes != len(message) - FrameHead.SIZE:
         raise ProtocolError("cut, or more than one")
-    return unpack_body(head.kind, message[FrameHead.SIZE :])
+    return unpack_frame(message)
 
 
 @pytest.mark.parametrize("what", ["sequence", "type", "unknown region", "told before", "random"])

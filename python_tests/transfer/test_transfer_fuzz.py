@@ -15,6 +15,7 @@ from kvlink.testing.fuzz.client import STAGES, Fuzzer
 from kvlink.testing.fuzz.mutations import MUTATIONS, PLACES, corpus, hard, must_be_refused
 from kvlink.transfer import wire
 from kvlink.transfer.channel import Channel
+from kvlink.transfer.framing import pack_frame
 
 pytestmark = [pytest.mark.two_process, pytest.mark.timeout(200)]
 
@@ -57,5 +58,5 @@ def test_mutations_reach_every_type_and_many_are_refused() -> None:
     assert sum(refused.values()) > 600
     for stage, places in PLACES.items():
         for frame in corpus(choose):
-            refused_here = must_be_refused(wire.pack_frame(frame, 7), 7, stage)
+            refused_here = must_be_refused(pack_frame(frame, 7), 7, stage)
             assert refused_here == (frame.type not in places)

@@ -16,6 +16,7 @@ from kvlink.transfer import wire
 from kvlink.transfer.address import Address
 from kvlink.transfer.channel import Channel, PeerGone, close_fds
 from kvlink.transfer.errors import ProtocolError, TransferError
+from kvlink.transfer.framing import pack_frame
 from kvlink.transfer.paths import host_shm
 from kvlink.transfer.tls import Credentials
 
@@ -124,7 +125,7 @@ class Fuzzer:
             channel.send_bytes(talk.next(sequence))
         self.counts["session, values"] += number
         mark = self._choose.getrandbits(64)
-        channel.send_bytes(wire.pack_frame(wire.Query(mark, bytes(16)), 2 + number))
+        channel.send_bytes(pack_frame(wire.Query(mark, bytes(16)), 2 + number))
         while True:
             frame = self._receive(channel)
             if isinstance(frame, wire.Reply) and frame.request == mark:

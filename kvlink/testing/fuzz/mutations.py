@@ -10,6 +10,7 @@ from dataclasses import replace
 from kvlink.layout import KVLayout
 from kvlink.transfer import wire
 from kvlink.transfer.errors import ProtocolError
+from kvlink.transfer.framing import FrameHead, pack_frame, seal, unpack_frame
 
 _LENGTH_AT = 4  # of the body, in the header
 _SEQUENCE_AT = 8
@@ -72,7 +73,7 @@ class Talk:
             frame = replace(
                 self._region, region_id=self._told, num_pages=choose.randint(1, 2**31 - 1)
             )
-        return wire.pack_frame(frame, sequence)
+        return pack_frame(frame, sequence)
 
 
 def _flip(data: bytearray, choose: random.Random, _: bytes) -> None:
@@ -82,7 +83,7 @@ def _flip(data: bytearray, choose: random.Random, _: bytes) -> None:
 
 def _truncate(data: bytearray, choose: random.Random, _: bytes) -> None:
     del data[choose.randrange(len(data)) :]
-    data += b"\xff" * (wire.FrameHead.SIZE - len(data))  # a header at least, or nobody looks
+    data += b"\xff" * (FrameHead.SIZE - len(data))  # a header at least, or nobody looks
 
 
 def _grow(data: bytearray, choose: random.Random, _: bytes) -> None:
@@ -109,7 +110,8 @@ def _sequence(data: bytearray, choose: random.Random, _: bytes) -> None:
 
 
 def _wrong_place(data: bytearray, choose: random.Random, other: bytes) -> None:
-    data[:] = other[:_SEQUENCE_AT] + bytes(data[_SEQUENCE_AT:16]) + other[16:]
+    end = _SEQUENCE_AT + 8
+    data[:] = other[:_SEQUENCE_AT] + bytes(data[_SEQUENCE_AT:end]) + other[end:]
 
 
 MUTATIONS: dict[str, Callable[[bytearray, random.Random, bytes], None]] = {
@@ -124,27 +126,35 @@ MUTATIONS: dict[str, Callable[[bytearray, random.Random, bytes], None]] = {
 
 
 def hard(choose: random.Random, sequence: int) -> tuple[str, bytes]:
-    """(which mutation, a frame after it)."""
+    """(which mutation, a frame after it). Most have a right checksum, or nothing else was tried."""
     frames = corpus(choose)
-    data = bytearray(wire.pack_frame(choose.choice(frames), sequence))
-    other = wire.pack_frame(choose.choice(frames), sequence)
+    data = bytearray(pack_frame(choose.choice(frames), sequence))
+    other = pack_frame(choose.choice(frames), sequence)
     name = choose.choice(list(MUTATIONS))
     MUTATIONS[name](data, choose, other)
-    return name, bytes(data)
+    return name, bytes(data) if choose.random() < 0.1 else _sealed(bytes(data))
+
+
+def _sealed(data: bytes) -> bytes:
+    if len(data) < FrameHead.SIZE:
+        return data
+    (body_bytes,) = struct.unpack_from("<I", data, _LENGTH_AT)
+    end = FrameHead.SIZE + body_bytes
+    return seal(data[:end]) + data[end:]
 
 
 def must_be_refused(data: bytes, sequence: int, stage: str) -> bool:
     """By the schema and the order alone: whole, and not a frame that may follow."""
-    if len(data) < wire.FrameHead.SIZE:
+    if len(data) < FrameHead.SIZE:
         return False
     try:
-        head = wire.FrameHead.unpack(data, sequence)
-        body = data[wire.FrameHead.SIZE :][: head.body_bytes]
-        if len(body) < head.body_bytes:
+        head = FrameHead.unpack(data, sequence)
+        message = data[: FrameHead.SIZE + head.body_bytes]
+        if len(message) < FrameHead.SIZE + head.body_bytes:
             return False
         if head.num_fds:
             return True  # none came with it
-        wire.unpack_body(head.kind, body)
+        unpack_frame(message)
     except ProtocolError:
         return True
     return head.kind not in PLACES[stage]
