@@ -132,8 +132,8 @@ class Problem:
         moved = rows * self.pool.layout.token_bytes() + self.q.nbytes + self.out.nbytes
         operations = 2 * (case.head_dim + case.head_dim_v) * case.num_pairs()
         floats = self.q.dtype != torch.bfloat16 or self.pool.layout.dtype in ("float32", "float16")
-        on_cpu = self.q.device.type == "cpu"
-        dots = on_cpu and not floats and harness.limits("cpu")["bf16 dot"] > 0
+        rates = harness.limits(self.q.device.type)
+        dots = not floats and rates.get("bf16 dot", 0.0) > 0
         return {"read": float(moved), "bf16 dot" if dots else "fma": float(operations)}
 
     def kvlink(self) -> object:
