@@ -49,6 +49,7 @@ KVLINK_INLINE int64_t score_block(const ScoreRows& s, const char* const* keys, i
   constexpr int64_t kBytes = Row<kDType>::kBytes;
   constexpr int64_t kVecBytes = kLanes * kBytes;
   for (; row + kRows <= s.num_rows; row += kRows) {
+    if (row == 0) s.ahead->fetch(s.num_bytes * kPositions / 64);
     Vec sum[kLanes] = {};  // of row r and position p: r * kPositions + p
     const char* key[kPositions];
     KVLINK_UNROLL
@@ -67,7 +68,6 @@ KVLINK_INLINE int64_t score_block(const ScoreRows& s, const char* const* keys, i
         }
       }
     };
-    if (row == 0) s.ahead->fetch(s.num_bytes * kPositions / 64);
     int64_t at = 0;
     for (; at + kVecBytes <= s.num_bytes; at += kVecBytes, left += kLanes) {
       add([&](const char* key) { return Row<kDType>::load(key + at); });
@@ -255,6 +255,11 @@ struct PairValues : PairTerms {
 template <class Values, int kRows, int kVecs, bool kWhole>
 KVLINK_INLINE void value_block(const ValueRows& s, int64_t row, int64_t dim) {
   typedef typename Values::Left Left;
+  // Before anything is in registers, which a call would empty.
+  if (row == 0 && s.ahead) {
+    const int64_t dims = kWhole ? kVecs * kLanes : s.dims - dim;
+    s.ahead->fetch((dims * Values::kElementBytes * (s.end - s.begin) + 63) / 64);
+  }
   Vec sum[kRows][kVecs];
   float* out = s.out + row * s.stride_out + dim;
   const Left* weights = reinterpret_cast<const Left*>(s.weights + row * kPanelRows);
@@ -266,14 +271,7 @@ KVLINK_INLINE void value_block(const ValueRows& s, int64_t row, int64_t dim) {
       if (s.row_scale) sum[r][v] = sum[r][v] * s.row_scale[row + r];
     }
   }
-  if (row == 0 && s.ahead) {
-    const int64_t dims = kWhole ? kVecs * kLanes : s.dims - dim;
-    s.ahead->fetch((dims * Values::kElementBytes * (s.end - s.begin) + 63) / 64);
-  }
-  // Unrolled, so that a load's addresses are not a large stride apart: the CPU would fetch ahead in
-  // such strides.
-  KVLINK_UNROLL_BY(4)
-  for (int64_t step = s.begin / Values::kPositions; step * Values::kPositions < s.end; ++step) {
+  const auto add = [&](int64_t step) __attribute__((always_inline)) {
     Vec right[kVecs];
     Values::template load<kWhole>(s, step, dim, right);
     KVLINK_UNROLL
@@ -282,6 +280,17 @@ KVLINK_INLINE void value_block(const ValueRows& s, int64_t row, int64_t dim) {
       KVLINK_UNROLL
       for (int v = 0; v < kVecs; ++v) Values::add(sum[r][v], left, right[v]);
     }
+  };
+  int64_t step = s.begin / Values::kPositions;
+  constexpr bool kLooksUp = Values::kPositions == 2 && Values::kElementBytes == 1;
+  if constexpr (kLooksUp) {  // so much of it that more steps at once lack registers
+    KVLINK_UNROLL_BY(1)
+    for (; step * Values::kPositions < s.end; ++step) add(step);
+  } else {
+    // Unrolled, so that a load's addresses are not a large stride apart: the CPU would fetch ahead
+    // in such strides.
+    KVLINK_UNROLL_BY(4)
+    for (; step * Values::kPositions < s.end; ++step) add(step);
   }
   KVLINK_UNROLL
   for (int r = 0; r < kRows; ++r) {

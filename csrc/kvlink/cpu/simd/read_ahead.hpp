@@ -65,7 +65,9 @@ class ReadAhead {
       if (at_ >= end_) return;
       const char* end = end_ - at_ < num_lines * 64 ? end_ : at_ + num_lines * 64;
       num_lines -= (end - at_ + 63) / 64;
-      for (; at_ < end; at_ += 64) __builtin_prefetch(at_);
+      const char* at = at_;  // a register
+      for (; at < end; at += 64) __builtin_prefetch(at);
+      at_ = at;
     }
   }
 
