@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from kvlink import _C
 from kvlink._cuda_part import cuda_ops, on_cuda, stream_of
-from kvlink.backends import STORED, TRITON_DEVICES, TRITON_PACKAGES, Capabilities, choose
+from kvlink.backends import STORED, TRITON_DEVICES, TRITON_PACKAGES, Capabilities, choose_name
 from kvlink.errors import Unsupported
 from kvlink.pool import KVPool
 
@@ -128,7 +128,7 @@ def _chosen(pool: KVPool, backend: str, src_dtype: str, features: list[str]) -> 
     if backend == "auto" and not features and not on_cuda(pool.device):
         return "cpu"
     dtypes = src_dtype, pool.layout.dtype
-    return choose(RELAYOUT_BACKENDS, backend, pool.device, *dtypes, features).name
+    return choose_name(RELAYOUT_BACKENDS, backend, pool.device, *dtypes, features)
 
 
 def _triton_ops() -> Any:

@@ -31,6 +31,10 @@ class Capabilities:
     automatic: bool = True
     packages: tuple[str, ...] = ()
 
+    def meant(self, wanted: str) -> bool:
+        """By `backend=wanted`."""
+        return wanted == self.name or (wanted == "auto" and self.automatic)
+
     def able(self, device: str, q_dtype: str, kv_dtype: str, features: frozenset[str]) -> bool:
         """Nothing is missing."""
         return (
@@ -108,9 +112,7 @@ def choose_name(
     features = tuple(features)
     device_name, needed = _DEVICES.get(device[0], ""), frozenset(features)
     for backend in backends:
-        if (wanted == backend.name or (wanted == "auto" and backend.automatic)) and backend.able(
-            device_name, q_dtype, kv_dtype, needed
-        ):
+        if backend.meant(wanted) and backend.able(device_name, q_dtype, kv_dtype, needed):
             return backend.name
     return choose(backends, wanted, device, q_dtype, kv_dtype, features).name
 
@@ -136,7 +138,7 @@ def choose(
     features = tuple(features)
     refusals: list[str] = []
     for backend in backends:
-        if wanted != backend.name and not (wanted == "auto" and backend.automatic):
+        if not backend.meant(wanted):
             continue
         lacks = backend.missing(device_name, q_dtype, kv_dtype, features)
         if not lacks:

@@ -22,7 +22,7 @@ from kvlink.backends import (
     TRITON_DEVICES,
     TRITON_PACKAGES,
     Capabilities,
-    choose,
+    choose_name,
 )
 from kvlink.errors import InvalidArgument
 from kvlink.layout import Shard
@@ -79,7 +79,7 @@ def append_kv(
     if backend != "auto" or rope is not None or _on_cuda(pool):
         needed = [] if rope is None else ["rope"]
         dtypes = dtype_of(k, "k"), pool.layout.dtype
-        name = choose(APPEND_BACKENDS, backend, pool.device, *dtypes, needed).name
+        name = choose_name(APPEND_BACKENDS, backend, pool.device, *dtypes, needed)
     if name == "triton":
         _triton_ops().append_kv(k, v, pool, layer, slots, rope=rope, stream=stream)
     elif name == "cuda":

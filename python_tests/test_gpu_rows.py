@@ -310,5 +310,7 @@ def test_torch_moves_the_same(rows: Any, dtype: str, monkeypatch: pytest.MonkeyP
 
     list(moves.relayout("", "cpu", 0.0, 1 << 20, dtype))
     assert float(seen[0].abs().max()) > 0
-    scale = 1.0 if dtype == "bfloat16" else 0.05
-    torch.testing.assert_close(seen[0] * scale, seen[1], rtol=0.13, atol=0.05)
+    if dtype == "bfloat16":
+        assert torch.equal(seen[0], seen[1])
+    else:  # each is rounded to float8 by itself, torch's without a scale: by a sixteenth at most
+        torch.testing.assert_close(seen[0] * 0.05, seen[1], rtol=0.13, atol=0.05)

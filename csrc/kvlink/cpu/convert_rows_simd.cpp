@@ -220,8 +220,7 @@ class Converter {
     if constexpr (kQuantises<kSrc, kDst>) {
       if (move.dst.token_scale) return;
       quantiser_.set_scales(dst_scales_, 0, move.num_heads);
-      if (quantises_ && !move.dst.token_scale)
-        head_codes_.set(quantiser_, dst_scales_, move.num_heads);
+      if (quantises_) head_codes_.set(quantiser_, dst_scales_, move.num_heads);
     }
   }
 
