@@ -251,13 +251,15 @@ def test_readiness_of_a_part_of_the_layers(receiver: Receiver, path: str) -> Non
     with Peer(upper, path=path) as peer:
         peer.call("fill", PAGES, TOKENS)
         link = receiver.endpoint.connect(peer.address)
-        transfer = link.pull(peer.call("offer", PAGES, TOKENS), PAGES)
+        offer = peer.call("offer", PAGES, TOKENS)
+        transfer = link.pull(offer, PAGES)
         with pytest.raises(InvalidArgument, match="layer: 1 is not moved by this transfer"):
             transfer.readiness(1)
         with pytest.raises(InvalidArgument, match="layer: expected 0 to 3; got 4"):
             transfer.readiness(4)
         out = attend(receiver.pool, 2, ready=transfer.readiness(2), ready_timeout=SECONDS)
         assert out.tobytes() == expected(2).tobytes()
+        assert peer.call("wait_released", offer) == "OK"  # layer 3 may have been on its way
         push = link.begin(PAGES, peer.call("grant", PAGES, TOKENS))
         with pytest.raises(InvalidArgument, match="a push lands elsewhere"):
             push.readiness(0)
