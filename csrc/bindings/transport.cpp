@@ -84,9 +84,9 @@ py::dict progress(const PostedTransfer& self) {
     parts.append(py::make_tuple(times.posted_ns, times.started_ns, times.done_ns));
   }
   return py::dict(py::arg("status") = now.status, py::arg("source_reusable") = now.source_reusable,
-                  py::arg("num_bytes") = now.num_bytes, py::arg("num_rows") = now.num_rows,
-                  py::arg("moving_ns") = now.moving_ns, py::arg("parts") = parts,
-                  py::arg("message") = now.message);
+                  py::arg("num_moving") = now.num_moving, py::arg("num_bytes") = now.num_bytes,
+                  py::arg("num_rows") = now.num_rows, py::arg("moving_ns") = now.moving_ns,
+                  py::arg("parts") = parts, py::arg("message") = now.message);
 }
 
 void register_vocabulary(py::module_& module) {

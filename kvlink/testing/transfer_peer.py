@@ -22,6 +22,7 @@ import numpy as np
 from kvlink import _C
 from kvlink.pool import KVPool
 from kvlink.testing.transfer_pool import PoolSpec, pool_bytes
+from kvlink.testing.waits import wait_outside
 from kvlink.transfer import Endpoint, Link, Transfer, errors
 from kvlink.transfer.descriptor import Descriptor
 
@@ -78,7 +79,7 @@ class Body:
         return self.link.path
 
     def accept(self) -> None:
-        self.link = self.endpoint.accept(5.0)
+        self.link = self.endpoint.accept(20.0)
 
     def close_link(self) -> None:
         self.open_link.close()
@@ -123,10 +124,7 @@ class Body:
 
     def wait_outside(self, idx: int, timeout: float = 10.0) -> None:
         """Until what was pushed so far is moved and the peer's pages are left."""
-        end = time.monotonic() + timeout
-        while any(p.posted_ns and not p.done_ns for p in self.transfers[idx].progress().parts):
-            assert time.monotonic() < end, "the worker is still inside"
-            time.sleep(0.001)
+        wait_outside(self.transfers[idx], timeout)
 
     def offer(self, pages: list[int], num_tokens: int, ttl: float = 30.0, pulls: int = 1) -> bytes:
         offer = self.endpoint.offer(pages, num_tokens, ttl, pulls=pulls)

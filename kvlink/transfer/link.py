@@ -150,11 +150,11 @@ class Link(LinkFacts, MovesGroups):
         with self._changed:
             if self._closed:
                 return False
+            self.watch.session_up(session)  # first: who sees the session finds it counted
             self._session = session
             self._num_sessions += 1
             self._lost = None
             self._changed.notify_all()
-        self.watch.session_up(session)
         return True
 
     def on_session_gone(self, session: Session, why: str) -> None:

@@ -231,7 +231,8 @@ class Reservation:
         return bool(revoked)
 
     def wait_released(self, timeout: float) -> None:
-        """Until it has ended and the pages are the owner's alone. Raises TransferTimeout."""
+        """Until it has ended and the pages are the owner's alone; another thread may be about to
+        call `on_release`. Raises TransferTimeout."""
         end = wait_end(timeout)
         if not self._released.is_set():
             self._control.wait_closed(self.key, int(end * 1e9))

@@ -11,7 +11,7 @@ from pathlib import Path
 from command import command
 from tiny import CONTEXT, to_jsonl
 
-SECONDS = 20.0  # bound of every wait here; far above what anything takes
+SECONDS = 60.0  # bound of every wait here; far above what anything takes
 
 
 def jsonl(count: int, max_new_tokens: int) -> bytes:

@@ -13,6 +13,7 @@ import numpy as np
 
 from kvlink import KVPool
 from kvlink.testing.transfer_pool import PoolSpec, pool_bytes
+from kvlink.testing.waits import wait_outside
 from kvlink.transfer import Endpoint, GrantGroup, GroupTransfer, Link, OfferGroup, Region
 
 _STATE = PoolSpec(kind="opaque", page_size=1, num_pages=6, kv_heads=(0, 1))
@@ -119,6 +120,11 @@ class HybridBody(Held):
     def cancel(self, idx: int) -> None:
         self.moving[idx].cancel()
 
+    def wait_outside(self, idx: int) -> None:
+        for transfer in self.moving[idx].members:
+            if transfer is not None:
+                wait_outside(transfer, 10)
+
     def wait_source_reusable(self, idx: int) -> None:
         self.moving[idx].wait_source_reusable(10)
 
@@ -129,6 +135,9 @@ class HybridBody(Held):
         group = self.endpoint.offer_group(self.members(request), ttl)
         self.open[group.to_bytes()] = group
         return group.to_bytes()
+
+    def extend(self, token: bytes, ttl: float) -> bool:
+        return self.open[token].extend(ttl)
 
     def adopt_group(self, offers: bytes) -> list[tuple[list[int], bytes]]:
         """Pages of each member, and the memory of the pool they lie in."""

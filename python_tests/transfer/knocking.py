@@ -13,6 +13,7 @@ from kvlink.transfer.address import Address
 from kvlink.transfer.channel import Channel, PeerGone, close_fds
 from kvlink.transfer.tls import Credentials
 
+SECONDS = 20.0  # bound of every wait here
 HELLO = wire.Hello(2, 2, bytes(16), "knocker", (("host_shm", ""),))
 
 
@@ -21,9 +22,9 @@ def knock(endpoint: Endpoint, tcp: bool = False) -> socket.socket:
     address = Address.from_bytes(endpoint.address)
     if tcp:
         assert address.tcp is not None
-        return socket.create_connection(address.tcp, 5)
+        return socket.create_connection(address.tcp, SECONDS)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.settimeout(5)
+    sock.settimeout(SECONDS)
     assert address.unix is not None
     while True:
         try:
@@ -40,19 +41,19 @@ def never() -> bool:
 def proven(endpoint: Endpoint, secret: bytes = SECRET, tcp: bool = False) -> Channel:
     """A channel behind the TLS handshake."""
     channel = Channel(knock(endpoint, tcp), Credentials(secret).begin(server_side=False))
-    channel.shake_until(time.monotonic() + 5, never)
+    channel.shake_until(time.monotonic() + SECONDS, never)
     return channel
 
 
 def receive(channel: Channel) -> wire.Frame:
     """The next frame, without its descriptors."""
-    frame, fds = channel.receive_until(time.monotonic() + 5, never)
+    frame, fds = channel.receive_until(time.monotonic() + SECONDS, never)
     close_fds(fds)
     return frame
 
 
 def ended(channel: Channel) -> bool:
-    """The other side closed it, within 5 s."""
+    """The other side closed it in time."""
     try:
         while True:
             receive(channel)
@@ -61,8 +62,8 @@ def ended(channel: Channel) -> bool:
 
 
 def closed(sock: socket.socket) -> bool:
-    """The other side closed it, within 5 s; what it said before is dropped."""
-    end = time.monotonic() + 5
+    """The other side closed it in time; what it said before is dropped."""
+    end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         if select.select([sock], [], [], 0.1)[0]:
             try:

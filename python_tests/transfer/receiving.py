@@ -34,6 +34,13 @@ class Receiver:
 
         return self.endpoint.grant(pages or PAGES, TOKENS, ttl, region=self.region, on_release=note)
 
+    def gave_back(self, *grants: Grant) -> None:
+        """These alone gave their pages back, once each, in this order. It may be another thread
+        that is about to tell so of pages that were released."""
+        want = [grant.transfer_id for grant in grants]
+        eventually(lambda: len(self.returned) >= len(want))
+        assert self.returned == want
+
     def arrive(self, peer: Peer) -> Arrival:
         """A new request, from the first byte to the last."""
         grant = self.grant()
@@ -54,7 +61,7 @@ def new_sender(receiver: Receiver) -> Peer:
     return peer
 
 
-def eventually(condition: Callable[[], Any], timeout: float = 10.0) -> None:
+def eventually(condition: Callable[[], Any], timeout: float = 30.0) -> None:
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

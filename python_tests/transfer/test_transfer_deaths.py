@@ -40,8 +40,8 @@ def test_sender_dies(receiver: Receiver, step: str) -> None:
     else:
         with pytest.raises(GrantExpired if step == "connected" else PeerLost):
             grant.wait(10)
-        grant.wait_released(5)
-        assert receiver.returned == [grant.transfer_id]
+        grant.wait_released(10)
+        receiver.gave_back(grant)
     with new_sender(receiver) as peer:
         receiver.arrive(peer)
 
@@ -64,7 +64,7 @@ def test_receiver_dies(step: str, path: str) -> None:
             peer.kill()
         with pytest.raises(PeerLost):
             transfer.wait_arrived(10)
-        transfer.wait_source_reusable(1)
+        transfer.wait_source_reusable(10)
         eventually(lambda: link.state.startswith("reconnecting"))
         with pytest.raises(PeerLost):
             link.begin(PAGES, b"")
@@ -84,13 +84,13 @@ def test_adopter_dies(receiver: Receiver) -> None:
         offer = receiver.endpoint.offer(PAGES, TOKENS)
         peer.call("adopt", offer.to_bytes())
         offer.revoke()
-        offer.wait_released(5)  # the adopter saw it and let go
+        offer.wait_released(20)  # the adopter saw it and let go
         with pytest.raises(GrantRevoked):
             peer.call("check_lease", offer.to_bytes())
         second = receiver.endpoint.offer(PAGES, TOKENS)
         peer.call("adopt", second.to_bytes())
         peer.kill()
-        second.wait_released(5)
+        second.wait_released(20)
         assert second.status == TransferStatus.PEER_LOST
 
 
@@ -115,7 +115,7 @@ def test_lease_ends_at_its_deadline(receiver: Receiver, sender: Peer) -> None:
     sender.call("adopt", offer.to_bytes())
     sender.call("check_lease", offer.to_bytes())
     assert offer.extend(0.1)
-    offer.wait_released(5)
+    offer.wait_released(20)
     assert offer.status == TransferStatus.EXPIRED
     with pytest.raises(GrantExpired):
         sender.call("check_lease", offer.to_bytes())
@@ -132,4 +132,4 @@ def test_a_stopped_adopter_keeps_the_pages_quarantined(receiver: Receiver) -> No
         with pytest.raises(TransferTimeout):
             offer.wait_released(0.3)
         peer.signal(signal.SIGCONT)
-        offer.wait_released(5)
+        offer.wait_released(20)

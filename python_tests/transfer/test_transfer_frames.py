@@ -38,7 +38,7 @@ def works(server: Endpoint) -> None:
 
 
 def told_once(caplog: pytest.LogCaptureFixture, what: str) -> None:
-    eventually(lambda: caplog.records, 5)
+    eventually(lambda: caplog.records)
     time.sleep(0.05)
     lines = [each.getMessage() for each in caplog.records]
     assert len(lines) == 1, lines
@@ -144,7 +144,7 @@ def test_descriptors_before_the_proof(server: Endpoint, caplog: pytest.LogCaptur
     assert closed(sock)
     told_once(caplog, "ProtocolError: connection: more descriptors")
     sock.close()
-    eventually(lambda: len(os.listdir("/proc/self/fd")) < before, 5)
+    eventually(lambda: len(os.listdir("/proc/self/fd")) < before)
     works(server)
 
 
@@ -200,7 +200,7 @@ def test_frames_behind_the_handshake_are_checked(
         region = client.register(PoolSpec().build())
         first = client.connect(server.address)
         bystander = client.connect(server.address)
-        other = server.accept(5)
+        other = server.accept(20)
         channel = first._last._channel
         if what == "sequence":
             channel._sent -= 1
@@ -213,7 +213,7 @@ def test_frames_behind_the_handshake_are_checked(
             channel.send(region.descriptor.to_frame(), (0,))
         else:
             channel.send_bytes(random.Random(4).randbytes(100))
-        eventually(lambda: other.closed, 5)
+        eventually(lambda: other.closed)
         told_once(caplog, "link to 'client' dropped: ")
         assert bystander.query(bytes(16)) is None
         first.wait_connected(10)  # who sent it finds back by itself
@@ -234,7 +234,7 @@ def test_a_peer_that_does_not_read(
         session = link._last
         monkeypatch.setattr(session, "on_readable", lambda: None)
         client.service.call(lambda: client.service.unwatch(session._channel.sock.fileno()))
-        other = server.accept(5)
+        other = server.accept(20)
         other._last._channel.max_backlog = 1 << 12
         end = time.monotonic() + 20
         while other.state == "connected" and time.monotonic() < end:
@@ -245,5 +245,5 @@ def test_a_peer_that_does_not_read(
         grant.revoke()
         assert not grant.released
         link.path_link.leave(descriptor)
-        grant.wait_released(5)
+        grant.wait_released(20)
     works(server)

@@ -67,7 +67,7 @@ class Decode(Held):
 
     def check_returned(self, group: GrantGroup) -> None:
         """Once, and nobody is inside any page; the pages serve another request."""
-        eventually(lambda: group.released)
+        eventually(lambda: group.released and self.returned)
         time.sleep(0.05)  # more than two looks of the reaper
         assert self.returned == [group]
         assert not group.revoke()
@@ -127,7 +127,7 @@ def test_a_hybrid_request(decode: Decode, prefill: Peer) -> None:
     assert group.wait(0) is arrivals
     assert group.poll() is arrivals
     assert group.status == TransferStatus.OK
-    group.wait_released(5)
+    group.wait_released(20)
     assert not group.revoke()
     assert not group.extend(1)
     assert decode.returned == []  # the pages belong to the request
@@ -266,8 +266,8 @@ def test_nobody_needs_to_wait_for_a_group_that_fails(decode: Decode, prefill: Pe
 
 def test_expiry_of_the_whole(decode: Decode, prefill: Peer) -> None:
     group = decode.grant()
-    prefill.call("begin_group", SENT, group.to_bytes())
-    prefill.call("push_layer", 0, 0, 0)
+    idx = prefill.call("begin_group", SENT, group.to_bytes())
+    prefill.call("push_layer", idx, 0, 0)
     assert group.extend(0.1)
     with pytest.raises(GrantExpired):
         group.wait(10)
@@ -283,6 +283,7 @@ def test_the_sender_dies(decode: Decode) -> None:
         for layer in range(2):
             doomed.call("push_layer", idx, 0, layer)
         group.members[0].wait_layer(1, 10)
+        doomed.call("wait_outside", idx)
         doomed.kill()
     with pytest.raises(PeerLost, match="member 1"):
         group.wait(10)

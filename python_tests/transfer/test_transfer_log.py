@@ -54,7 +54,7 @@ def lines() -> Iterator[Lines]:
 def test_a_transfer_from_the_receivers_side(receiver: Receiver, sender: Peer, lines: Lines) -> None:
     sender.call("connect", receiver.endpoint.address)
     arrival = receiver.arrive(sender)
-    eventually(lambda: lines.of("released"))
+    eventually(lambda: lines.of("released") and lines.of("link_up"))
     told = {line["event"]: line for line in lines.all()}
     for event in ("granted", "arrived", "released"):
         assert told[event]["transfer_id"] == arrival.transfer_id.hex()
@@ -95,6 +95,7 @@ def test_corrupted_data_is_a_warning(receiver: Receiver, sender: Peer, lines: Li
     for _ in range(2):
         with pytest.raises(DigestMismatch):
             grant.wait(10)
+    eventually(lambda: lines.of("failed"))
     (failed,) = lines.of("failed")
     assert (failed["level"], failed["reason"]) == ("WARNING", "DigestMismatch")
     assert failed["transfer_id"] == grant.transfer_id.hex()

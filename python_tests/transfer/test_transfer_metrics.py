@@ -71,7 +71,7 @@ def test_what_arrived(receiver: Receiver, sender: Peer, scrape: Scrape) -> None:
     assert scrape("kvlink_lent_ended_total", kind="grant", outcome="ok") == 3
     assert scrape("kvlink_arrival_verify_seconds_count") == 3
     assert scrape("kvlink_arrival_wait_seconds_count") == 3
-    assert scrape("kvlink_link_up", peer="peer", path="host_shm") == 1
+    eventually(lambda: scrape("kvlink_link_up", peer="peer", path="host_shm") == 1)
     sender.call("close_link")
     eventually(lambda: scrape("kvlink_link_up") == 0)
 
@@ -135,7 +135,7 @@ def test_failures_by_reason(receiver: Receiver, sender: Peer, scrape: Scrape) ->
     revoked = receiver.grant()
     revoked.revoke()
     with pytest.raises(GrantRevoked):
-        revoked.wait(1)
+        revoked.wait(10)
     ended: dict[str, Any] = endpoint.metrics()["grants"]["ended"]
     assert ended == {"DigestMismatch": 1, "GrantRevoked": 1}
     assert scrape("kvlink_lent_ended_total", kind="grant", outcome="DigestMismatch") == 1
@@ -192,6 +192,7 @@ def test_the_snapshot_is_plain_and_grows(receiver: Receiver, sender: Peer) -> No
     before = json.loads(json.dumps(receiver.endpoint.metrics()))
     sender.call("connect", receiver.endpoint.address)
     receiver.arrive(sender)
+    eventually(lambda: receiver.endpoint.metrics()["links"])
     after = json.loads(json.dumps(receiver.endpoint.metrics()))
     assert before["links"] == []
     assert [(one["peer"], one["path"], one["up"]) for one in after["links"]] == [

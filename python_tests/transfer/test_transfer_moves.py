@@ -238,13 +238,13 @@ def test_both_ends_of_a_link_move(source: Peer, path: str) -> None:
         endpoint.register(pool)
         SRC.fill(pool, SRC_PAGES, NUM_TOKENS, 3)
         source.call("connect", reachable(endpoint))
-        link = endpoint.accept(5)
+        link = endpoint.accept(20)
         grant = source.call("grant", [20, 21, 22], NUM_TOKENS)
         transfer = link.push(SRC_PAGES, grant)
         assert source.call("wait", grant) == [20, 21, 22]
-        transfer.wait_arrived(5)
+        transfer.wait_arrived(20)
         offer = source.call("offer", [20, 21, 22], NUM_TOKENS)
-        link.pull(offer, [30, 31, 1]).wait_arrived(5)
+        link.pull(offer, [30, 31, 1]).wait_arrived(20)
         for layer in range(4):
             k = np.from_dlpack(pool.k(layer))
             assert (k[[30, 31, 1]].reshape(48, -1)[:40] == k[SRC_PAGES].reshape(48, -1)[:40]).all()

@@ -12,27 +12,29 @@ from kvlink.testing.two_hosts import ADDRESSES, NotPermitted, TwoHosts
 
 pytestmark = [pytest.mark.two_hosts, pytest.mark.two_process, pytest.mark.timeout(120)]
 
-PEER_TIMEOUT = 2.0  # s
-WAIT = 20.0
+# s, after which a silent peer is lost: soon where a test waits for it, else longer than what lost
+# packets and a busy machine take.
+SHORT, LONG = 2.0, 20.0
+WAIT = 30.0
 
 
 class Pair:
     """A party on each host, the first one connected to the second."""
 
-    def __init__(self, hosts: TwoHosts, stack: ExitStack) -> None:
+    def __init__(self, hosts: TwoHosts, stack: ExitStack, peer_timeout: float) -> None:
         self.hosts = hosts
         self.parties = []
         for idx, address in enumerate(ADDRESSES):
             with hosts.executable(idx):
                 party = PeerProcess(
                     f"host {idx}", "ucx", fork=False, listen=f"{address}:0",
-                    peer_timeout=PEER_TIMEOUT,
+                    peer_timeout=peer_timeout,
                 )  # fmt: skip
             stack.callback(self._end, party)
             self.parties.append(party)
         self.first, self.second = self.parties
-        self.first.call("connect", self.second.address, 5.0)
-        self.second.call("accept", 5.0)
+        self.first.call("connect", self.second.address, WAIT)
+        self.second.call("accept", WAIT)
 
     @staticmethod
     def _end(party: PeerProcess) -> None:
@@ -64,29 +66,33 @@ class Pair:
             assert party.call("pages_out") == 0
 
 
-def make(stack: ExitStack, monkeypatch: pytest.MonkeyPatch, **wire: float) -> Pair:
+def make(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, peer_timeout: float = LONG, **wire: float
+) -> Pair:
     monkeypatch.setenv("UCX_TLS", "tcp")
     try:
         hosts = stack.enter_context(TwoHosts(**wire))
     except NotPermitted as error:
         pytest.skip(f"network namespaces cannot be made here: {error}")
-    return Pair(hosts, stack)
+    return Pair(hosts, stack, peer_timeout)
 
 
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     with ExitStack() as stack:
-        yield make(stack, monkeypatch)
+        yield make(stack, monkeypatch, SHORT)
 
 
-def test_push_and_pull_over_tcp(pair: Pair) -> None:
-    for party in pair.parties:
-        path, detail = party.call("path")
-        assert path == "ucx"
-        assert "tcp" in detail
-    for request, shape in enumerate(("same", "large")):
-        pair.push(shape, request)
-        pair.pull(shape, 100 + request)
+def test_push_and_pull_over_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as stack:
+        pair = make(stack, monkeypatch)
+        for party in pair.parties:
+            path, detail = party.call("path")
+            assert path == "ucx"
+            assert "tcp" in detail
+        for request, shape in enumerate(("same", "large")):
+            pair.push(shape, request)
+            pair.pull(shape, 100 + request)
 
 
 @pytest.mark.parametrize("at", ["begun", "two layers"])

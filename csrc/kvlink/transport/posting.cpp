@@ -352,6 +352,7 @@ Progress PostedTransfer::progress() const {
   std::lock_guard lock(mutex_);
   Progress copy = progress_;
   copy.source_reusable = ended_ && readers_ == 0;
+  copy.num_moving = readers_;
   return copy;
 }
 

@@ -88,6 +88,7 @@ struct PartTimes {
 struct Progress {
   Status status = Status::kPending;  // of the work on this side; the outcome is the owner's slot
   bool source_reusable = false;      // no byte of the source will be read any more
+  int64_t num_moving = 0;            // chunks that this side is at
   uint64_t num_bytes = 0;            // stored at the destination so far
   uint64_t num_rows = 0;
   int64_t moving_ns = 0;  // spent in the executor
