@@ -58,7 +58,7 @@ SANITIZED_TESTS ?= $(wildcard $(patsubst %,python_tests/test_%.py,layout pool po
 # A quick part of the transfer tests, on every path; SANITIZED_TRANSPORT=* takes all of them.
 SANITIZED_TRANSPORT ?= threads moves faults ends sessions deaths lending adopt_group fuzz
 SANITIZED_TRANSPORT_TESTS ?= $(filter-out $(patsubst %,%.py,$(addprefix \
-	python_tests/transfer/test_transfer_,two_hosts doctor no_ucx ucx_address)),$(wildcard $(patsubst \
+	python_tests/transfer/test_transfer_,two_hosts doctor no_ucx ucx_address process)),$(wildcard $(patsubst \
 	%,python_tests/transfer/test_transfer_%.py,$(SANITIZED_TRANSPORT))))
 
 sanitize: build

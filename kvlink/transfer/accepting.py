@@ -13,14 +13,16 @@ from kvlink import _C
 from kvlink.transfer import address as addresses
 from kvlink.transfer import handshake, wire
 from kvlink.transfer.address import Address
-from kvlink.transfer.channel import Channel, PeerGone, close_fds, require_no_fds
+from kvlink.transfer.channel import Channel, PeerGone
 from kvlink.transfer.connecting import Joined, OwnSide, join
 from kvlink.transfer.errors import LinkRefused, PeerUnreachable, ProtocolError, TransferError
+from kvlink.transfer.fds import SCARCE, close_fds, require_no_fds
 from kvlink.transfer.paths import Peer
 from kvlink.transfer.service import Service
 
 _HANDSHAKE_TIMEOUT = 5.0  # s
 _MAX_INCOMING = 64
+_SCARCE_PAUSE = 0.05  # s, while this process can open no more files
 _CROWDED_TIMEOUT = 0.2  # s, for TLS, while so many knock: ten times what an honest peer takes
 
 Done = Callable[[Joined], None]
@@ -34,6 +36,7 @@ class Acceptor:
         self._done = done
         self._incoming: dict[Incoming, None] = {}  # the oldest first
         self._shut = False
+        self._resume = 0.0  # time.monotonic()
         self._full = False  # new connections wait in the listeners' queues
         sock, unix = addresses.listen_unix()
         self._listeners = [sock]
@@ -60,9 +63,9 @@ class Acceptor:
                 self._forget(incoming, f"no handshake within {_HANDSHAKE_TIMEOUT} s")
             else:
                 incoming.flush()
-        if self._full and not self._shut:
+        if self._full and not self._shut and now >= self._resume:
             self._listen()
-        return bool(self._incoming)
+        return bool(self._incoming) or self._full
 
     def shut(self) -> None:
         """Nobody is let in from now on, and who knocks finds nobody."""
@@ -84,6 +87,13 @@ class Acceptor:
             incoming.drop()
         self._incoming.clear()
 
+    def leave(self) -> None:
+        """In a forked child: who knocks is for the parent alone."""
+        for listener in self._listeners:
+            listener.close()
+        for incoming in self._incoming:
+            incoming.channel.sock.close()
+
     def _listen(self) -> None:
         self._full = False
         for listener in self._listeners:
@@ -93,15 +103,21 @@ class Acceptor:
     def _on_connections(self, listener: socket.socket) -> None:
         for _ in range(_MAX_INCOMING):
             if not self._make_room(listener):
-                self._full = True
-                for each in self._listeners:
-                    self._service.unwatch(each.fileno())
+                self._pause()
                 return
             try:
                 sock, _where = listener.accept()
-            except OSError:
+            except OSError as error:
+                if error.errno in SCARCE:  # who knocks would be heard again at once
+                    self._pause(_SCARCE_PAUSE)
                 return
             self._on_connection(sock)
+
+    def _pause(self, seconds: float = 0.0) -> None:
+        """Those who knock wait until then, or until somebody leaves."""
+        self._full, self._resume = True, time.monotonic() + seconds
+        for listener in self._listeners:
+            self._service.unwatch(listener.fileno())
 
     def _make_room(self, listener: socket.socket) -> bool:
         """For whoever waits there. Those who have proved themselves stay, and so do those who have
@@ -182,6 +198,8 @@ class Incoming:
             self.refuse(PeerUnreachable(f"it went away during the handshake ({error})"))
         except TransferError as error:
             self.refuse(error)
+        except (OSError, RuntimeError, MemoryError) as error:  # too little of something here
+            self.refuse(LinkRefused(f"{self._own.identity.name!r} cannot: {error}"))
         return False
 
     def flush(self) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 from kvlink.transfer.address import same_host
 from kvlink.transfer.errors import ProtocolError, TransferError
+from kvlink.transfer.fds import close_fds, copies_of
 from kvlink.transfer.framing import FrameHead, pack_frame, unpack_frame
 from kvlink.transfer.tls import Tls
 from kvlink.transfer.wire import MAX_FDS, Frame
@@ -70,11 +71,11 @@ class Channel:
             return self._secure
 
     def send(self, frame: Frame, fds: tuple[int, ...] = ()) -> None:
-        """Sends a frame; raises PeerGone, or ProtocolError when the peer does not read."""
+        """Sends a frame; raises PeerGone, ProtocolError when the peer does not read, or OSError
+        (no descriptor left; nothing was sent)."""
         with self._lock:
-            message = pack_frame(frame, self._sent, len(fds))
+            self._send(pack_frame(frame, self._sent, len(fds)), fds)
             self._sent += 1
-            self._send(message, fds)
 
     def send_bytes(self, message: bytes, fds: tuple[int, ...] = ()) -> None:
         """Sends what may be no frame at all; for fault injection."""
@@ -171,12 +172,13 @@ class Channel:
         if self._backlog_bytes > self.max_backlog:
             # It is alive, and may be inside pages: this is not its end.
             raise ProtocolError(f"{self._backlog_bytes} bytes wait for a peer that does not read")
+        copies = copies_of(fds)  # so that a descriptor outlives its pool until it is really sent
         try:
             self._tls.write(message)
         except TransferError as error:
+            close_fds(copies)
             raise PeerGone(str(error)) from error
-        # Duplicates, so that a descriptor outlives its pool until it is really sent.
-        self._enqueue([os.dup(fd) for fd in fds])
+        self._enqueue(copies)
         self._flush()
 
     def _drop_backlog(self) -> None:
@@ -234,7 +236,9 @@ class Channel:
         elif flags & socket.MSG_CTRUNC or len(self._fds) > (
             _MAX_WAITING_FDS if self._secure else 0
         ):
-            raise ProtocolError("connection: more descriptors than any frame has")
+            raise ProtocolError(
+                "connection: more descriptors than any frame has, or than this process may open"
+            )
         if not data:
             self._ended = "the peer closed the connection"
         elif not self._deaf:
@@ -279,16 +283,3 @@ def wait_for(
             raise TimeoutError
         if poll.poll(max(1, int(min(left, _SLICE) * 1000))):
             return
-
-
-def close_fds(fds: list[int] | deque[int]) -> None:
-    """Closes descriptors that came with a frame."""
-    for fd in fds:
-        os.close(fd)
-
-
-def require_no_fds(fds: list[int]) -> None:
-    """Raises ProtocolError when there are any, and closes them."""
-    close_fds(fds)
-    if fds:
-        raise ProtocolError("frame: descriptors where there should be none")

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from kvlink import _C
 from kvlink.transfer import address as addresses
 from kvlink.transfer import handshake, wire
-from kvlink.transfer.channel import Channel, PeerGone, close_fds, require_no_fds, wait_for
+from kvlink.transfer.channel import Channel, PeerGone, wait_for
 from kvlink.transfer.errors import ConnectError, PeerUnreachable, ProtocolError
+from kvlink.transfer.fds import close_fds, require_no_fds
 from kvlink.transfer.fields import Pairs
 from kvlink.transfer.paths import Path, PathLink, Peer
 from kvlink.transfer.regions import MAX_REGIONS
@@ -84,7 +85,12 @@ def dial(
     deadline = time.monotonic() + timeout
     reasons = []
     for family, where in addresses.targets(addresses.Address.from_bytes(address)):
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        kind = "unix" if family == socket.AF_UNIX else "tcp"
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:
+            reasons.append(f"{kind}: {error}")
+            continue
         try:
             while not addresses.begin_connect(sock, where):
                 if time.monotonic() > deadline or given_up():
@@ -95,13 +101,13 @@ def dial(
         except (OSError, PeerGone) as error:
             sock.close()
             what = "no answer in time" if isinstance(error, TimeoutError) else str(error)
-            reasons.append(f"{'unix' if addresses.same_host(sock) else 'tcp'}: {what}")
+            reasons.append(f"{kind}: {what}")
             continue
         addresses.tune(sock, own.peer_timeout)
         channel = Channel(sock, own.credentials.begin(server_side=False))
         try:
             return _join(own, channel, require, deadline, given_up)
-        except (PeerGone, TimeoutError) as error:
+        except (PeerGone, OSError) as error:
             what = "no answer in time" if isinstance(error, TimeoutError) else str(error)
             raise PeerUnreachable(f"address {address!r}: {what}") from error
     raise PeerUnreachable(f"address {address!r}: {'; '.join(reasons)}")

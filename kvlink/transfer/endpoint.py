@@ -3,9 +3,7 @@ connects and accepts."""
 
 from __future__ import annotations
 
-import atexit
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +14,7 @@ from kvlink.pool import KVPool
 from kvlink.transfer.arguments import is_integer, is_number, wait_end
 from kvlink.transfer.descriptor import descriptor_key
 from kvlink.transfer.errors import LinkClosed
+from kvlink.transfer.forking import PARENTS, keep, live
 from kvlink.transfer.grant import Grant
 from kvlink.transfer.groups import LendsGroups, ReservationT
 from kvlink.transfer.link import Link
@@ -30,7 +29,6 @@ from kvlink.transfer.service import Service
 from kvlink.transfer.watching import EndpointWatch
 
 _MIN_SECRET_BYTES = 16
-_live: weakref.WeakSet[Endpoint] = weakref.WeakSet()
 
 
 class Endpoint(LendsGroups):
@@ -41,7 +39,7 @@ class Endpoint(LendsGroups):
     this host. `paths`: those that links may use. `peer_timeout`: seconds after which a peer on
     another host that answers nothing is lost. `num_slots`: grants and offers that can be open at
     once; `num_page_entries`: pages that they can name together. Owns one service thread, which is
-    on no data path. Thread-safe; not usable in a forked child (use `spawn`).
+    on no data path. Thread-safe. In a forked child it raises LinkClosed (use `spawn`).
     """
 
     def __init__(
@@ -77,7 +75,7 @@ class Endpoint(LendsGroups):
         self._closed = False
         self.service = Service(name, self._tick)
         self._peers.start(self.service)
-        _live.add(self)
+        live.add(self)
 
     # --- pools --------------------------------------------------------------------------------
 
@@ -252,7 +250,7 @@ class Endpoint(LendsGroups):
             logger.warning("%r closed with peers inside %d transfers", self.name, inside)
         self.service.stop(5.0)
         self._peers.close()
-        _live.discard(self)
+        live.discard(self)
 
     def __enter__(self) -> Endpoint:
         return self
@@ -270,13 +268,14 @@ class Endpoint(LendsGroups):
             )
         return found
 
+    def leave(self) -> None:
+        """In a forked child: the endpoint is the parent's alone."""
+        self._peers.leave()
+        self._table.leave()
+        keep(self._table, self._peers, self._regions, self.service)
+        self._table = self._peers = self._regions = self.service = PARENTS
+        self._closed = True
+
     def _tick(self) -> bool:
         self._table.reap()
         return self._peers.tick() or bool(self._table.open)
-
-
-@atexit.register
-def _close_all() -> None:
-    """Workers must not outlive the interpreter."""
-    for endpoint in list(_live):
-        endpoint.close(timeout=0.2)

@@ -17,6 +17,7 @@ from kvlink.transfer.errors import (
     TransferTimeout,
     status_error,
 )
+from kvlink.transfer.forking import PARENTS, keep
 from kvlink.transfer.group_transfer import MovesGroups
 from kvlink.transfer.lending import check_not_lent
 from kvlink.transfer.link_facts import LinkFacts
@@ -37,7 +38,7 @@ _WAIT_SLICE = 0.1  # s, so that signals are handled
 
 class Link(LinkFacts, MovesGroups):
     """Made by `Endpoint.connect` on one side and by `Endpoint.accept` on the other; both may push,
-    pull and adopt. Thread-safe. Not usable in a forked child.
+    pull and adopt. Thread-safe. In a forked child it raises LinkClosed.
 
     A link made by `connect` stays: when the peer or the connection is lost, what was under way
     fails with PeerLost and the link connects again by itself, in a new session, until `close`. A
@@ -184,6 +185,12 @@ class Link(LinkFacts, MovesGroups):
         if self._session is not None:
             self._session.close()
         self._peers.on_link_closed(self)
+
+    def leave(self) -> None:
+        """In a forked child: see `forking`."""
+        keep(self.watch, self._peers)
+        self.watch = self._peers = PARENTS
+        self._changed, self._closed = threading.Condition(), True
 
     # --- inside -------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from kvlink import _C
 from kvlink.pool import KVPool
 from kvlink.transfer.descriptor import Descriptor
 from kvlink.transfer.errors import GrantExpired, LinkClosed, status_error
+from kvlink.transfer.forking import WHY, keep
 from kvlink.transfer.reservation import Reservation
 
 if TYPE_CHECKING:
@@ -87,6 +88,11 @@ class Lease:
             self._over = True
             self._session.path_link.release(self._key)
             self._session.drop_lease(self)
+
+    def leave(self) -> None:
+        """In a forked child: see `forking`."""
+        keep(self._control)
+        self._over, self._lost = True, LinkClosed(WHY)
 
     def end(self, why: Exception | None) -> None:
         """For `Link`: the link closed, or the owner is gone."""

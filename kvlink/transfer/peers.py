@@ -158,6 +158,14 @@ class Peers:
         for path in self._paths.values():
             path.close()
 
+    def leave(self) -> None:
+        """In a forked child: see `forking`."""
+        self._acceptor.leave()
+        for link in self._links:
+            link.leave()
+        for session in self._sessions:
+            session.leave()
+
     # --- for links, sessions and the service thread -----------------------------------------------
 
     def on_link_closed(self, link: Link) -> None:
@@ -229,7 +237,10 @@ class Peers:
         path, regions = self._paths[path_name], self.regions.all()
         with self._lock:
             self._described[bit] = set(regions)
-        blob, fds = path.describe(bit)
+        try:
+            blob, fds = path.describe(bit)
+        except (OSError, RuntimeError) as error:
+            raise PathUnavailable(f"at {self.own.identity.name!r} {path_name}: {error}") from error
         frames: list[tuple[wire.Frame, tuple[int, ...]]] = [
             (wire.Describe(bit, len(regions), blob), fds)
         ]

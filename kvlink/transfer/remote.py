@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from kvlink import _C
 from kvlink.errors import InvalidArgument
 from kvlink.transfer import wire
-from kvlink.transfer.channel import close_fds
 from kvlink.transfer.descriptor import Descriptor
 from kvlink.transfer.errors import ProtocolError, Unconvertible, UnknownRegion
+from kvlink.transfer.fds import close_fds
 from kvlink.transfer.group_descriptor import GroupDescriptor
 from kvlink.transfer.plan import TransferPlan
 from kvlink.transfer.region import Region, RegionDescriptor

@@ -19,7 +19,8 @@ from kvlink.transfer.errors import (
     OutOfSlots,
     TransferTimeout,
     status_error,
-)
+)  # fmt: skip
+from kvlink.transfer.forking import PARENTS, keep
 from kvlink.transfer.lending import take_pages
 from kvlink.transfer.region import Region, granted_ids
 from kvlink.transfer.wire import TRANSFER_ID_BYTES
@@ -121,6 +122,12 @@ class SlotTable:
         for reservation in lent:
             reservation.revoke()
         return lent
+
+    def leave(self) -> None:
+        """In a forked child: see `forking`."""
+        for reservation in self.open.values():
+            keep(reservation._own)
+            reservation._table = reservation._control = PARENTS
 
     def shut(self) -> None:
         """Revokes everything and opens nothing more."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvlink import _C
 from kvlink.transfer import wire
-from kvlink.transfer.channel import PeerGone, close_fds
+from kvlink.transfer.channel import PeerGone
 from kvlink.transfer.connecting import Joined
 from kvlink.transfer.errors import (
     LinkClosed,
@@ -22,6 +22,8 @@ from kvlink.transfer.errors import (
     TransferError,
     TransferTimeout,
 )
+from kvlink.transfer.fds import close_fds
+from kvlink.transfer.forking import PARENTS, keep
 from kvlink.transfer.log import logger
 
 if TYPE_CHECKING:
@@ -231,6 +233,17 @@ class Session:
             self._give_back()
         if self._link is not None:
             self._link.on_session_gone(self, why)
+
+    def leave(self) -> None:
+        """In a forked child: see `forking`. The peer must see the parent's end, not this one's."""
+        self._channel.sock.close()
+        keep(self.path_link)
+        self.path_link = PARENTS
+        self.closed = True
+        for transfer in self.transfers:
+            transfer.leave()
+        for lease in self._leases:
+            lease.leave()
 
     def _give_back(self) -> bool:
         if not self.path_link.quiet():

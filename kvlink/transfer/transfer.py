@@ -16,6 +16,7 @@ from kvlink.transfer.errors import (
     TransferTimeout,
     status_error,
 )
+from kvlink.transfer.forking import PARENTS, keep
 from kvlink.transfer.plan import TransferPlan
 
 if TYPE_CHECKING:
@@ -179,6 +180,12 @@ class Transfer:
             raw["status"], raw["source_reusable"], raw["num_bytes"], raw["num_rows"],
             raw["moving_ns"] * 1e-9, parts, raw["message"],
         )  # fmt: skip
+
+    def leave(self) -> None:
+        """In a forked child: see `forking`."""
+        keep(self._moving, self._watched)
+        self._moving = self._watched = PARENTS
+        self._ends = True
 
     def __del__(self) -> None:
         if not self._ends:

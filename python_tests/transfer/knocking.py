@@ -10,7 +10,8 @@ import time
 from kvlink.testing.transfer_peer import SECRET
 from kvlink.transfer import Endpoint, wire
 from kvlink.transfer.address import Address
-from kvlink.transfer.channel import Channel, PeerGone, close_fds
+from kvlink.transfer.channel import Channel, PeerGone
+from kvlink.transfer.fds import close_fds
 from kvlink.transfer.tls import Credentials
 
 SECONDS = 20.0  # bound of every wait here

@@ -14,8 +14,9 @@ from kvlink.testing.fuzz.mutations import Talk, hard, must_be_refused
 from kvlink.testing.transfer_peer import SECRET
 from kvlink.transfer import wire
 from kvlink.transfer.address import Address
-from kvlink.transfer.channel import Channel, PeerGone, close_fds
+from kvlink.transfer.channel import Channel, PeerGone
 from kvlink.transfer.errors import ProtocolError, TransferError
+from kvlink.transfer.fds import close_fds
 from kvlink.transfer.framing import pack_frame
 from kvlink.transfer.paths import host_shm
 from kvlink.transfer.tls import Credentials

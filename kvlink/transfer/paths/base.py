@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from kvlink import _C
-from kvlink.transfer.errors import ProtocolError, UnknownRegion
+from kvlink.transfer.errors import PathUnavailable, ProtocolError, TransferError, UnknownRegion
+from kvlink.transfer.fds import SCARCE
 from kvlink.transfer.paths import Blob, Peer
 
 if TYPE_CHECKING:
@@ -27,6 +28,13 @@ def check_told(what: str, told: bytes, fds: list[int], num_bytes: int, num_fds: 
             f"{what}: expected {num_bytes} bytes and {num_fds} descriptors; "
             f"got {len(told)} and {len(fds)}"
         )
+
+
+def unusable(what: str, error: Exception) -> TransferError:
+    """What a peer told cannot be used: because this process has too little, or it was wrong."""
+    if isinstance(error, OSError) and error.errno in SCARCE:
+        return PathUnavailable(f"{what}: {error}")
+    return ProtocolError(f"{what}: {error}")
 
 
 class BasePath:

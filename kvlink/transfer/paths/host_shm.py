@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from kvlink import _C
 from kvlink.errors import InvalidArgument
 from kvlink.pool import KVPool
-from kvlink.transfer.errors import ProtocolError, status_error
+from kvlink.transfer.errors import status_error
 from kvlink.transfer.paths import Blob, Peer
-from kvlink.transfer.paths.base import BaseLink, BasePath, check_told, slot_key
+from kvlink.transfer.paths.base import BaseLink, BasePath, check_told, slot_key, unusable
 
 if TYPE_CHECKING:
     from kvlink.transfer.descriptor import Descriptor
@@ -45,7 +45,7 @@ class HostShm(BasePath):
             control = _C.Control.attach(fds[0], *_CONTROL.unpack(blob))
             return ShmLink(peer, control, bit)
         except (InvalidArgument, OSError) as error:
-            raise ProtocolError(f"control segment: {error}") from error
+            raise unusable("control segment", error) from error
 
 
 class ShmLink(BaseLink[KVPool]):
@@ -70,7 +70,7 @@ class ShmLink(BaseLink[KVPool]):
                 layer_map=descriptor.layer_map, fd=fds[0],
             )  # fmt: skip
         except (InvalidArgument, OSError) as error:
-            raise ProtocolError(f"region {number}: {error}") from error
+            raise unusable(f"region {number}", error) from error
 
     def begin(
         self,

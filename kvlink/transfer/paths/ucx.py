@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import os
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
 
 _BEGIN_TIMEOUT_NS = 5_000_000_000
 _CHECKSUM_BYTES = 8
+# A context and its workers open about 20; UCX ends the process where it cannot have them.
+_DESCRIPTORS = 64
 _VERBS = ("rc_verbs", "rc_mlx5", "dc_mlx5", "ud_verbs", "ud_mlx5", "gga_mlx5", "srd")
+
+
+_started_in: int | None = None  # which process UCX's own threads are in
 
 
 def library_candidates() -> list[str]:
@@ -82,13 +88,17 @@ class Ucx(BasePath):
 
     def missing(self) -> str | None:
         """No UCX library, or one that cannot start."""
+        if _started_in not in (None, os.getpid()):
+            return "UCX was at work when this process was forked; start processes with `spawn`"
         return self._missing
 
     def describe(self, bit: int) -> Blob:
         """The address of a worker made for this peer, and a random number that names the session.
         Regions need no more: a peer learns addresses and keys of pages it was granted."""
         with self._lock:
+            _check_descriptors()
             if self._hub is None:
+                _note_start()
                 self._hub = _C.UcxHub(self._control)
             link = self._hub.open_link(bit)
             stale, self._described[bit] = self._described.get(bit), link
@@ -221,6 +231,25 @@ class UcxLink(BaseLink[RegionDescriptor]):
     def inject(self, fault: str, count: int = 1) -> None:
         """For fault tests: "drop", "duplicate", "flip_bit" or "delay" the next messages."""
         self._moving.inject(getattr(_C.UcxFault, fault.upper()), count)
+
+
+def _check_descriptors() -> None:
+    """Raises OSError while fewer than UCX may need can be opened."""
+    found: list[int] = []
+    try:
+        while len(found) < _DESCRIPTORS:
+            found.append(os.eventfd(0, os.EFD_CLOEXEC))
+    except OSError as error:
+        why = f"UCX needs {_DESCRIPTORS} free descriptors, there are {len(found)} (ulimit -n)"
+        raise OSError(error.errno or errno.EMFILE, why) from None
+    finally:
+        for fd in found:
+            os.close(fd)
+
+
+def _note_start() -> None:
+    global _started_in
+    _started_in = os.getpid()
 
 
 def _checksum(blob: bytes) -> bytes:
