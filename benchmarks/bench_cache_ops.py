@@ -2,9 +2,10 @@
 
     python benchmarks/bench_cache_ops.py [--device cpu|cuda] [--case NAME ...] [--json]
 
-Bytes counted: (bytes read + bytes written) / 2, as a copied byte counts once. The limit is a memcpy
-of 256 MiB with as many threads, which takes turns with the case: bandwidth changes from one moment
-to the next. For a digest alone, bytes read, against the read limit.
+Bytes counted: (bytes read + bytes written) / 2, as a copied byte counts once. The limit is a copy
+of 256 MiB with as many threads, in order, by streaming stores or the C library's memcpy, whichever
+is faster here; for a digest alone, bytes read, against reading 256 MiB. On the CPU pools are memory
+of the library's own, as is what the limit copies; both take turns call by call (turns.py).
 
 same_*    the same layout in shuffled pages of 4 KiB, 64 KiB and 32 KiB
 relayout  heads 4 to 8 of 8, page 16 -> 64, NHD -> HND; to_*: the same, converted on the way
@@ -12,7 +13,6 @@ relayout  heads 4 to 8 of 8, page 16 -> 64, NHD -> HND; to_*: the same, converte
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,8 +20,9 @@ from typing import Any
 
 import harness
 import torch
+from turns import Step, copying, limit_note, take_turns, timed
 
-from kvlink import _C, KVPool, Shard, append_kv, digest_pages, relayout_pages
+from kvlink import _C, KVLayout, KVPool, Shard, append_kv, digest_pages, relayout_pages
 
 NUM_BYTES = 256 << 20  # of bfloat16, at the destination
 NUM_LAYERS = 4
@@ -92,8 +93,17 @@ def main() -> None:
 def make_pool(
     order: str, page_size: int, dtype: str, scale: str, num_heads: int, num_tokens: int, device: str
 ) -> KVPool:
-    """A pool over tensors on `device`, as an engine would have them."""
+    """On the CPU a pool of its own memory, on others one over tensors, as engines have them."""
     num_pages = num_tokens // page_size
+    if device == "cpu":
+        layout = getattr(KVLayout, order)(
+            num_kv_heads=num_heads, head_dim=HEAD_DIM, page_size=page_size, dtype=dtype, scale=scale
+        )
+        pool = KVPool.create(layout, num_layers=NUM_LAYERS, num_pages=num_pages)
+        if scale == "head":
+            for layer in range(NUM_LAYERS):
+                pool.set_scales(layer, *[[0.05] * num_heads] * 2)
+        return pool
     size = {"slot": page_size, "head": num_heads}
     inner = ("slot", "head") if order == "nhd" else ("head", "slot")
     shape = [num_pages, 2, *(size[axis] for axis in inner), HEAD_DIM]
@@ -127,6 +137,7 @@ def run(name: str, device: str, seconds: float) -> Iterator[harness.Figure]:
         rows = rows.to(getattr(torch, case.src[2]))
         work = partial(append, rows, dst)
     elif case.op == "digest_pages":
+        append(torch.randn(case.num_tokens, case.dst[4], HEAD_DIM, device=device), dst)
         work = partial(digest_pages, dst, dst_pages, num_tokens=case.num_tokens)
     else:
         src = make_pool(*case.src, case.num_tokens, device)
@@ -141,46 +152,38 @@ def run(name: str, device: str, seconds: float) -> Iterator[harness.Figure]:
             **case.options,
         )  # fmt: skip
     limit = "read" if case.op == "digest_pages" else "copy"
-    copied = None
-    if device == "cpu" and limit == "copy":
-        elapsed, copied = beside_memcpy(work, seconds)
-    else:
-        elapsed = harness.measure(work, seconds, device=device)
+    if device == "cpu":
+        yield beside_limit(name, case, work, limit, num_bytes, seconds)
+        return
+    elapsed = harness.measure(work, seconds, device=device)
+    yield harness.figure(
+        case.op, name, device, case.dst[2], case.dst[1], elapsed, {limit: num_bytes},
+        device=device,
+    )  # fmt: skip
+
+
+def beside_limit(
+    name: str, case: Case, work: Callable[[], object], limit: str, num_bytes: float, seconds: float
+) -> harness.Figure:
+    """The figure of `work` on the CPU, which takes turns with its limit."""
+    probe = _C.MemoryProbe(NUM_BYTES)
+    steps = [Step("limit", getattr(probe, limit)), Step("work", timed(work))]
+    if limit == "copy":
+        # What memcpy leaves in the caches is written back before the next copy counts.
+        steps = [Step("memcpy", probe.copy_plain), Step("", probe.copy), *steps]
+    turns = take_turns(steps, seconds)
+    elapsed = turns.median("work")
     figure = harness.figure(
-        case.op,
-        name,
-        device,
-        case.dst[2],
-        case.dst[1],
-        elapsed,
-        {limit: num_bytes},
-        "kvlink",
-        device,
-    )
-    if copied is not None:
-        fraction = copied * num_bytes / NUM_BYTES / elapsed
-        figure = replace(
-            figure,
-            limit_fraction=round(fraction, 4),
-            note=f"memcpy of 256 MiB {copied * 1e3:.2f} ms",
-        )
-    yield figure
-
-
-def beside_memcpy(work: Callable[[], object], seconds: float) -> tuple[float, float]:
-    """Median seconds of `work`, and of a copy of NUM_BYTES that takes turns with it."""
-    torch.set_num_threads(_C.num_threads())
-    source, target = (torch.ones(NUM_BYTES, dtype=torch.uint8) for _ in range(2))
-    times: tuple[list[float], list[float]] = ([], [])
-    end = time.perf_counter() + seconds
-    while len(times[0]) < 6 or time.perf_counter() < end:
-        for each, call in zip(times, (work, lambda: target.copy_(source)), strict=True):
-            call()  # what the other one left in the caches is written back
-            begin = time.perf_counter()
-            call()
-            each.append(time.perf_counter() - begin)
-    work_s, copy_s = (sorted(each)[len(each) // 2] for each in times)
-    return work_s, copy_s
+        case.op, name, "cpu", case.dst[2], case.dst[1], elapsed, {limit: num_bytes},
+        rates={limit: num_bytes / elapsed / 1e9},
+    )  # fmt: skip
+    note = f"{limit} of 256 MiB {turns.median('limit') * 1e3:.2f} ms"
+    if limit == "copy":
+        of_memcpy = turns.beside("work", {"memcpy": num_bytes / NUM_BYTES})
+        how = limit_note(turns, "limit", copying(probe))
+        note = f"{of_memcpy:.0%} of memcpy; {note} {how}"
+    fraction = turns.beside("work", {"limit": num_bytes / NUM_BYTES})
+    return replace(figure, limit_fraction=round(fraction, 4), note=note)
 
 
 def append(rows: torch.Tensor, pool: KVPool) -> None:

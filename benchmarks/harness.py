@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
+from turns import Step, take_turns, timed
+
 from kvlink import _C
 from kvlink.doctor import pools_are_huge
 
@@ -112,21 +114,22 @@ def measure(
 
 
 def measure_beside_reads(
-    work: Callable[[], object], seconds: float = 1.0, turns: int = 8
+    work: Callable[[], object], seconds: float = 1.0
 ) -> tuple[float, dict[str, float]]:
     """Median seconds of a call on the CPU, and the read rate beside it, as limit_fraction takes it.
 
-    In turns: memory that is not ours alone changes its rate within seconds. The rate is the one
-    that gives the median of the fractions of the turns.
+    In turns, call by call; so what a call reads is not in the caches. The rate is the one that
+    gives the median of the fractions of neighbours.
     """
-    work()  # fills caches and thread pools
-    times, shares = [], []
-    for _ in range(turns):
-        rate = _C.probe_read_bandwidth(_PROBE_BYTES, seconds / 4 / turns)
-        times.append(measure(work, seconds / turns, 3))
-        shares.append(1 / (times[-1] * rate))
-    taken = sorted(times)[turns // 2]
-    return taken, {"read": 1 / (sorted(shares)[turns // 2] * taken) / 1e9}
+    steps = [Step("read", _probe().read), Step("work", timed(work))]
+    turns = take_turns(steps, seconds, max_seconds=2.0)
+    taken = turns.median("work")
+    return taken, {"read": _PROBE_BYTES / (turns.beside("work", {"read": 1.0}) * taken) / 1e9}
+
+
+@cache
+def _probe() -> _C.MemoryProbe:
+    return _C.MemoryProbe(_PROBE_BYTES)
 
 
 def _time_on_host(work: Callable[[], object]) -> float:

@@ -1,16 +1,13 @@
-"""Moves of 256 MiB between two processes, measured in turns: kvlink's, its peers', the limits.
+"""Moves of 256 MiB between two processes: kvlink's, its peers', a plain stream's.
 
-Every participant has one turn a round, so that whatever disturbs the machine disturbs all of them;
-times and ratios of times are medians over the rounds, each a median of its own. Who has no turn is
-stopped.
+Each has calls that return the seconds they took, for steps of turns.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -20,10 +17,7 @@ from sides import Side
 from kvlink import _C
 
 NUM_BYTES = 256 << 20
-NUM_ROUNDS = 8
-_MAX_REPEATS = 50
-
-Round = dict[str, float]  # median seconds of a turn, by what was timed
+_AHEAD_NS = 500_000  # by when several senders have been asked to begin
 
 
 @dataclass(frozen=True)
@@ -54,11 +48,7 @@ class Shape:
 
 @dataclass
 class Kvlink:
-    """Pushes from `sources` into a grant of `target`; times "verified" and "moved".
-
-    "verified" lasts from the call of the (first) sender until the receiver, which verifies layers
-    as they land, has committed. "moved" is another push, whose receiver does not look before all
-    has landed: until the last byte was moved. Paths other than `path` are refused.
+    """Pushes from `sources` into a grant of `target`. Paths other than `path` are refused.
 
     With `like` the processes and pools are those of another one, which has been entered before.
     """
@@ -73,6 +63,7 @@ class Kvlink:
     name: str = "kvlink"
     detail: str = ""
     like: Kvlink | None = None
+    probe: dict[str, Any] = field(default_factory=dict)  # how the senders copy
 
     def __enter__(self) -> Kvlink:
         self._stack = contextlib.ExitStack()
@@ -86,28 +77,49 @@ class Kvlink:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def once(self) -> dict[str, float]:
-        """One move of each kind."""
-        if self.like:
-            _for_all(self, Side.go_on)
+    def moved(self) -> float:
+        """From the (first) sender's call until the last byte was moved; the receiver, which does
+        nothing meanwhile, verifies afterwards."""
+        begin, moved, _ = self._push(verify_along=False)
+        return (moved - begin) * 1e-9
+
+    def verified(self) -> float:
+        """From the (first) sender's call until the receiver, which verifies layers as they land,
+        has committed."""
         begin, _, verified = self._push(verify_along=True)
-        began, moved, _ = self._push(verify_along=False)
-        return {"verified": (verified - begin) * 1e-9, "moved": (moved - began) * 1e-9}
+        return (verified - begin) * 1e-9
+
+    def copy(self, plain: bool = False) -> float:
+        """A copy of NUM_BYTES by the senders, all together, each with its own threads.
+
+        The fastest one or, with `plain`, the C library's memcpy.
+        """
+        spans = self._all_senders("copy", plain)
+        return (max(last for _, last in spans) - min(first for first, _ in spans)) * 1e-9
+
+    def read(self) -> float:
+        """The receiver's reading of NUM_BYTES."""
+        return float(self.receiver.call("read"))
 
     def _push(self, verify_along: bool) -> tuple[int, int, int]:
         """When it began, when the last byte was moved, when the receiver had committed."""
         grant = self.receiver.call("grant", self.digest)
         if verify_along:
             self.receiver.start("wait")
-        for sender in self.senders:
-            sender.start("push", grant)
-        spans = [sender.result() for sender in self.senders]
+        spans = self._all_senders("push", grant)
         if not verify_along:
             self.receiver.start("wait")
         verified = self.receiver.result()
         for sender in self.senders:
             sender.call("arrived")
         return min(first for first, _ in spans), max(last for _, last in spans), verified
+
+    def _all_senders(self, command: str, *arguments: Any) -> list[list[int]]:
+        """The replies of all; several senders begin at one time."""
+        at = time.monotonic_ns() + _AHEAD_NS if len(self.senders) > 1 else 0
+        for sender in self.senders:
+            sender.start(command, *arguments, at)
+        return [sender.result() for sender in self.senders]
 
     @property
     def all_sides(self) -> list[Side]:
@@ -116,7 +128,7 @@ class Kvlink:
     def _start(self) -> None:
         if self.like:
             self.receiver, self.senders = self.like.receiver, self.like.senders
-            self.detail = self.like.detail
+            self.detail, self.probe = self.like.detail, self.like.probe
             return
         # A path is asked for only where there are others, so that host_shm needs nothing.
         options: dict[str, Any] = {} if self.path == "host_shm" else {"paths": [self.path]}
@@ -133,6 +145,10 @@ class Kvlink:
             sender.call("open", vars(shape), threads, options)
             path, self.detail = sender.call("connect", address, self.path)
             assert path == self.path, f"expected {self.path}; the link says {path}"
+            # The limit is that of the processes that move, in memory like that of their pools.
+            self.probe = sender.call("make_probe", NUM_BYTES // len(self.senders))
+            self.probe["threads"] *= len(self.senders)
+        self.receiver.call("make_probe", NUM_BYTES)
 
 
 @dataclass
@@ -168,9 +184,9 @@ class Peer:
         finally:
             self._stack.close()
 
-    def once(self) -> dict[str, float]:
+    def write(self) -> float:
         """One write."""
-        return {"moved": self.initiator.call("write")}
+        return float(self.initiator.call("write"))
 
     @property
     def all_sides(self) -> list[Side]:
@@ -200,7 +216,6 @@ class Stream:
     prefixes: Sequence[Sequence[str]]
     hosts: Sequence[str]
     name: str = "socket"
-    op: str = "stream"
 
     def __enter__(self) -> Stream:
         self._stack = contextlib.ExitStack()
@@ -220,77 +235,13 @@ class Stream:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def once(self) -> dict[str, float]:
+    def write(self) -> float:
         """One stream."""
         self.target.start("take")
-        seconds = self.initiator.call("write")
+        seconds = float(self.initiator.call("write"))
         self.target.result()
-        return {"moved": seconds}
+        return seconds
 
     @property
     def all_sides(self) -> list[Side]:
         return [self.target, self.initiator]
-
-
-class Memcpy:
-    """memcpy of as many bytes with two threads (num_threads()) here, and reading them."""
-
-    name, op = "memcpy", "copy"
-    all_sides: tuple[Side, ...] = ()
-
-    def __enter__(self) -> Memcpy:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def once(self) -> dict[str, float]:
-        """The medians of a few."""
-        return {
-            "moved": NUM_BYTES / _C.probe_copy_bandwidth(NUM_BYTES, 0.1),
-            "read": NUM_BYTES / _C.probe_read_bandwidth(NUM_BYTES, 0.05),
-        }
-
-
-Participant = Kvlink | Peer | Stream | Memcpy
-
-
-def in_turns(participants: Sequence[Participant], seconds: float) -> list[list[Round]]:
-    """Runs every participant's `once` in turns of about seconds / NUM_ROUNDS each, the first time
-    unrecorded; [participants][rounds]."""
-    recorded: list[list[Round]] = [[] for _ in participants]
-    for each in participants:
-        each.once()
-        _for_all(each, Side.pause)
-    for _ in range(NUM_ROUNDS):
-        for each, rounds in zip(participants, recorded, strict=True):
-            _for_all(each, Side.go_on)
-            times: dict[str, list[float]] = {}
-            end = time.perf_counter() + seconds / NUM_ROUNDS
-            for _ in range(_MAX_REPEATS):
-                for what, value in each.once().items():
-                    times.setdefault(what, []).append(value)
-                if time.perf_counter() > end:
-                    break
-            rounds.append({what: statistics.median(values) for what, values in times.items()})
-            _for_all(each, Side.pause)
-    for each in participants:
-        _for_all(each, Side.go_on)
-    return recorded
-
-
-def median(rounds: Sequence[Round], what: str = "moved") -> float:
-    """Seconds."""
-    return statistics.median(times[what] for times in rounds)
-
-
-def ratio(rounds: Sequence[Round], what: str, limits: Sequence[float]) -> float:
-    """How much of each round's limit (seconds) is reached."""
-    return statistics.median(
-        limit / times[what] for limit, times in zip(limits, rounds, strict=True)
-    )
-
-
-def _for_all(participant: Participant, act: Callable[[Side], None]) -> None:
-    for side in participant.all_sides:
-        act(side)

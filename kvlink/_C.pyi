@@ -100,6 +100,25 @@ class Layout:
     def v_offset(self, page: int, slot: int, head: int, dim: int) -> int: ...
     def v_scale_offset(self, page: int, slot: int, head: int) -> int: ...
 
+class MemoryProbe:
+    """Two pieces of memory as pools have it; each call copies one to the other, or reads one, with num_threads() threads.
+    """
+
+    def __init__(self, num_bytes: int, shared: bool = False) -> None:
+        """num_bytes: of each piece, in whole MiB. Tries which way of copying is the fastest here. Raises InvalidArgument, OSError.
+        """
+    @property
+    def copied_by(self) -> str:
+        """'streaming stores' or 'memcpy'."""
+    def copy(self) -> float:
+        """Copies in the fastest way; the seconds it took."""
+    def copy_plain(self) -> float:
+        """Copies by the C library's memcpy; the seconds it took."""
+    @property
+    def num_bytes(self) -> int: ...
+    def read(self) -> float:
+        """The seconds it took."""
+
 class OwnPages:
     """The owner's pages of one grant or offer."""
 

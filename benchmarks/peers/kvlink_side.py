@@ -51,9 +51,9 @@ class Kvlink:
         self.lent.wait(_TIMEOUT)
         return time.monotonic_ns()
 
-    def push(self, grant: str) -> list[int]:
+    def push(self, grant: str, at_ns: int = 0) -> list[int]:
         """Pushes a whole request; [when that began, when the last byte had been moved]."""
-        begin = time.monotonic_ns()
+        begin = _begin(at_ns)
         self.transfer = self.link.push(self._pages(1), bytes.fromhex(grant))
         self.transfer.wait_source_reusable(_TIMEOUT)
         return [begin, max(part.done_ns for part in self.transfer.progress().parts)]
@@ -61,6 +61,21 @@ class Kvlink:
     def arrived(self) -> None:
         """Until the receiver has verified what was pushed."""
         self.transfer.wait_arrived(_TIMEOUT)
+
+    def make_probe(self, num_bytes: int) -> dict[str, object]:
+        """What `copy` and `read` use: memory as shared pools have it. How it is copied."""
+        self.probe = _C.MemoryProbe(num_bytes, shared=True)
+        return {"threads": _C.num_threads(), "copied_by": self.probe.copied_by}
+
+    def copy(self, plain: bool, at_ns: int = 0) -> list[int]:
+        """Copies all of the probe's memory, with the threads that move; [begin, end]."""
+        begin = _begin(at_ns)
+        self.probe.copy_plain() if plain else self.probe.copy()
+        return [begin, time.monotonic_ns()]
+
+    def read(self) -> float:
+        """Seconds to read as much."""
+        return self.probe.read()
 
     def post_layers(self, grant: str) -> list[float]:
         """Pushes layer by layer; the seconds that each call took."""
@@ -111,6 +126,13 @@ class Kvlink:
             order = np.array(lines.scattered(self.num_pages, seed), np.int32)
             setattr(self, name, order[:count])
         return getattr(self, name)
+
+
+def _begin(at_ns: int) -> int:
+    """Waits until then; what time it is."""
+    while time.monotonic_ns() < at_ns:
+        pass
+    return time.monotonic_ns()
 
 
 def _pool(shape: dict) -> KVPool:

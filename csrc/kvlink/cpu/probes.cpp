@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "kvlink/base/check.hpp"
-#include "kvlink/base/segment.hpp"
 #include "kvlink/base/threads.hpp"
 
 namespace kvlink::cpu {
@@ -16,73 +15,117 @@ namespace {
 
 constexpr int64_t kChunkBytes = 1 << 20;
 
-// The median of repeated runs of `work`, as work done a second: a limit and what is held against it
-// are taken the same way, so that neither profits from a lucky moment.
-double median_rate(double seconds, const std::function<double()>& work) {
-  using Clock = std::chrono::steady_clock;
+using Clock = std::chrono::steady_clock;
+
+double median(std::vector<double> values) {
+  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
+  return values[values.size() / 2];
+}
+
+double seconds_of(const std::function<void()>& work) {
+  const auto begin = Clock::now();
+  work();
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+// The median of what repeated calls of `rate` return: a limit and what is held against it are taken
+// the same way, so that neither profits from a lucky moment.
+double median_rate(double seconds, const std::function<double()>& rate) {
   const auto start = Clock::now();
   std::vector<double> rates;
   do {
-    const auto begin = Clock::now();
-    const double amount = work();
-    rates.push_back(amount / std::chrono::duration<double>(Clock::now() - begin).count());
+    rates.push_back(rate());
   } while (std::chrono::duration<double>(Clock::now() - start).count() < seconds);
-  std::nth_element(rates.begin(), rates.begin() + rates.size() / 2, rates.end());
-  return rates[rates.size() / 2];
+  return median(rates);
 }
 
-int64_t checked_chunks(int64_t num_bytes, double seconds) {
+int64_t checked_chunks(int64_t num_bytes) {
   KVLINK_CHECK(num_bytes >= kChunkBytes, "num_bytes: expected at least ", kChunkBytes, "; got ",
                num_bytes);
-  KVLINK_CHECK(seconds >= 0.0 && seconds <= 60.0, "seconds: expected 0 to 60; got ", seconds);
   return num_bytes / kChunkBytes;
+}
+
+void check_seconds(double seconds) {
+  KVLINK_CHECK(seconds >= 0.0 && seconds <= 60.0, "seconds: expected 0 to 60; got ", seconds);
 }
 
 }  // namespace
 
-double probe_read_bandwidth(int64_t num_bytes, double seconds) {
-  const int64_t chunks = checked_chunks(num_bytes, seconds);
-  const Segment memory = Segment::create(chunks * kChunkBytes, false);
-  std::memset(memory.data(), 1, memory.size());
-  const auto sum = KVLINK_SIMD_PICK(probe_sum);
-  std::vector<float> sinks(chunks);
-  return median_rate(seconds, [&] {
-    parallel_for(chunks, [&](int64_t chunk) {
-      const auto* data = reinterpret_cast<const float*>(memory.data() + chunk * kChunkBytes);
-      sinks[chunk] = sum(data, kChunkBytes / 4);
+MemoryProbe::MemoryProbe(int64_t num_bytes, bool shared)
+    : source_(Segment::create(checked_chunks(num_bytes) * kChunkBytes, shared)),
+      target_(Segment::create(checked_chunks(num_bytes) * kChunkBytes, shared)),
+      sinks_(checked_chunks(num_bytes)) {
+  constexpr int kTurns = 9;
+  std::memset(source_.data(), 1, source_.size());
+  std::memset(target_.data(), 2, target_.size());
+  std::vector<double> shares;
+  for (int i = 0; i < kTurns; ++i) {
+    double times[kNumWays];
+    for (const Way way : {kMemcpy, kStreaming}) {
+      copy(way);  // what the other one left in the caches is written back
+      times[way] = copy(way);
+    }
+    shares.push_back(times[kMemcpy] / times[kStreaming]);
+  }
+  if (median(shares) > 1.0) best_ = kStreaming;
+}
+
+const char* MemoryProbe::copied_by() const {
+  return best_ == kStreaming ? "streaming stores" : "memcpy";
+}
+
+double MemoryProbe::copy(Way way) {
+  const auto stream = KVLINK_SIMD_PICK(probe_stream);
+  return seconds_of([&] {
+    parallel_for(std::ssize(sinks_), [&](int64_t chunk) {
+      auto* target = reinterpret_cast<char*>(target_.data()) + chunk * kChunkBytes;
+      const auto* source = reinterpret_cast<const char*>(source_.data()) + chunk * kChunkBytes;
+      if (way == kStreaming) {
+        stream(target, source, kChunkBytes);
+      } else {
+        std::memcpy(target, source, kChunkBytes);
+      }
     });
-    return static_cast<double>(memory.size());
   });
 }
 
-double probe_copy_bandwidth(int64_t num_bytes, double seconds) {
-  const int64_t chunks = checked_chunks(num_bytes, seconds);
-  const Segment source = Segment::create(chunks * kChunkBytes, false);
-  const Segment target = Segment::create(chunks * kChunkBytes, false);
-  std::memset(source.data(), 1, source.size());
-  std::memset(target.data(), 2, target.size());
-  return median_rate(seconds, [&] {
-    parallel_for(chunks, [&](int64_t chunk) {
-      const int64_t offset = chunk * kChunkBytes;
-      std::memcpy(target.data() + offset, source.data() + offset, kChunkBytes);
+double MemoryProbe::read() {
+  const auto sum = KVLINK_SIMD_PICK(probe_sum);
+  return seconds_of([&] {
+    parallel_for(std::ssize(sinks_), [&](int64_t chunk) {
+      const auto* data = reinterpret_cast<const float*>(source_.data() + chunk * kChunkBytes);
+      sinks_[chunk] = sum(data, kChunkBytes / 4);
     });
-    return static_cast<double>(source.size());
   });
+}
+
+double probe_read_bandwidth(int64_t num_bytes, double seconds) {
+  check_seconds(seconds);
+  MemoryProbe probe(num_bytes, false);
+  return median_rate(seconds, [&] { return probe.size() / probe.read(); });
+}
+
+double probe_copy_bandwidth(int64_t num_bytes, double seconds) {
+  check_seconds(seconds);
+  MemoryProbe probe(num_bytes, false);
+  return median_rate(seconds, [&] { return probe.size() / probe.copy(); });
 }
 
 namespace {
 
 double arithmetic_peak(int64_t (*run)(int64_t, float*), double seconds) {
-  KVLINK_CHECK(seconds >= 0.0 && seconds <= 60.0, "seconds: expected 0 to 60; got ", seconds);
+  check_seconds(seconds);
   constexpr int64_t kRounds = 200000;
   const int64_t tasks = num_threads();
   std::vector<int64_t> done(tasks);
   std::vector<float> sinks(tasks * 16);
   return median_rate(seconds, [&] {
-    parallel_for(tasks, [&](int64_t task) { done[task] = run(kRounds, &sinks[task * 16]); });
+    const double taken = seconds_of([&] {
+      parallel_for(tasks, [&](int64_t task) { done[task] = run(kRounds, &sinks[task * 16]); });
+    });
     double total = 0.0;
     for (const int64_t operations : done) total += static_cast<double>(operations);
-    return total;
+    return total / taken;
   });
 }
 

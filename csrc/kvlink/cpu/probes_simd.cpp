@@ -1,13 +1,29 @@
 #include "kvlink/cpu/probes.hpp"
 #include "kvlink/cpu/simd/pair_rows.hpp"
 #include "kvlink/cpu/simd/tile_product.hpp"
+#include "kvlink/cpu/simd/words.hpp"
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
+void probe_stream(char* dst, const char* src, int64_t num_bytes) {
+  for (int64_t i = 0; i < num_bytes; i += 256) {
+    Words words[4];
+    KVLINK_UNROLL
+    for (int j = 0; j < 4; ++j) words[j] = Words::load(src + i + 64 * j);
+    KVLINK_UNROLL
+    for (int j = 0; j < 4; ++j) words[j].stream(dst + i + 64 * j);
+  }
+  finish_streams();
+}
+
 float probe_sum(const float* data, int64_t num_floats) {
   constexpr int kSums = 8;
+  constexpr int64_t kAhead = 4096;
   Vec sums[kSums] = {};
   for (int64_t i = 0; i < num_floats; i += kSums * kLanes) {
+    for (int64_t line = 0; line < kSums * kLanes; line += 16) {
+      __builtin_prefetch(reinterpret_cast<const char*>(data + i + line) + kAhead);
+    }
     KVLINK_UNROLL
     for (int s = 0; s < kSums; ++s) sums[s] += load(data + i + s * kLanes);
   }
