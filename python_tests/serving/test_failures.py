@@ -78,7 +78,7 @@ def test_prefill_that_stands_still_for_a_while(
     lines = jsonl(20, CONTEXT)
     run = Running(checkpoint("llama2")[1], "--grant-ttl=2", lines=lines)
     os.kill(run.workers["prefill"], signal.SIGSTOP)
-    time.sleep(3)  # its grants expire, and decode grants anew
+    time.sleep(2.4)  # its grants expire, and decode grants anew
     os.kill(run.workers["prefill"], signal.SIGCONT)
     assert run.process.stdout is not None
     records = [json.loads(line) for line in run.process.stdout.read().splitlines()]

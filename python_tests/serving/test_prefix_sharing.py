@@ -123,7 +123,7 @@ def test_prefill_that_stands_still_for_a_while(checkpoint: Checkpoints) -> None:
     run = Running(model, "--dtype=float32", "--grant-ttl=2", "--max-num-seqs=5",
                   lines=to_jsonl(lines))  # fmt: skip
     os.kill(run.workers["prefill"], signal.SIGSTOP)
-    time.sleep(3)
+    time.sleep(2.4)
     os.kill(run.workers["prefill"], signal.SIGCONT)
     assert run.process.stdout is not None
     records = [json.loads(line) for line in run.process.stdout.read().splitlines()]

@@ -147,7 +147,7 @@ def test_rank_that_stands_still_for_a_while(checkpoint: Checkpoints) -> None:
     """What the other rank reports does not keep its grants alive: decode grants anew."""
     run = Running(checkpoint("llama2")[1], "--grant-ttl=2", lines=jsonl(12, CONTEXT), num_ranks=2)
     os.kill(run.workers["prefill-1"], signal.SIGSTOP)
-    time.sleep(3)
+    time.sleep(2.4)
     os.kill(run.workers["prefill-1"], signal.SIGCONT)
     assert run.process.stdout is not None
     records = [json.loads(line) for line in run.process.stdout.read().splitlines()]

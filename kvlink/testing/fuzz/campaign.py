@@ -131,7 +131,7 @@ def _good_transfers(target: PeerProcess, good: PeerProcess, number: int, found: 
     for _ in range(number):
         request = found.num_good
         if request % 20 == 0 or not good.call("has_link"):
-            good.call("connect", target.address, 5.0)
+            good.call("connect", target.address, 20.0)
         token = target.call("grant", "same", request, 20.0)
         num_layers = good.call("begin", token, "same", request)
         for layer in range(num_layers):
