@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
@@ -49,7 +50,7 @@ struct Job {
   const std::function<void(int64_t)>* body;
   int64_t num_tasks;
   std::atomic<int64_t> next{0};
-  int workers_inside = 0;  // guarded by Pool::mutex
+  std::atomic<int> workers_inside{0};  // changed under Pool::mutex_
   std::mutex error_mutex;
   std::exception_ptr error;
 
@@ -66,6 +67,15 @@ struct Job {
   }
   bool exhausted() const { return next.load(std::memory_order_relaxed) >= num_tasks; }
 };
+
+// Gives way to others, for as long as waking a thread that sleeps may take, until `ready`: one job
+// often follows another at once, and its threads end it at nearly the same time.
+template <typename Ready>
+void linger(const Ready& ready) {
+  constexpr auto kTime = std::chrono::microseconds(50);
+  const auto end = std::chrono::steady_clock::now() + kTime;
+  while (!ready() && std::chrono::steady_clock::now() < end) sched_yield();
+}
 
 class Pool {
  public:
@@ -86,11 +96,17 @@ class Pool {
     {
       std::lock_guard lock(mutex_);
       jobs_.push_back(&job);
+      num_posted_.fetch_add(1, std::memory_order_relaxed);
     }
     wake_.notify_all();
     job.work();
     std::unique_lock lock(mutex_);
     jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
+    if (job.workers_inside > 0) {
+      lock.unlock();
+      linger([&] { return job.workers_inside == 0; });
+      lock.lock();
+    }
     done_.wait(lock, [&] { return job.workers_inside == 0; });
   }
 
@@ -101,6 +117,7 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   std::vector<Job*> jobs_;
+  std::atomic<uint64_t> num_posted_{0};
   bool stopping_ = false;
 };
 
@@ -120,9 +137,13 @@ void Pool::loop() {
     if (!job) return;
     ++job->workers_inside;
     lock.unlock();
+    const uint64_t num_posted = num_posted_.load(std::memory_order_relaxed);
     job->work();
     lock.lock();
     if (--job->workers_inside == 0) done_.notify_all();
+    lock.unlock();
+    linger([&] { return num_posted_.load(std::memory_order_relaxed) != num_posted; });
+    lock.lock();
   }
 }
 

@@ -9,7 +9,8 @@
 namespace kvlink::cpu {
 
 RelayoutResult digest_pages(const DigestParams& params) {
-  const std::vector<RowMove> moves = plan_digests(params);
+  const std::vector<RowMove> planes = plan_digests(params);
+  const std::vector<RowMove> moves = join_planes(planes);
   const int64_t page_size = params.layers[0].layout.page_size;
   check_run(params.run, params.num_tokens, params.layers[0], "pages");
   const int64_t max_tokens = box_tokens(moves);
@@ -32,7 +33,7 @@ RelayoutResult digest_pages(const DigestParams& params) {
   };
   const uint64_t digest =
       for_each_box(moves, params.num_tokens, planner, KVLINK_SIMD_PICK(digest_rows));
-  return {.rows = static_cast<uint64_t>(params.num_tokens) * params.num_heads * moves.size(),
+  return {.rows = static_cast<uint64_t>(params.num_tokens) * params.num_heads * planes.size(),
           .digest = digest};
 }
 

@@ -17,7 +17,7 @@ constexpr int64_t kTaskBytes = 256 << 10;
 }  // namespace
 
 int64_t token_bytes(const RowMove& move) {
-  return move.num_heads * move.dims * dtype_bytes(move.dst.dtype);
+  return move.num_planes * move.num_heads * move.dims * dtype_bytes(move.dst.dtype);
 }
 
 bool moves_verbatim(const RowMove& move) {
@@ -30,6 +30,33 @@ bool moves_verbatim(const RowMove& move) {
     if (src != dst) return false;
   }
   return true;
+}
+
+std::vector<RowMove> join_planes(const std::vector<RowMove>& moves) {
+  const auto same_rows = [](const RowPlane& k, const RowPlane& v) {
+    return k.dtype == v.dtype && k.at.stride_page == v.at.stride_page &&
+           k.at.stride_slot == v.at.stride_slot && k.at.stride_head == v.at.stride_head &&
+           k.at.stride_dim == 1 && v.at.stride_dim == 1 && !k.token_scale && !v.token_scale;
+  };
+  const auto same_pages = [&](const RowPlane& k, const RowPlane& v) {
+    const int64_t page_bytes = k.at.stride_page * dtype_bytes(k.dtype);
+    return same_rows(k, v) && v.data > k.data && v.data - k.data < page_bytes;
+  };
+  std::vector<RowMove> joined;
+  for (size_t i = 0; i + 1 < moves.size(); i += 2) {
+    RowMove move = moves[i];
+    const RowMove& next = moves[i + 1];
+    const bool at_rest = !move.src.data;
+    const bool joins =
+        next.model_plane == 1 && move.dims == next.dims && same_pages(move.dst, next.dst) &&
+        (at_rest || (move.verbatim && next.verbatim && same_pages(move.src, next.src)));
+    if (!joins) return moves;
+    move.num_planes = 2;
+    move.src_plane_bytes = at_rest ? 0 : next.src.data - move.src.data;
+    move.dst_plane_bytes = next.dst.data - move.dst.data;
+    joined.push_back(move);
+  }
+  return moves.size() % 2 == 0 ? joined : moves;
 }
 
 void check_run(const TokenRun& run, int64_t num_tokens, const LayerView& layer, const char* name) {

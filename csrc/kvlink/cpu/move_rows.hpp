@@ -31,6 +31,10 @@ int64_t token_bytes(const RowMove& move);
 // Same type and same scales: stored bytes mean the same on both sides.
 bool moves_verbatim(const RowMove& move);
 
+// Makes one move of K and V of each layer if in all of them they lie in the same pages, in the same
+// order, and neither is converted: what lies side by side is then read in one go.
+std::vector<RowMove> join_planes(const std::vector<RowMove>& moves);
+
 // Throws InvalidArgument when the run does not lie in its pages, PageTableError when one of the
 // entries it uses names no page of the pool. `name` is the argument the pages came in.
 void check_run(const TokenRun& run, int64_t num_tokens, const LayerView& layer, const char* name);

@@ -92,7 +92,7 @@ uint64_t digest_whole_rows(const RowMove& move, const RowBox* boxes, int64_t num
     const char* src = walk.src();
     char* dst = walk.dst();
     const int64_t src_step = walk.src_step(), dst_step = walk.dst_step();
-    const Words* start = &starts[walk.head()];
+    const Words* start = &starts.of(walk.plane(), walk.head());
     const int64_t start_step = heads ? 1 : 0;
     uint64_t shift = row_digest::shift(walk.box().token_position + walk.token());
     const uint64_t shift_step = heads ? 0 : row_digest::shift(1);
@@ -161,7 +161,7 @@ uint64_t copy_and_digest(const RowMove& move, const RowBox* boxes, int64_t num_b
   for (; !walk.done(); walk.next()) {
     RowLanes lanes;
     copy_run<true>(walk.dst(), walk.src(), walk.dst_bytes(), streaming, ahead, lanes);
-    sum.add_row(lanes.acc(), starts[walk.head()], digest_shift(move, walk));
+    sum.add_row(lanes.acc(), starts.of(walk.plane(), walk.head()), digest_shift(move, walk));
   }
   return sum.total();
 }
@@ -195,7 +195,7 @@ uint64_t digest_heads(const RowMove& move, const RowBox* boxes, int64_t num_boxe
       ahead.bytes(walk.dst_bytes());
       lanes.bytes(walk.dst(), walk.dst_bytes());
     }
-    sum.add_row(lanes.acc(), starts[walk.head()], digest_shift(move, walk));
+    sum.add_row(lanes.acc(), starts.of(walk.plane(), walk.head()), digest_shift(move, walk));
   }
   return sum.total();
 }

@@ -158,9 +158,11 @@ RelayoutResult relayout_pages(const RelayoutParams& params) {
     move.verbatim = moves_verbatim(move);
     move.streaming = streaming;
   }
+  const uint64_t num_planes = moves.size();
+  moves = join_planes(moves);
   const uint64_t digest =
       for_each_box(moves, params.num_tokens, RunCutter(params, moves), KVLINK_SIMD_PICK(move_rows));
-  return {.rows = static_cast<uint64_t>(params.num_tokens) * params.num_heads * moves.size(),
+  return {.rows = static_cast<uint64_t>(params.num_tokens) * params.num_heads * num_planes,
           .digest = digest};
 }
 

@@ -35,6 +35,10 @@ struct RowMove {
   bool with_digest = false;
   bool streaming = false;  // host: store around the caches where that is possible
   int32_t model_layer = 0, model_head = 0, model_plane = 0;  // enter the digest
+  // Host: planes that are moved together, box by box; the second is that of model_plane + 1 and
+  // lies so many bytes after the first.
+  int32_t num_planes = 1;
+  int64_t src_plane_bytes = 0, dst_plane_bytes = 0;
 };
 
 // The planes of a layer that have bytes of their own: K, and V unless it is part of K.

@@ -30,6 +30,7 @@ class RowWalk {
   KVLINK_INLINE char* dst() const { return dst_; }
   KVLINK_INLINE int64_t dst_bytes() const { return run_bytes_; }
   KVLINK_INLINE int64_t src_bytes() const { return kMerged ? run_bytes_ : src_row_bytes_; }
+  KVLINK_INLINE int32_t plane() const { return plane_; }  // of the move's
   // Of rows, so without kMerged.
   KVLINK_INLINE const RowBox& box() const { return *box_; }
   KVLINK_INLINE int64_t token() const { return heads_inside_ ? outer_ : inner_; }
@@ -55,8 +56,7 @@ class RowWalk {
       dst_ = dst_outer_begin_ += num_lines * dst_outer_;
       return;
     }
-    ++box_;
-    enter_box();
+    next_plane();
   }
   // As many times next(); line_rows() at most.
   KVLINK_INLINE void skip(int64_t num_rows) {
@@ -72,18 +72,28 @@ class RowWalk {
       dst_ = dst_outer_begin_ += dst_outer_;
       return;
     }
-    ++box_;
-    enter_box();
+    next_plane();
   }
 
  private:
+  KVLINK_INLINE void next_plane() {
+    if (++plane_ == move_->num_planes) {
+      plane_ = 0;
+      ++box_;
+    }
+    enter_box();
+  }
+
   KVLINK_INLINE void enter_box() {
     if (box_ == end_) return;
     if (box_->num_tokens != num_tokens_) shape(box_->num_tokens);
     outer_ = inner_ = 0;
-    dst_ = dst_outer_begin_ = move_->dst.row(box_->dst_page, box_->dst_slot, move_->dst_head);
-    src_ = src_outer_begin_ =
-        of_dst_ ? dst_ : from_->row(box_->src_page, box_->src_slot, move_->src_head);
+    dst_ = dst_outer_begin_ = move_->dst.row(box_->dst_page, box_->dst_slot, move_->dst_head) +
+                              plane_ * move_->dst_plane_bytes;
+    src_ = src_outer_begin_ = of_dst_
+                                  ? dst_
+                                  : from_->row(box_->src_page, box_->src_slot, move_->src_head) +
+                                        plane_ * move_->src_plane_bytes;
   }
 
   void shape(int64_t num_tokens) {
@@ -117,6 +127,7 @@ class RowWalk {
   const RowBox* box_;
   const RowBox* end_;
   bool of_dst_, heads_inside_;
+  int32_t plane_ = 0;
   int64_t row_bytes_, src_row_bytes_, run_bytes_ = 0, num_tokens_ = -1;
   int64_t num_outer_ = 0, num_inner_ = 0, outer_ = 0, inner_ = 0;
   int64_t src_outer_ = 0, src_inner_ = 0, dst_outer_ = 0, dst_inner_ = 0;
@@ -185,25 +196,28 @@ class FetchAhead {
   int64_t num_bytes_ = 0, step_ = 0, left_ = 0;  // of the runs of the line; those left of it
 };
 
-// What each head of a move begins its digests with, kHeads of them at most.
+// What each head of a move begins its digests with, kHeads of them at most, in both planes.
 class HeadStarts {
  public:
   static constexpr int32_t kHeads = 64;
 
   explicit HeadStarts(const RowMove& move) {
     const int64_t row_bytes = move.dims * dtype_bytes(move.dst.dtype);
-    for (int32_t i = 0; i < move.num_heads; ++i) {
-      const uint64_t base =
-          row_digest::base(move.model_layer, move.model_head + i, move.model_plane, row_bytes);
-      uint64_t start[8];
-      for (int j = 0; j < 8; ++j) start[j] = row_digest::start(base, j);
-      starts_[i] = Words::load(start);
+    for (int32_t plane = 0; plane < move.num_planes; ++plane) {
+      for (int32_t i = 0; i < move.num_heads; ++i) {
+        const uint64_t base = row_digest::base(move.model_layer, move.model_head + i,
+                                               move.model_plane + plane, row_bytes);
+        uint64_t start[8];
+        for (int j = 0; j < 8; ++j) start[j] = row_digest::start(base, j);
+        starts_[plane * kHeads + i] = Words::load(start);
+      }
     }
   }
   const Words& operator[](int64_t head) const { return starts_[head]; }
+  const Words& of(int32_t plane, int64_t head) const { return starts_[plane * kHeads + head]; }
 
  private:
-  Words starts_[kHeads];
+  Words starts_[2 * kHeads];
 };
 
 // Applies `function` to kHeads heads of the move at a time, and adds up what it returns.
