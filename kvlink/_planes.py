@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kvlink._check import index_of, one_of, shown
 from kvlink.errors import InvalidArgument
 
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3", "float8_e5m2", "int8", "uint8")
@@ -24,18 +25,21 @@ def dtype_name(dtype: Any) -> str:
     name = getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
     name = _DTYPE_ALIASES.get(name, name)
     if name not in DTYPES:
-        raise InvalidArgument(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
+        raise InvalidArgument(f"dtype: expected one of {', '.join(DTYPES)}; got {shown(dtype)}")
     return name
 
 
 def require_positive(**values: int) -> list[int]:
     """The values as plain integers; raises InvalidArgument naming the one that is wrong."""
+    numbers = []
     for name, value in values.items():
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-            raise InvalidArgument(f"{name}: expected a positive integer; got {value!r}")
-        if value > 2**31 - 1:
-            raise InvalidArgument(f"{name}: expected at most 2^31 - 1; got {value}")
-    return [value.__index__() for value in values.values()]
+        number = index_of(value)
+        if number is None or number < 1:
+            raise InvalidArgument(f"{name}: expected a positive integer; got {shown(value)}")
+        if number > 2**31 - 1:
+            raise InvalidArgument(f"{name}: expected at most 2^31 - 1; got {number}")
+        numbers.append(number)
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ def page_planes(
 
     Static scales lie before page 0. `order` is "nhd" or "hnd".
     """
+    one_of("order", order, ("nhd", "hnd"))
     size = DTYPE_BYTES[dtype]
     num_rows = page_size * num_kv_heads
     first_v = 0  # elements from K to V
@@ -124,6 +129,4 @@ def _row_strides(order: str, num_kv_heads: int, page_size: int, row: int) -> tup
     """(stride_slot, stride_head) of rows of `row` elements inside a page."""
     if order == "nhd":
         return num_kv_heads * row, row
-    if order == "hnd":
-        return row, page_size * row
-    raise InvalidArgument(f"order: expected 'nhd' or 'hnd'; got {order!r}")
+    return row, page_size * row

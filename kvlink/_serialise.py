@@ -32,7 +32,9 @@ def pack(form: str, dtype: str, scale: str, dims: Dims, planes: Planes) -> bytes
 def unpack(data: bytes) -> tuple[str, str, str, Dims, Planes]:
     """Inverse of `pack`; raises InvalidArgument on what `pack` cannot have made."""
     if len(data) != LAYOUT_BYTES:
-        raise InvalidArgument(f"layout: expected {LAYOUT_BYTES} bytes; got {len(data)}")
+        raise InvalidArgument(
+            f"data: expected the {LAYOUT_BYTES} bytes of a layout; got {len(data)}"
+        )
     magic, version, form, dtype, scale, *dims = _HEADER.unpack_from(data)
     if magic != _MAGIC:
         raise InvalidArgument(f"layout: expected magic {_MAGIC!r}; got {magic!r}")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvlink._check import a, index_of, integers, wrong
 from kvlink._planes import require_positive
 from kvlink.errors import InvalidArgument
 
@@ -32,8 +33,8 @@ class Shard:
         kv_heads: Iterable[int],
         replica: tuple[int, int] = (0, 1),
     ) -> None:
-        layers = tuple(layers)
-        heads = tuple(kv_heads)
+        layers = tuple(integers("layers", layers))
+        heads = tuple(integers("kv_heads", kv_heads))
         if not layers or min(layers) < 0 or len(set(layers)) != len(layers):
             raise InvalidArgument(f"layers: expected distinct numbers >= 0; got {layers}")
         if not heads or heads[0] < 0 or heads != tuple(range(heads[0], heads[0] + len(heads))):
@@ -44,6 +45,7 @@ class Shard:
 
     def overlaps(self, other: Shard) -> bool:
         """They hold a layer and a KV head in common: ranks of two engines that link."""
+        a(Shard)("other", other)
         heads = range(
             max(self.kv_heads.start, other.kv_heads.start),
             min(self.kv_heads.stop, other.kv_heads.stop),
@@ -85,11 +87,10 @@ class Shard:
             heads = range(head, head + 1)
             replica = (tp_rank - ranks[head].start, len(ranks[head]))
         stage = _stage(num_layers, pp_rank, pp_size, pp_layers)
-        held = [layer for layer in (stage if layers is None else layers) if layer in stage]
+        wanted = stage if layers is None else integers("layers", layers)
+        held = [layer for layer in wanted if layer in stage]
         if not held:
-            raise InvalidArgument(
-                f"pp_rank: rank {pp_rank} of {pp_size} holds none of the layers of this pool"
-            )
+            raise wrong("layers", f"one of those of PP rank {pp_rank}, {stage}, at least", layers)
         return cls(held, heads, replica)
 
 
@@ -106,8 +107,9 @@ def _checked_replica(replica: Any) -> tuple[int, int]:
 
 
 def _check_rank(name: str, rank: int, size: int) -> None:
-    if isinstance(rank, bool) or not hasattr(rank, "__index__") or not 0 <= rank < size:
-        raise InvalidArgument(f"{name}: expected 0 to {size - 1}; got {rank!r}")
+    number = index_of(rank)
+    if number is None or not 0 <= number < size:
+        raise wrong(name, f"0 to {size - 1}", rank)
 
 
 def _part(total: int, num_parts: int, idx: int) -> range:
@@ -123,7 +125,7 @@ def _stage(num_layers: int, pp_rank: int, pp_size: int, pp_layers: Sequence[int]
         if pp_size > num_layers:
             raise InvalidArgument(f"pp_size: expected at most {num_layers} layers; got {pp_size}")
         return _part(num_layers, pp_size, pp_rank)
-    counts = list(pp_layers)
+    counts = integers("pp_layers", pp_layers)
     if len(counts) != pp_size or min(counts) < 1 or sum(counts) != num_layers:
         raise InvalidArgument(
             f"pp_layers: expected {pp_size} positive counts with sum {num_layers}; got {counts}"

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvlink import _C
+from kvlink._check import one_of, text
 from kvlink._planes import DTYPE_BYTES, Plane, dtype_name
+from kvlink._serialise import SCALES
 from kvlink.errors import InvalidArgument
 from kvlink.layout import KVLayout
 
@@ -61,6 +63,9 @@ def describe_layer(
     name: str,
 ) -> DescribedLayer:
     """The layer that `tensor` (or a pair of tensors) holds. Raises InvalidArgument."""
+    text("axes", axes)
+    one_of("form", form, ("separate", "packed", "latent"))
+    one_of("scale", scale, SCALES)
     if isinstance(tensor, tuple | list):
         if form != "separate" or len(tensor) != 2 or "kv" in axes.split():
             raise InvalidArgument(

@@ -6,10 +6,16 @@ from typing import Any
 
 from kvlink import _C
 from kvlink._arrays import as_int32
+from kvlink._check import a, array_or_integers, checked, flag, integer, optional
 from kvlink.errors import InvalidArgument
 from kvlink.pool import KVPool
 
+_INTEGERS = optional(array_or_integers)
 
+
+@checked(pool=a(KVPool), page_table=array_or_integers, seq_lens=array_or_integers,
+         num_q_heads=integer, q_indptr=_INTEGERS, page_indptr=_INTEGERS, causal=flag,
+         window=optional(integer), max_seq_lens=_INTEGERS)  # fmt: skip
 def plan_attention(
     pool: KVPool,
     page_table: Any,

@@ -7,6 +7,19 @@ from typing import Any
 
 from kvlink import _C
 from kvlink._arrays import as_reference, dtype_of
+from kvlink._check import (
+    a,
+    array,
+    array_or_integers,
+    checked,
+    flag,
+    integer,
+    integer_or_integers,
+    integers,
+    number,
+    optional,
+    text,
+)  # fmt: skip
 from kvlink._cuda_part import cuda_ops, on_cuda, stream_of
 from kvlink._layer_pairs import checked_shard, shared_heads, stored_layers, stored_pairs
 from kvlink._moving import (
@@ -27,7 +40,7 @@ from kvlink.backends import (
 from kvlink.errors import InvalidArgument
 from kvlink.layout import Shard
 from kvlink.pool import KVPool
-from kvlink.rope import Rope
+from kvlink.rope import Rope, rope_fields
 
 __all__ = ["APPEND_BACKENDS", "RELAYOUT_BACKENDS", "RelayoutResult", "append_kv", "copy_pages",
            "digest_pages", "relayout_pages"]  # fmt: skip
@@ -45,6 +58,13 @@ APPEND_BACKENDS = (
 )  # fmt: skip
 
 
+_LAYERS = optional(integers)
+_SHARD = optional(a(Shard))
+_ON_DEVICE = {"ready_timeout": number, "stream": optional(integer), "backend": text}
+
+
+@checked(k=array, v=optional(array), pool=a(KVPool), layer=integer_or_integers, slots=array,
+         rope=optional(rope_fields), stream=optional(integer), backend=text)  # fmt: skip
 def append_kv(
     k: Any,
     v: Any,
@@ -101,6 +121,10 @@ def _append_by_definition(
     reference(as_reference(k), as_reference(v), pool, layer, as_reference(slots), rope=rope)
 
 
+@checked(src_pool=a(KVPool), src_pages=array_or_integers, dst_pool=a(KVPool),
+         dst_pages=array_or_integers, num_tokens=integer, src_start=integer, dst_start=integer,
+         src_shard=_SHARD, dst_shard=_SHARD, layers=_LAYERS, token_position=integer, digest=flag,
+         **_ON_DEVICE)  # fmt: skip
 def relayout_pages(
     src_pool: KVPool,
     src_pages: Any,
@@ -169,6 +193,8 @@ def relayout_pages(
     )  # fmt: skip
 
 
+@checked(pool=a(KVPool), pages=array_or_integers, num_tokens=integer, start=integer, shard=_SHARD,
+         layers=_LAYERS, token_position=integer, **_ON_DEVICE)  # fmt: skip
 def digest_pages(
     pool: KVPool,
     pages: Any,
@@ -201,6 +227,8 @@ def digest_pages(
     )  # fmt: skip
 
 
+@checked(pool=a(KVPool), src_pages=array_or_integers, dst_pages=array_or_integers,
+         stream=optional(integer), backend=text)  # fmt: skip
 def copy_pages(
     pool: KVPool,
     src_pages: Any,
@@ -216,7 +244,10 @@ def copy_pages(
     page). `stream` and `backend` as for `relayout_pages`.
     """
     if len(src_pages) != len(dst_pages):
-        raise InvalidArgument(f"dst_pages: expected {len(src_pages)} pages; got {len(dst_pages)}")
+        raise InvalidArgument(
+            f"dst_pages: expected {len(src_pages)} pages; got {len(dst_pages)}, not as many as "
+            "src_pages has"
+        )
     stored = list(range(pool.num_stored_layers))
     move_rows(
         pool, src_pages, pool, dst_pages, backend, stream,
@@ -243,7 +274,7 @@ def _triton_ops() -> Any:
 
 def _distinct_layers(pool: KVPool, layers: Sequence[int]) -> list[int]:
     """The layers as a list, each with memory of its own."""
-    listed = [int(layer) for layer in layers]
+    listed = integers("layer", layers)
     stored = [pool.layer_map[layer] for layer in listed if 0 <= layer < pool.num_layers]
     if len(set(stored)) != len(stored):
         raise InvalidArgument(f"layer: expected distinct stored layers; got {listed}")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvlink._check import a, checked, integer, integers, one_of
 from kvlink._planes import (
     DTYPE_BYTES,
     DTYPES,
@@ -59,10 +60,7 @@ class KVLayout:
             ("dtype", self.dtype, DTYPES),
             ("scale", self.scale, SCALES),
         ):
-            if value not in allowed:
-                raise InvalidArgument(
-                    f"{name}: expected one of {', '.join(allowed)}; got {value!r}"
-                )
+            one_of(name, value, allowed)
         require_positive(
             num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, page_size=self.page_size
         )
@@ -153,10 +151,9 @@ class KVLayout:
         numbers as it does KV heads: a state that TP ranks hold by heads can then be resharded.
         """
         (num_heads,) = require_positive(num_heads=num_heads)
-        for size in page_shape:
+        page_shape = integers("page_shape", page_shape)
+        for size in [*page_shape, num_elements := math.prod(page_shape)]:
             require_positive(page_shape=size)
-        num_elements = math.prod(page_shape)
-        require_positive(page_elements=num_elements)
         if num_heads > 1 and (not page_shape or page_shape[0] % num_heads):
             raise InvalidArgument(
                 f"page_shape: expected a first axis of {num_heads} equal slices; "
@@ -209,6 +206,7 @@ class KVLayout:
             num_kv_heads=num_kv_heads, head_dim=head_dim, head_dim_v=head_dim_v, page_size=page_size
         )
         name = dtype_name(dtype)
+        one_of("scale", scale, SCALES)
         planes = page_planes(form, order, name, scale, heads, dim, dim_v, size)
         return cls(form, name, scale, heads, dim, dim_v, size, *planes)
 
@@ -229,18 +227,22 @@ class KVLayout:
         """Stored values are to be multiplied by a scale."""
         return self.scale != "none"
 
+    @checked(page=integer, slot=integer, head=integer, dim=integer)
     def k_offset(self, page: int, slot: int, head: int, dim: int) -> int:
         """Bytes from the layer's base to an element of K."""
         return self.k.offset_bytes + self.k.element(page, slot, head, dim) * self.element_bytes
 
+    @checked(page=integer, slot=integer, head=integer, dim=integer)
     def v_offset(self, page: int, slot: int, head: int, dim: int) -> int:
         """Bytes from the layer's base to an element of V."""
         return self.v.offset_bytes + self.v.element(page, slot, head, dim) * self.element_bytes
 
+    @checked(page=integer, slot=integer, head=integer)
     def k_scale_offset(self, page: int, slot: int, head: int) -> int:
         """Bytes from the layer's base to the float32 scale of a K row."""
         return self.k_scale.offset_bytes + self.k_scale.element(page, slot, head) * 4
 
+    @checked(page=integer, slot=integer, head=integer)
     def v_scale_offset(self, page: int, slot: int, head: int) -> int:
         """Bytes from the layer's base to the float32 scale of a V row."""
         return self.v_scale.offset_bytes + self.v_scale.element(page, slot, head) * 4
@@ -282,6 +284,7 @@ class KVLayout:
     @classmethod
     def from_bytes(cls, data: bytes) -> KVLayout:
         """Inverse of `to_bytes`; raises InvalidArgument on anything that is not a valid layout."""
+        a(bytes)("data", data)
         form, dtype, scale, dims, planes = unpack(data)
         return cls(form, dtype, scale, *dims, *planes)
 

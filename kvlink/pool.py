@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvlink import _C
-from kvlink._planes import Plane
+from kvlink._check import a, flag, index_of, integers, shown, wrong
+from kvlink._planes import Plane, require_positive
 from kvlink._tensor_axes import describe_layer
 from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.layout import KVLayout
@@ -71,12 +72,13 @@ class KVPool:
         as many layers are stored as it names. Raises InvalidArgument, Unsupported (devices other
         than "cpu"), OSError (no memory).
         """
-        if device != "cpu":
+        a(KVLayout)("layout", layout)
+        flag("shared", shared)
+        if not isinstance(device, str) or device != "cpu":
             raise Unsupported(
-                f"device: create makes pools on 'cpu', wrap takes any; got {device!r}"
+                f"device: create makes pools on 'cpu', wrap takes any; got {shown(device)}"
             )
-        if num_layers < 1:
-            raise InvalidArgument(f"num_layers: expected >= 1; got {num_layers}")
+        (num_layers,) = require_positive(num_layers=num_layers)
         layer_map = _check_layer_map(layer_map, num_layers)
         num_stored = max(layer_map) + 1
         segment = _C.Segment.create(pool_bytes(layout, num_stored, num_pages), shared)
@@ -118,8 +120,10 @@ class KVPool:
         The tensors stay alive as long as the pool. Raises InvalidArgument when they differ in
         shape, strides, dtype or device.
         """
-        if not tensors:
-            raise InvalidArgument("tensors: expected at least one layer; got none")
+        if not isinstance(tensors, Sequence) or not len(tensors):
+            raise wrong("tensors", "a list with the tensors of each layer", tensors)
+        if scales is not None and not isinstance(scales, Sequence):
+            raise wrong("scales", "a pair of tensors for each layer", scales)
         if scales is not None and len(scales) != len(tensors):
             raise InvalidArgument(f"scales: expected {len(tensors)} pairs; got {len(scales)}")
         layers = [
@@ -137,9 +141,9 @@ class KVPool:
                         f"tensors[{i}]: expected the {what} of tensors[0], "
                         f"{getattr(first, what)}; got {getattr(layer, what)}"
                     )
-        layer_map = _check_layer_map(
-            layer_map, len(layers) if layer_map is None else len(layer_map)
-        )
+        if layer_map is not None:
+            layer_map = integers("layer_map", layer_map)
+        layer_map = _check_layer_map(layer_map, len(layers if layer_map is None else layer_map))
         if max(layer_map) >= len(layers):
             raise InvalidArgument(
                 f"layer_map: expected stored layers below {len(layers)}; got {max(layer_map)}"
@@ -218,19 +222,21 @@ class KVPool:
                 "scale: only 'tensor' and 'head' scales are set; "
                 f"the layout has {self.layout.scale!r}"
             )
-        if not 0 <= layer < self.num_layers:
-            raise InvalidArgument(f"layer: expected 0 to {self.num_layers - 1}; got {layer}")
+        stored_layer = self._stored(layer)
         if self.device[0] not in _HOST_DEVICES:
             raise Unsupported(f"device: scales are set in host memory; got DLPack's {self.device}")
         k_scales = self._static_scales("k_scale", k_scale)
         v_scales = self._static_scales("v_scale", v_scale)
-        self._write_static_scales(self.layer_map[layer], k_scales, v_scales)
+        self._write_static_scales(stored_layer, k_scales, v_scales)
 
     def _static_scales(self, name: str, value: Any) -> list[float]:
         import numpy as np
 
         num = self.layout.num_kv_heads if self.layout.scale == "head" else 1
-        values = np.atleast_1d(np.asarray(value, dtype=np.float32))
+        try:
+            values = np.atleast_1d(np.asarray(value, dtype=np.float32))
+        except (TypeError, ValueError):
+            raise wrong(name, f"{num} finite positive floats", value) from None
         if values.shape != (num,) or not (np.isfinite(values).all() and (values > 0).all()):
             raise InvalidArgument(f"{name}: expected {num} finite positive floats; got {value!r}")
         return [float(each) for each in values]
@@ -252,16 +258,21 @@ class KVPool:
         return self._array(layer, plane, strides, 1, "float32")
 
     def _array(self, layer: int, plane: int, strides: Plane, dims: int, dtype: str) -> _C.ArrayView:
-        if not 0 <= layer < self.num_layers:
-            raise InvalidArgument(f"layer: expected 0 to {self.num_layers - 1}; got {layer}")
+        stored_layer = self._stored(layer)
         layout = self.layout
         shape = [self.num_pages, layout.page_size, layout.num_kv_heads]
         steps = [strides.stride_page, strides.stride_slot, strides.stride_head]
         if plane < 2:
             shape.append(dims)
             steps.append(strides.stride_dim)
-        address = self._planes[self.layer_map[layer]][plane]
+        address = self._planes[stored_layer][plane]
         return _C.ArrayView(address, shape, steps, dtype, self.device, self._owner)
+
+    def _stored(self, layer: int) -> int:
+        number = index_of(layer)
+        if number is None or not 0 <= number < self.num_layers:
+            raise wrong("layer", f"0 to {self.num_layers - 1}", layer)
+        return self.layer_map[number]
 
 
 def layer_stride_bytes(layout: KVLayout, num_pages: int) -> int:
@@ -277,7 +288,7 @@ def pool_bytes(layout: KVLayout, num_stored_layers: int, num_pages: int) -> int:
 def _check_layer_map(layer_map: Sequence[int] | None, num_layers: int) -> list[int]:
     if layer_map is None:
         return list(range(num_layers))
-    checked = [int(stored) for stored in layer_map]
+    checked = integers("layer_map", layer_map)
     if len(checked) != num_layers or not checked:
         raise InvalidArgument(f"layer_map: expected {num_layers} entries; got {len(checked)}")
     if sorted(set(checked)) != list(range(max(checked) + 1)):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from kvlink import _C
 from kvlink._arrays import as_reference, device_of, dtype_of, empty_like, from_reference
+from kvlink._check import Check, a, array, checked, flag, integer, number, optional, text, wrong
 from kvlink._cuda_part import cuda_ops, stream_of
 from kvlink.backends import FLOATS, TRITON_DEVICES, TRITON_PACKAGES, Capabilities, choose_name
 from kvlink.errors import Unsupported
@@ -19,6 +20,14 @@ ROPE_BACKENDS = (
     Capabilities("triton", TRITON_DEVICES, FLOATS, FLOATS, _NONE, packages=TRITON_PACKAGES),
     Capabilities("reference", frozenset({"cpu"}), FLOATS, FLOATS, _NONE, automatic=False),
 )
+
+
+_FIELDS: dict[str, Check] = {
+    "cos_sin": array,
+    "positions": array,
+    "interleaved": flag,
+    "first_dim": integer,
+}
 
 
 class Rope(NamedTuple):
@@ -45,11 +54,26 @@ def rope_table(inv_freq: Any, num_positions: int, factor: float = 1.0) -> Any:
     """
     import numpy as np
 
-    frequencies = np.asarray(inv_freq, dtype=np.float32)
+    try:
+        frequencies = np.asarray(inv_freq, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise wrong("inv_freq", "floats [pairs]", inv_freq) from None
+    if frequencies.ndim != 1:
+        raise wrong("inv_freq", "floats [pairs]", inv_freq)
+    num_positions = integer("num_positions", num_positions, 1)
+    number("factor", factor)
     angles = np.arange(num_positions, dtype=np.float32)[:, None] * frequencies
     return np.concatenate((np.cos(angles), np.sin(angles)), axis=1) * np.float32(factor)
 
 
+def rope_fields(name: str, rope: Any) -> None:
+    """A Rope, of fields of the right types; raises InvalidArgument."""
+    a(Rope)(name, rope)
+    for field, check in _FIELDS.items():
+        check(f"{name}.{field}", getattr(rope, field))
+
+
+@checked(x=array, rope=rope_fields, out=optional(array), backend=text, stream=optional(integer))
 def apply_rope(
     x: Any, rope: Rope, out: Any = None, *, backend: str = "auto", stream: int | None = None
 ) -> Any:

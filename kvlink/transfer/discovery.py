@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvlink._check import name_text, text, wrong
 from kvlink.errors import InvalidArgument
 from kvlink.transfer.errors import PeerUnreachable
 
@@ -33,11 +34,14 @@ class FileDiscovery:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
+        if not isinstance(folder, str | os.PathLike):
+            raise wrong("folder", "a path", folder)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def publish(self, endpoint: Endpoint) -> None:
         """Tells everybody where the endpoint of that name is now. Raises OSError."""
+        _endpoint(endpoint)
         fd, temporary = tempfile.mkstemp(dir=self.folder, prefix=".new-")  # readable by the owner
         try:
             with os.fdopen(fd, "wb") as file:
@@ -50,7 +54,7 @@ class FileDiscovery:
 
     def withdraw(self, endpoint: Endpoint) -> None:
         """Takes the endpoint's entry away, unless another has replaced it. Raises OSError."""
-        file = self._file(endpoint.name)
+        file = self._file(_endpoint(endpoint).name)
         with contextlib.suppress(FileNotFoundError):
             if file.read_bytes() == endpoint.address:
                 file.unlink()
@@ -87,16 +91,17 @@ class StoreDiscovery:
         for method in ("set", "get", "check"):
             if not callable(getattr(store, method, None)):
                 raise InvalidArgument(f"store: expected a torch.distributed store; got {store!r}")
+        text("prefix", prefix)
         self._store = store
         self._prefix = prefix
 
     def publish(self, endpoint: Endpoint) -> None:
         """Tells everybody where the endpoint of that name is now. Raises what the store raises."""
-        self._store.set(self._prefix + endpoint.name, endpoint.address.decode())
+        self._store.set(self._prefix + _endpoint(endpoint).name, endpoint.address.decode())
 
     def withdraw(self, endpoint: Endpoint) -> None:
         """Takes the endpoint's entry away, unless another has replaced it."""
-        key = self._prefix + endpoint.name
+        key = self._prefix + _endpoint(endpoint).name
         if self._store.check([key]) and bytes(self._store.get(key)) == endpoint.address:
             self._store.delete_key(key)
 
@@ -113,6 +118,12 @@ class StoreDiscovery:
 
 
 def _checked(name: str) -> str:
-    if not isinstance(name, str) or not 1 <= len(name.encode()) <= 255:
-        raise InvalidArgument(f"name: expected 1 to 255 bytes of text; got {name!r}")
-    return name
+    return name_text("name", name)
+
+
+def _endpoint(endpoint: Any) -> Endpoint:
+    from kvlink.transfer.endpoint import Endpoint
+
+    if not isinstance(endpoint, Endpoint):
+        raise wrong("endpoint", "an Endpoint", endpoint)
+    return endpoint

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvlink import _C
+from kvlink._check import a, name_text, one_of, wrong
 from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.layout import Shard
 from kvlink.pool import KVPool
@@ -24,8 +25,8 @@ from kvlink.transfer.paths import BUILT_PATHS
 from kvlink.transfer.peers import Peers
 from kvlink.transfer.region import Region
 from kvlink.transfer.regions import Regions
-from kvlink.transfer.reservation import SlotTable
 from kvlink.transfer.service import Service
+from kvlink.transfer.slot_table import SlotTable
 from kvlink.transfer.watching import EndpointWatch
 
 _MIN_SECRET_BYTES = 16
@@ -53,13 +54,14 @@ class Endpoint(LendsGroups):
         num_slots: int = 1024,
         num_page_entries: int = 1 << 22,
     ) -> None:
-        if not isinstance(name, str) or not 1 <= len(name.encode()) <= 255:
-            raise InvalidArgument(f"name: expected 1 to 255 bytes of text; got {name!r}")
+        name_text("name", name)
         if not isinstance(secret, bytes) or len(secret) < _MIN_SECRET_BYTES:
             got = f"{len(secret)} bytes" if isinstance(secret, bytes) else type(secret).__name__
             raise InvalidArgument(f"secret: expected at least {_MIN_SECRET_BYTES} bytes; got {got}")
-        if isinstance(paths, str) or not paths or not set(paths) <= set(BUILT_PATHS):
-            raise InvalidArgument(f"paths: expected some of {BUILT_PATHS}; got {paths!r}")
+        if not isinstance(paths, tuple | list) or not paths:
+            raise wrong("paths", f"some of {BUILT_PATHS}", paths)
+        for path in paths:
+            one_of("paths", path, BUILT_PATHS)
         if not is_number(peer_timeout) or not 1.0 <= peer_timeout <= 3600.0:
             raise InvalidArgument(f"peer_timeout: expected 1 to 3600 s; got {peer_timeout!r}")
         self.name = name
@@ -176,6 +178,7 @@ class Endpoint(LendsGroups):
 
     def status(self, transfer_id: bytes) -> Any:
         """How one of this endpoint's grants or offers stands or ended; None when not known."""
+        a(bytes)("transfer_id", transfer_id)
         return self._table.status(transfer_id)
 
     def metrics(self) -> dict[str, Any]:

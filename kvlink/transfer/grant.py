@@ -11,7 +11,8 @@ from kvlink.errors import InvalidArgument
 from kvlink.transfer.arguments import is_integer, wait_end
 from kvlink.transfer.errors import TransferTimeout
 from kvlink.transfer.region import Region
-from kvlink.transfer.reservation import Reservation, SlotTable
+from kvlink.transfer.reservation import Reservation
+from kvlink.transfer.slot_table import SlotTable
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from kvlink import _C
+from kvlink._check import function, optional
 from kvlink.errors import InvalidArgument
 from kvlink.transfer.arguments import wait_end
 from kvlink.transfer.errors import TransferError, TransferTimeout, status_error
@@ -72,6 +73,7 @@ class _Group(Generic[ReservationT]):
         self._lock = threading.Lock()
         self._cause: tuple[int, Any] | None = None  # member and status that ended the group
         self._released = threading.Event()
+        optional(function)("on_release", on_release)
         self._on_release = on_release
         opened: list[ReservationT] = []
         try:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from kvlink.pool import KVPool
     from kvlink.transfer.region import Region
-    from kvlink.transfer.reservation import Reservation, SlotTable
+    from kvlink.transfer.reservation import Reservation
+    from kvlink.transfer.slot_table import SlotTable
 
 _GRANTED = -1
 _pools: weakref.WeakKeyDictionary[KVPool, LentPages] = weakref.WeakKeyDictionary()

@@ -217,11 +217,12 @@ class Link(LinkFacts, MovesGroups):
             session = self._current()
             descriptor = session.remote.parse(kind, token)
             own = self._peers.regions.of(region)
-            own_ids = page_ids(pages, own.pool.num_pages)
+            name = "dst_pages" if kind == _C.SlotKind.OFFER else "src_pages"
+            own_ids = page_ids(pages, own.pool.num_pages, name)
             needed = -(-descriptor.num_tokens // own.descriptor.layout.page_size)
             if own_ids.size < needed:
                 raise InvalidArgument(
-                    f"pages: expected at least {needed} for {descriptor.num_tokens} tokens; "
+                    f"{name}: expected at least {needed} for {descriptor.num_tokens} tokens; "
                     f"got {own_ids.size}"
                 )
             plan = session.remote.plan(kind, own, descriptor)

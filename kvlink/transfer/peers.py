@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from kvlink.errors import InvalidArgument
+from kvlink._check import one_of
 from kvlink.transfer import wire
 from kvlink.transfer.accepting import Acceptor
 from kvlink.transfer.connecting import Joined, OwnSide
@@ -29,7 +29,7 @@ from kvlink.transfer.tls import Credentials
 
 if TYPE_CHECKING:
     from kvlink.transfer.region import Region
-    from kvlink.transfer.reservation import SlotTable
+    from kvlink.transfer.slot_table import SlotTable
     from kvlink.transfer.transfer import Transfer
 
 _JOIN_TIMEOUT = 1.0  # s, for threads that look for a peer
@@ -261,8 +261,7 @@ class Peers:
         return tuple(reasons)
 
     def _check_path(self, require: str) -> None:
-        if require not in PATHS:
-            raise InvalidArgument(f"require: expected one of {', '.join(PATHS)}; got {require!r}")
+        one_of("require", require, PATHS)
         if require not in BUILT_PATHS:
             raise PathUnavailable(
                 f"require: {require!r} is not in this build; there is {', '.join(BUILT_PATHS)}"

@@ -155,7 +155,7 @@ class TransferPlan:
         ids, sizes = [], []
         for name, shape, pages in (("src", self.src, src_pages), ("dst", self.dst, dst_pages)):
             sizes.append(shape.layout.page_size)
-            ids.append(page_ids(pages, 2**31 - 1))
+            ids.append(page_ids(pages, 2**31 - 1, f"{name}_pages"))
             if ids[-1].size * sizes[-1] < num_tokens:
                 raise InvalidArgument(
                     f"{name}_pages: expected at least {-(-num_tokens // sizes[-1])} for "

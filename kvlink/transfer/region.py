@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvlink._check import wrong
 from kvlink.errors import InvalidArgument
 from kvlink.layout import KVLayout, Shard
 from kvlink.pool import KVPool
@@ -146,27 +147,26 @@ def check_shard(layout: KVLayout, shard: Shard, layer_map: Sequence[int]) -> Non
         raise InvalidArgument("layer_map: expected stored layers 0 to n-1, each used")
 
 
-def page_ids(pages: Any, num_pages: int) -> npt.NDArray[np.int32]:
+def page_ids(pages: Any, num_pages: int, name: str = "pages") -> npt.NDArray[np.int32]:
     """Page ids as a contiguous int32 array of their own, each in [0, num_pages)."""
     import numpy as np
 
-    ids = np.array(pages)
+    try:
+        ids = np.array(pages)
+    except (TypeError, ValueError):  # lists of different lengths, ...
+        raise wrong(name, "a non-empty list of page ids", pages) from None
     if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-        raise InvalidArgument(
-            f"pages: expected a non-empty list of page ids; got shape {ids.shape}, {ids.dtype}"
-        )
+        raise wrong(name, "a non-empty list of page ids", pages)
     if ids.min() < 0 or ids.max() >= num_pages:
         bad = int(np.flatnonzero((ids < 0) | (ids >= num_pages))[0])
         raise InvalidArgument(
-            f"pages[{bad}]: expected a page in [0, {num_pages}); got {int(ids[bad])}"
+            f"{name}[{bad}]: expected a page in [0, {num_pages}); got {int(ids[bad])}"
         )
     return np.ascontiguousarray(ids, dtype=np.int32)
 
 
 def granted_ids(pages: Any, num_pages: int, num_tokens: int, page_size: int) -> Any:
     """Checked page ids that hold `num_tokens` tokens; `LentPages.take` finds one named twice."""
-    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
-        raise InvalidArgument(f"num_tokens: expected a positive integer; got {num_tokens!r}")
     ids = page_ids(pages, num_pages)
     needed = -(-num_tokens // page_size)
     if ids.size < needed:

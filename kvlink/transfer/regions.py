@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from kvlink._check import wrong
 from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.layout import Shard
 from kvlink.pool import KVPool
@@ -63,7 +64,7 @@ class Regions:
         for candidate in regions.values():
             if region is candidate or region is candidate.pool:
                 return candidate
-        raise InvalidArgument("region: it is not registered with this endpoint")
+        raise wrong("region", "a Region of this endpoint or its pool, registered", region)
 
     def all(self) -> dict[int, Region]:
         """All of them, by number."""

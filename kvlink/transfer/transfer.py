@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvlink import _C
+from kvlink._check import checked, integer, optional
 from kvlink.errors import InvalidArgument
 from kvlink.transfer.arguments import is_integer, wait_end
 from kvlink.transfer.errors import (
@@ -72,6 +73,7 @@ class Transfer:
         self._watch, self._watched = link.watch, moving
         self._ends = False  # finish or cancel was called
 
+    @checked(layer=integer, num_tokens=optional(integer))
     def push_layer(self, layer: int, num_tokens: int | None = None) -> None:
         """Queues a layer of the source pool whose KV is complete, and returns at once.
 

@@ -16,8 +16,9 @@ from kvlink.transfer.log import event, logger
 from kvlink.transfer.metrics import EndpointMetrics, LinkMetrics, Moving
 
 if TYPE_CHECKING:
-    from kvlink.transfer.reservation import Reservation, SlotTable
+    from kvlink.transfer.reservation import Reservation
     from kvlink.transfer.session import Session
+    from kvlink.transfer.slot_table import SlotTable
 
 _DEBUG, _INFO, _WARNING = logging.DEBUG, logging.INFO, logging.WARNING
 _CORRUPTED = {"DIGEST_MISMATCH", "GENERATION_MISMATCH", "ROW_COUNT_MISMATCH", "MOVE_FAILED"}

@@ -1,0 +1,175 @@
+"""What arguments may be. A check raises InvalidArgument: name, what was expected, what came."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+from kvlink.errors import InvalidArgument, KVLinkError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Check = Callable[[str, Any], Any]
+_TEXTS = (str, bytes, bytearray)
+_LONGEST = 120  # characters of a value in a message
+
+
+def shown(value: Any) -> str:
+    """A value as messages have it."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def wrong(name: str, expected: str, value: Any) -> InvalidArgument:
+    """The error, to be raised."""
+    return InvalidArgument(f"{name}: expected {expected}; got {shown(value)}")
+
+
+def index_of(value: Any) -> int | None:
+    """An integer of Python, numpy or torch as an int; None for anything else, and for bool."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def integer(name: str, value: Any, low: int = -(2**63), high: int = 2**63 - 1) -> int:
+    """An integer in [low, high]."""
+    number = index_of(value)
+    if number is None or not low <= number <= high:
+        if low == -(2**63):
+            raise wrong(name, "an integer", value)
+        if high >= 2**31 - 1:
+            raise wrong(name, f"an integer >= {low}", value)
+        raise wrong(name, f"{low} to {high}", value)
+    return number
+
+
+def integers(name: str, value: Any) -> list[int]:
+    """Integers, of a sequence, an array or another iterable."""
+    try:
+        found = [None] if isinstance(value, _TEXTS) else [index_of(each) for each in value]
+    except TypeError:
+        found = [None]
+    if None in found:
+        raise wrong(name, "integers", value)
+    return [each for each in found if each is not None]
+
+
+def number(name: str, value: Any) -> None:
+    """A real number."""
+    try:
+        float(operator.truediv(value, 1))
+    except (TypeError, ValueError, OverflowError):
+        raise wrong(name, "a number", value) from None
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, Python's or numpy's."""
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise wrong(name, "True or False", value)
+    return bool(value)
+
+
+def one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """One of some words."""
+    if not isinstance(value, str) or value not in allowed:
+        raise wrong(name, "one of " + ", ".join(allowed), value)
+    return value
+
+
+def text(name: str, value: Any) -> None:
+    """A str."""
+    if not isinstance(value, str):
+        raise wrong(name, "text", value)
+
+
+def function(name: str, value: Any) -> None:
+    """Something to call."""
+    if not callable(value):
+        raise wrong(name, "a function", value)
+
+
+def name_text(name: str, value: Any) -> str:
+    """A name: 1 to 255 bytes of UTF-8."""
+    try:
+        if isinstance(value, str) and 1 <= len(value.encode()) <= 255:
+            return value
+    except UnicodeEncodeError:
+        pass
+    raise wrong(name, "1 to 255 bytes of text", value)
+
+
+def a(kind: type) -> Check:
+    """An object of a class."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, kind):
+            raise wrong(name, f"a {kind.__name__}", value)
+
+    return check
+
+
+def array(name: str, value: Any) -> None:
+    """An array of any DLPack library."""
+    if not hasattr(value, "__dlpack__"):
+        raise wrong(name, "an array with __dlpack__ (torch, numpy, cupy, ...)", value)
+
+
+def array_or_integers(name: str, value: Any) -> None:
+    """An array of any DLPack library, or (nested) sequences of integers."""
+    if isinstance(value, list | tuple | range) and value and isinstance(value[0], list | tuple):
+        for row in value:
+            array_or_integers(name, row)
+    elif not hasattr(value, "__dlpack__"):
+        integers(name, value)
+
+
+def integer_or_integers(name: str, value: Any) -> None:
+    """One or several."""
+    if index_of(value) is None:
+        integers(name, value)
+    else:
+        integer(name, value)
+
+
+def optional(check: Check) -> Check:
+    """None, too."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def checked(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Has a function say which of its arguments is wrong where Python or the bindings would only
+    say that one is. The checks run then, never before, so that good calls cost no more."""
+
+    def decorate(body: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(body)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return body(*args, **kwargs)
+            except (TypeError, AttributeError, ValueError, LookupError, ArithmeticError,
+                    RuntimeError) as error:  # fmt: skip
+                if not isinstance(error, KVLinkError):
+                    explain(body, checks, args, kwargs)
+                raise
+
+        return call
+
+    return decorate
+
+
+def explain(body: Callable[..., Any], checks: dict[str, Check], args: Any, kwargs: Any) -> None:
+    """Raises InvalidArgument for the first argument that a check refuses."""
+    try:
+        given = inspect.signature(body).bind(*args, **kwargs).arguments
+    except TypeError:
+        return  # arguments are missing, or unknown: Python says which
+    for name, check in checks.items():
+        try:
+            if name in given:
+                check(name, given[name])
+        except InvalidArgument as error:
+            raise error from None
