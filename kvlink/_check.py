@@ -43,7 +43,8 @@ def integer(name: str, value: Any, low: int = -(2**63), high: int = 2**63 - 1) -
         if low == -(2**63):
             raise wrong(name, "an integer", value)
         if high >= 2**31 - 1:
-            raise wrong(name, f"an integer >= {low}", value)
+            what = "a positive integer" if low == 1 else f"an integer >= {low}"
+            raise wrong(name, what, value)
         raise wrong(name, f"{low} to {high}", value)
     return number
 

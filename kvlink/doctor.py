@@ -18,6 +18,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kvlink._memory import available_memory, group_limit, physical_memory
+
 _LIBRARIES = ("numpy", "torch", "triton", "safetensors", "tokenizers", "transformers")
 
 
@@ -154,7 +156,9 @@ def _memory() -> dict[str, Any]:
     )
     found: dict[str, Any] = {
         "page_bytes": os.sysconf("SC_PAGE_SIZE"),
-        "physical_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "physical_bytes": physical_memory(),
+        "control_group_bytes": group_limit() or "no limit",
+        "available_bytes": available_memory(),
         "lockable_bytes": soft,
         "lockable_bytes_hard": hard,
     }

@@ -24,12 +24,15 @@ CXX_LAYERS = {
     "emulation": _DATA | {"cuda"},
 }
 
-# Module (or package) of kvlink -> those it may import; itself and `errors` go without saying.
+# Module (or package) of kvlink -> those it may import; itself, `errors` and `_check` go without
+# saying.
 _LAYOUT = {"_planes", "_serialise", "_shard", "layout"}
 _POOL = _LAYOUT | {"_tensor_axes", "pool", "_C"}
 _OPERATORS = _POOL | {"_arrays", "_cuda_part", "backends", "reference"}
 PYTHON_LAYERS = {
     "errors": set(),
+    "_check": set(),
+    "_memory": set(),
     "_planes": set(),
     "_serialise": {"_planes"},
     "_shard": {"_planes"},
@@ -51,7 +54,7 @@ PYTHON_LAYERS = {
     "reference": _LAYOUT,
     "triton": {"_planes", "_shard", "_layer_pairs"},  # usable without anything compiled
     "transfer": _POOL | {"pages", "cache_ops"},
-    "doctor": {"_C", "_cuda", "transfer", "doctor_peer"},
+    "doctor": {"_C", "_cuda", "_memory", "transfer", "doctor_peer"},
     "doctor_peer": {"transfer"},
 }
 SEE_EVERYTHING = {"__init__", "cli", "serving", "integrations", "testing"}
@@ -131,7 +134,7 @@ def test_python_layers(module: Path) -> None:
     if unit in SEE_EVERYTHING:
         return
     found &= known | {"_C", "_cuda"}  # what remains are names of kvlink/__init__.py
-    allowed = PYTHON_LAYERS[unit] | {unit, "errors"}
+    allowed = PYTHON_LAYERS[unit] | {unit, "errors", "_check"}
     assert found <= allowed, f"{unit} imports {sorted(found - allowed)}"
     assert not found & SEEN_BY_NOBODY
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from kvlink._memory import available_memory
 from kvlink.errors import InvalidArgument
 from kvlink.layout import KVLayout
 from kvlink.pool import pool_bytes
@@ -79,8 +80,8 @@ class Options:
         """Page counts filled in where they are 0.
 
         `num_tokens` gives per request what prefill and decode must hold. A pool gets room for the
-        `max_num_seqs` longest of them, at most a quarter of the memory that is available (all
-        ranks of prefill together).
+        `max_num_seqs` longest of them, at most a quarter of the memory that the machine and the
+        control groups of this process leave (all ranks of prefill together).
         """
         prefill, decode = (
             self._sized(side, config, [tokens[which] for tokens in num_tokens], num_pools)
@@ -107,18 +108,6 @@ class Options:
                 f"{available_memory() >> 20} MiB are available"
             )
         return replace(side, num_pages=num_pages)
-
-
-def available_memory() -> int:
-    """Bytes this machine could give to new allocations."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def side_threads(num_threads: int = 0, prefill_ranks: int = 1) -> tuple[int, int]:

@@ -255,6 +255,10 @@ class Endpoint(LendsGroups):
         self._peers.close()
         live.discard(self)
 
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else self.address.decode()
+        return f"<Endpoint {self.name!r}: {state}>"
+
     def __enter__(self) -> Endpoint:
         return self
 

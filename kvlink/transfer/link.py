@@ -101,11 +101,12 @@ class Link(LinkFacts, MovesGroups):
     def adopt_all(self, offers: Sequence[Any]) -> list[Lease]:
         """For `MovesGroups`: adopts all of them or none; an error leaves every one open."""
         taken: list[tuple[Descriptor, Any]] = []
-        with self.watch.beginning(_C.SlotKind.OFFER, "adoption"):
+        with self.watch.beginning(_C.SlotKind.OFFER, "adoption") as logged:
             session = self._current()
             descriptors = [session.remote.parse(_C.SlotKind.OFFER, offer) for offer in offers]
             try:
                 for descriptor in descriptors:
+                    logged["transfer_id"] = descriptor.transfer_id.hex()
                     taken.append((descriptor, session.path_link.adopt(descriptor)))
             except BaseException:
                 for _, (*_, key) in taken:
@@ -160,7 +161,8 @@ class Link(LinkFacts, MovesGroups):
 
     def on_session_gone(self, session: Session, why: str) -> None:
         """For `Session`, on the service thread."""
-        self.watch.session_down(session, why, lost=not self._closed)
+        lost = not self._closed
+        self.watch.session_down(session, why if lost else "this side closed it", lost)
         with self._changed:
             if self._session is not session or self._closed:
                 return
@@ -213,9 +215,10 @@ class Link(LinkFacts, MovesGroups):
         self, kind: Any, token: Any, pages: Any, region: Region | None
     ) -> Callable[[], Transfer]:
         """For `MovesGroups`: checks all that can be before it begins, and gives what begins it."""
-        with self.watch.beginning(kind):
+        with self.watch.beginning(kind) as logged:
             session = self._current()
             descriptor = session.remote.parse(kind, token)
+            logged["transfer_id"] = descriptor.transfer_id.hex()
             own = self._peers.regions.of(region)
             name = "dst_pages" if kind == _C.SlotKind.OFFER else "src_pages"
             own_ids = page_ids(pages, own.pool.num_pages, name)
@@ -238,7 +241,8 @@ class Link(LinkFacts, MovesGroups):
         plan: TransferPlan,
     ) -> Transfer:  # fmt: skip
         generations = own.generations if kind == _C.SlotKind.OFFER else None
-        with self.watch.beginning(kind):
+        with self.watch.beginning(kind) as logged:
+            logged["transfer_id"] = descriptor.transfer_id.hex()
             moving = session.path_link.begin(kind, descriptor, own, own_ids, plan, generations)
             if isinstance(moving, _C.TransferStatus):
                 raise self._why_not_begun(kind, descriptor, moving)

@@ -68,6 +68,11 @@ class LinkFacts:
         why = self._reconnector.last_error
         return "reconnecting" + (f" ({type(why).__name__}: {why})" if why is not None else "")
 
+    def __repr__(self) -> str:
+        if self._session is None:
+            return "<Link: not connected yet>"
+        return f"<Link to {self.peer_name!r} over {self.path}: {self.state}>"
+
     @property
     def gone(self) -> PeerLost | None:
         """Why there is no session now, when that was not this side's doing."""

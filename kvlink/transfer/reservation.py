@@ -95,6 +95,13 @@ class Reservation:
         ).to_bytes(descriptor_key)  # fmt: skip
         table.watch.opened(self)
 
+    def __repr__(self) -> str:
+        outcome = "open" if self._outcome is None else self._outcome.name
+        return (
+            f"<{type(self).__name__} {self.transfer_id.hex()}: {self.num_tokens} tokens in "
+            f"{self.pages.size} pages, {outcome}>"
+        )
+
     def to_bytes(self) -> bytes:
         """What the peer needs. It may travel by any channel: altered bytes are refused."""
         return self._bytes

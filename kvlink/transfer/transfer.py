@@ -124,7 +124,8 @@ class Transfer:
 
     def wait_arrived(self, timeout: float = 30.0) -> None:
         """Until the receiver has verified every byte and committed (for a pull: until this side
-        has). Raises TransferTimeout, or why it failed: TransferCancelled, GrantRevoked,
+        has). The receiver of a push verifies in its `Grant.wait` or `poll`; this waits for one of
+        them. Raises TransferTimeout, or why it failed: TransferCancelled, GrantRevoked,
         GrantExpired, PeerLost, DigestMismatch, GenerationMismatch, RowCountMismatch, MoveFailed,
         StaleTransfer."""
         begin = time.monotonic_ns()
@@ -141,7 +142,8 @@ class Transfer:
         if status != _PENDING:
             self._watch.settle(self._watched, status)
         if status == _PENDING:
-            raise TransferTimeout(f"{self._name()}: not confirmed after {timeout} s")
+            hint = "; its receiver does so in Grant.wait" if self._watched.kind == "push" else ""
+            raise TransferTimeout(f"{self._name()}: not confirmed after {timeout} s{hint}")
         if status != _OK:
             raise status_error(status, self._name(), self._moving.progress()["message"])
 
@@ -192,6 +194,9 @@ class Transfer:
     def __del__(self) -> None:
         if not self._ends:
             self.cancel()
+
+    def __repr__(self) -> str:
+        return f"<Transfer: {self._name()}>"
 
     def _will_end(self) -> None:
         """From now on its outcome is waited for, whether or not anybody holds this object."""

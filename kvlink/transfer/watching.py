@@ -90,10 +90,12 @@ class LinkWatch:
     # --- transfers ------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def beginning(self, kind: Any, what: str = "") -> Iterator[None]:
-        """Around what may refuse a transfer (or `what`); `kind` of what the peer opened."""
+    def beginning(self, kind: Any, what: str = "") -> Iterator[dict[str, str]]:
+        """Around what may refuse a transfer (or `what`); `kind` of what the peer opened. What
+        is put into the dict that it gives is logged, too: the transfer's id, once known."""
+        fields: dict[str, str] = {}
         try:
-            yield
+            yield fields
         except KVLinkError as error:
             self.metrics.refused(error)
             reason = type(error).__name__
@@ -102,7 +104,7 @@ class LinkWatch:
             self._told.add(reason)
             what = what or _MOVE[kind]
             event(level, "refused", "%s refused: %s: %s", what, reason, error, kind=what,
-                  reason=reason, **self._fields())  # fmt: skip
+                  reason=reason, **fields, **self._fields())  # fmt: skip
             raise
 
     def begun(self, kind: Any, transfer_id: bytes, moving: Any, num_pages: int) -> Moving:

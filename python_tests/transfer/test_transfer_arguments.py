@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from kvlink.errors import InvalidArgument, Unsupported
-from kvlink.layout import Shard
+from kvlink.layout import KVLayout, Shard
+from kvlink.pool import KVPool
 from kvlink.testing.transfer_peer import SECRET
 from kvlink.testing.transfer_pool import PoolSpec
 from kvlink.transfer import Endpoint, InvalidDescriptor, LinkClosed, TransferError
@@ -146,3 +147,29 @@ def test_a_closed_endpoint_says_so(client: Endpoint) -> None:
     ):
         with pytest.raises(LinkClosed, match="the endpoint is closed"):
             call()
+
+
+def test_both_sides_count_the_bytes_that_are_stored_scales_included() -> None:
+    layout = KVLayout.hnd(
+        num_kv_heads=2, head_dim=64, page_size=10, dtype="int8", scale="token_head"
+    )
+    src = KVLayout.nhd(num_kv_heads=2, head_dim=64, page_size=16, dtype="float32")
+    with Endpoint("a", secret=b"s" * 16) as owner, Endpoint("b", secret=b"s" * 16) as other:
+        owner.register(KVPool.create(layout, num_layers=3, num_pages=8, shared=True))
+        other.register(KVPool.create(src, num_layers=3, num_pages=8, shared=True))
+        link = other.connect(owner.address)
+        grant = owner.grant([0, 1, 2], 25)
+        transfer = link.push([3, 4], grant)
+        grant.wait(30.0)
+        transfer.wait_arrived(30.0)
+        stored = 3 * 25 * layout.token_bytes()
+        assert stored == transfer.plan.describe(25).dst_bytes
+        assert transfer.progress().num_bytes == link.metrics()["push"]["bytes"] == stored
+        assert owner.metrics()["arrived"]["bytes"] == stored
+        for thing, words in (
+            (owner, "'a'"),
+            (link, "'a' over host_shm: connected"),
+            (grant, "25 tokens in 3 pages, OK"),
+            (transfer, "to 'a'"),
+        ):
+            assert words in repr(thing)

@@ -13,7 +13,14 @@ import pytest
 from receiving import PAGES, TOKENS, Receiver, eventually
 
 from kvlink.testing.transfer_peer import Peer
-from kvlink.transfer import DigestMismatch, Endpoint, InvalidDescriptor, SecretMismatch
+from kvlink.transfer import (
+    DigestMismatch,
+    Endpoint,
+    InvalidDescriptor,
+    SecretMismatch,
+    StaleTransfer,
+    TransferTimeout,
+)
 from kvlink.transfer.log import EVENTS, JsonFormatter, logger
 
 pytestmark = pytest.mark.two_process
@@ -131,3 +138,23 @@ def test_every_line_is_json_with_a_time(lines: Lines) -> None:
     assert plain["time"].endswith("+00:00")
     assert "object" in plain["odd"]
     assert "on purpose" in caught["exception"]
+
+
+def test_what_is_refused_is_told_by_its_transfer(
+    receiver: Receiver, sender: Peer, lines: Lines
+) -> None:
+    link = receiver.endpoint.connect(sender.address)
+    token = sender.call("grant", [10, 11, 12], TOKENS)
+    link.push(PAGES, token)
+    sender.call("wait", token)
+    with pytest.raises(StaleTransfer) as raised:
+        link.push(PAGES, token)
+    (refused,) = lines.of("refused")
+    assert refused["reason"] == "StaleTransfer"
+    assert refused["transfer_id"] in str(raised.value)
+    unseen = link.push(PAGES, sender.call("grant", [13, 14, 15], TOKENS))
+    with pytest.raises(TransferTimeout, match=r"Grant\.wait"):
+        unseen.wait_arrived(0.01)
+    link.close()
+    eventually(lambda: lines.of("link_down"))
+    assert lines.of("link_down")[0]["reason"] == "this side closed it"

@@ -267,13 +267,19 @@ int64_t PostedTransfer::dst_bytes(int64_t count) const {
   return count * spec_.plan.num_heads * row_bytes(spec_.dst.layers.front().layout);
 }
 
+int64_t PostedTransfer::scale_bytes(int64_t count) const {
+  const KVLayout& layout = spec_.dst.layers.front().layout;
+  if (layout.scale != ScaleGranularity::kTokenHead) return 0;
+  return count * spec_.plan.num_heads * (layout.has_v_plane() ? 2 : 1) * int64_t{sizeof(float)};
+}
+
 void PostedTransfer::count_moved(int32_t part, int64_t count, const RelayoutResult& moved,
                                  int64_t started_ns, int64_t done_ns) {
   landing_.add(part, moved.rows);
   std::lock_guard lock(mutex_);
   digest_ += moved.digest;
   progress_.num_rows += moved.rows;
-  progress_.num_bytes += dst_bytes(count);
+  progress_.num_bytes += dst_bytes(count) + scale_bytes(count);
   progress_.moving_ns += done_ns - started_ns;
   progress_.parts[part].done_ns = done_ns;
 }

@@ -92,7 +92,8 @@ class PostedTransfer : public Transfer, public std::enable_shared_from_this<Post
   // A chunk of a part as the executor takes it.
   RelayoutParams chunk_params(int32_t part, int64_t first, int64_t count) const;
   // Bytes that `count` tokens of a part take at the destination.
-  int64_t dst_bytes(int64_t count) const;
+  int64_t dst_bytes(int64_t count) const;    // of the rows
+  int64_t scale_bytes(int64_t count) const;  // beside them
   // Accounts for a chunk that was moved.
   void count_moved(int32_t part, int64_t count, const RelayoutResult& moved, int64_t started_ns,
                    int64_t done_ns);
