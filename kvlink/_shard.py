@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvlink._check import a, index_of, integers, wrong
+from kvlink._check import a, index_of, integers, shown, wrong
 from kvlink._planes import require_positive
 from kvlink.errors import InvalidArgument
 
@@ -90,7 +90,10 @@ class Shard:
         wanted = stage if layers is None else integers("layers", layers)
         held = [layer for layer in wanted if layer in stage]
         if not held:
-            raise wrong("layers", f"one of those of PP rank {pp_rank}, {stage}, at least", layers)
+            raise InvalidArgument(
+                f"pp_rank: rank {pp_rank} of {pp_size} holds none of the layers of this pool; "
+                f"it holds {stage}, got layers {shown(layers)}"
+            )
         return cls(held, heads, replica)
 
 

@@ -121,7 +121,7 @@ class KVPool:
         shape, strides, dtype or device.
         """
         if not isinstance(tensors, Sequence) or not len(tensors):
-            raise wrong("tensors", "a list with the tensors of each layer", tensors)
+            raise wrong("tensors", "a list of tensors, of at least one layer", tensors)
         if scales is not None and not isinstance(scales, Sequence):
             raise wrong("scales", "a pair of tensors for each layer", scales)
         if scales is not None and len(scales) != len(tensors):

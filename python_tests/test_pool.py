@@ -127,7 +127,7 @@ def test_opaque_pages() -> None:
     ("changes", "error", "message"),
     [
         ({"device": "cuda:0"}, Unsupported, "device: create makes pools on 'cpu'.*got 'cuda:0'"),
-        ({"num_layers": 0}, InvalidArgument, "num_layers: expected >= 1; got 0"),
+        ({"num_layers": 0}, InvalidArgument, "num_layers: expected a positive integer; got 0"),
         ({"num_pages": 0}, InvalidArgument, "num_pages: expected a positive integer; got 0"),
         ({"layer_map": [0]}, InvalidArgument, "layer_map: expected 2 entries; got 1"),
         ({"layer_map": [0, 2]}, InvalidArgument, r"layer_map: .*got \[0, 2\]"),

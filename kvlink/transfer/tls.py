@@ -16,6 +16,7 @@ from kvlink.transfer.errors import ProtocolError, SecretMismatch, TransferError
 
 _LABEL = b"kvlink control plane, TLS key"
 # What a peer says when our certificate is not its own.
+_NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST")
 _REFUSALS = ("UNKNOWN_CA", "BAD_CERTIFICATE", "CERTIFICATE_UNKNOWN", "DECRYPT_ERROR")
 
 
@@ -95,6 +96,8 @@ def _explained(error: ssl.SSLError) -> TransferError:
         return SecretMismatch("the peer does not hold the secret of this endpoint")
     if "ALERT" in reason and reason.endswith(_REFUSALS):
         return SecretMismatch("the peer says that this endpoint does not hold its secret")
+    if reason in _NOT_TLS:  # OpenSSL calls the first bytes of anything else a version
+        return ProtocolError("TLS: what answers there does not speak it, so it is no endpoint")
     return ProtocolError(f"TLS: {reason.lower().replace('_', ' ')}")
 
 

@@ -17,11 +17,7 @@ constexpr int64_t kTaskElements = 32 << 10;
 
 void check_rope(const RopeParams& rope, int64_t num_tokens, int64_t head_dim,
                 const int64_t* slots) {
-  KVLINK_CHECK(rope.rotary_dim > 0 && rope.rotary_dim % 2 == 0,
-               "rope.cos_sin: expected an even number of columns; got ", rope.rotary_dim);
-  KVLINK_CHECK(rope.first_dim >= 0 && rope.first_dim + int64_t{rope.rotary_dim} <= head_dim,
-               "rope: expected rotated dims within the ", head_dim, " of a head; got ",
-               rope.first_dim, " to ", rope.first_dim + int64_t{rope.rotary_dim} - 1);
+  check_rope_dims(rope, head_dim);
   for (int64_t t = 0; t < num_tokens; ++t) {
     if (slots && slots[t] < 0) continue;
     KVLINK_CHECK(rope.positions[t] >= 0 && rope.positions[t] < rope.num_positions,

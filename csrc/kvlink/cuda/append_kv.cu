@@ -64,14 +64,6 @@ auto* kernel_for(int lanes) {
                        : append_rows<32, kTurns>;
 }
 
-void check_rope(const RopeParams& rope, int64_t head_dim) {
-  KVLINK_CHECK(rope.rotary_dim > 0 && rope.rotary_dim % 2 == 0,
-               "rope.cos_sin: expected an even number of columns; got ", rope.rotary_dim);
-  KVLINK_CHECK(rope.first_dim >= 0 && rope.first_dim + int64_t{rope.rotary_dim} <= head_dim,
-               "rope: expected rotated dims within the ", head_dim, " of a head; got ",
-               rope.first_dim, " to ", rope.first_dim + int64_t{rope.rotary_dim} - 1);
-}
-
 }  // namespace
 
 void append_kv(const std::vector<AppendKVParams>& layers, cudaStream_t stream) {
@@ -82,7 +74,7 @@ void append_kv(const std::vector<AppendKVParams>& layers, cudaStream_t stream) {
   for (const AppendKVParams& layer : layers) {
     for (const RowMove& move : plan_append(layer)) moves.push_back(move);
   }
-  if (first.rope) check_rope(*first.rope, layout.head_dim);
+  if (first.rope) check_rope_dims(*first.rope, layout.head_dim);
   report_errors();
   if (first.num_tokens == 0) return;
   int64_t row_bytes = 0;

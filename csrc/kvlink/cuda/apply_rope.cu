@@ -57,12 +57,7 @@ __global__ void __launch_bounds__(kThreads) turn_rows(const __grid_constant__ Ar
 }  // namespace
 
 void apply_rope(const ApplyRopeParams& params, cudaStream_t stream) {
-  const RopeParams& rope = params.rope;
-  KVLINK_CHECK(rope.rotary_dim > 0 && rope.rotary_dim % 2 == 0,
-               "rope.cos_sin: expected an even number of columns; got ", rope.rotary_dim);
-  KVLINK_CHECK(rope.first_dim >= 0 && rope.first_dim + int64_t{rope.rotary_dim} <= params.head_dim,
-               "rope: expected rotated dims within the ", params.head_dim, " of a head; got ",
-               rope.first_dim, " to ", rope.first_dim + int64_t{rope.rotary_dim} - 1);
+  check_rope_dims(params.rope, params.head_dim);
   report_errors();
   const int64_t num_rows = params.num_tokens * params.num_heads;
   if (num_rows == 0) return;

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "kvlink/base/check.hpp"
 #include "kvlink/base/dtype.hpp"
 
 namespace kvlink {
@@ -18,6 +19,15 @@ struct RopeParams {
   int32_t rotary_dim = 0;  // even
   bool interleaved = false;
 };
+
+// The rotated dims lie in rows of `head_dim`; throws InvalidArgument.
+inline void check_rope_dims(const RopeParams& rope, int64_t head_dim) {
+  KVLINK_CHECK(rope.rotary_dim > 0 && rope.rotary_dim % 2 == 0,
+               "rope.cos_sin: expected an even number of columns; got ", rope.rotary_dim);
+  KVLINK_CHECK(rope.first_dim >= 0 && rope.first_dim + int64_t{rope.rotary_dim} <= head_dim,
+               "rope: expected rotated dims within the ", head_dim, " of a head; got ",
+               rope.first_dim, " to ", rope.first_dim + int64_t{rope.rotary_dim} - 1);
+}
 
 struct ApplyRopeParams {
   const void* x = nullptr;        // [num_tokens, num_heads, head_dim], dim contiguous
