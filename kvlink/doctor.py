@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "asking a peer", "connects to an endpoint, and tells which path a link to it uses and why"
     )
     peer.add_argument("--peer", metavar="ADDRESS", help="its address as text, or a file with it")
-    peer.add_argument("--secret-file", metavar="FILE", help="the secret that it was made with")
+    peer.add_argument(
+        "--secret-file", metavar="FILE", help="the secret that it was made with, byte for byte"
+    )
     peer.add_argument("--require", metavar="PATH", help="refuse any other path (host_shm, ucx)")
     peer.add_argument("--timeout", type=float, default=5.0, metavar="S", help="default: 5")
     arguments = parser.parse_args(argv)

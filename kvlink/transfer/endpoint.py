@@ -58,7 +58,7 @@ class Endpoint(LendsGroups):
         if not isinstance(secret, bytes) or len(secret) < _MIN_SECRET_BYTES:
             got = f"{len(secret)} bytes" if isinstance(secret, bytes) else type(secret).__name__
             raise InvalidArgument(f"secret: expected at least {_MIN_SECRET_BYTES} bytes; got {got}")
-        if not isinstance(paths, tuple | list) or not paths:
+        if not isinstance(paths, tuple | list | set | frozenset) or not paths:
             raise wrong("paths", f"some of {BUILT_PATHS}", paths)
         for path in paths:
             one_of("paths", path, BUILT_PATHS)
