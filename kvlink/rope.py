@@ -60,7 +60,7 @@ def rope_table(inv_freq: Any, num_positions: int, factor: float = 1.0) -> Any:
         raise wrong("inv_freq", "floats [pairs]", inv_freq) from None
     if frequencies.ndim != 1:
         raise wrong("inv_freq", "floats [pairs]", inv_freq)
-    num_positions = integer("num_positions", num_positions, 1)
+    num_positions = integer("num_positions", num_positions, 0)
     number("factor", factor)
     angles = np.arange(num_positions, dtype=np.float32)[:, None] * frequencies
     return np.concatenate((np.cos(angles), np.sin(angles)), axis=1) * np.float32(factor)
