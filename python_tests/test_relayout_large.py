@@ -75,26 +75,30 @@ def test_large_moves(simd_level: str, dims: tuple[int, int], digest: bool) -> No
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3", "int8"])
 def test_large_quantised_moves(simd_level: str, dtype: str) -> None:
-    """The same rows as when they are moved a few at a time."""
-    shape = dict(num_kv_heads=4, head_dim=128, page_size=16, num_pages=1040)
-    src = make_pool("nhd", dtype="bfloat16", **shape)  # type: ignore[arg-type]
+    """The same rows as when they are moved a few at a time, the lines of their scales begun and
+    ended by other rows or by none."""
+    shape = dict(num_kv_heads=4, head_dim=128)
+    src = make_pool("nhd", dtype="bfloat16", page_size=16, num_pages=1040, **shape)  # type: ignore[arg-type]
     values = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).bfloat16()
     for name in ("k", "v"):
         rows = rows_of(src.pool, 0, name)
         rows.copy_(values.repeat(-(-rows.numel() // values.numel()))[: rows.numel()]
                    .view(torch.int16).view(rows.shape))  # fmt: skip
     whole, parts = (
-        make_pool("hnd", dtype=dtype, scale="token_head", **shape)  # type: ignore[arg-type]
+        make_pool("hnd", dtype=dtype, scale="token_head", page_size=20, num_pages=832, **shape)  # type: ignore[arg-type]
         for _ in range(2)
     )
-    num_tokens, pages = 1040 * 16, np.random.default_rng(0).permutation(1040)
+    num_tokens, pages = 1040 * 16 - 9, np.random.default_rng(0).permutation(832)
     result = relayout_pages(
-        src.pool, range(1040), whole.pool, pages, num_tokens=num_tokens, digest=True
-    )
+        src.pool, range(1040), whole.pool, pages, num_tokens=num_tokens, src_start=5, dst_start=3,
+        digest=True,
+    )  # fmt: skip
     assert result.rows * 128 >= STREAMED_BYTES
     digest = 0
     for first in range(0, num_tokens, 999):
-        run = dict(num_tokens=min(999, num_tokens - first), src_start=first, dst_start=first)
+        run = dict(
+            num_tokens=min(999, num_tokens - first), src_start=5 + first, dst_start=3 + first
+        )
         part = relayout_pages(
             src.pool, range(1040), parts.pool, pages, token_position=first, digest=True, **run
         )  # type: ignore[arg-type]

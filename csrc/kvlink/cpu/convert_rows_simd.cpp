@@ -10,6 +10,7 @@
 #include "kvlink/cpu/simd/quantise_rows.hpp"
 #include "kvlink/cpu/simd/row_batch.hpp"
 #include "kvlink/cpu/simd/row_walk.hpp"
+#include "kvlink/cpu/simd/scale_lines.hpp"
 #include "kvlink/cpu/simd/strided.hpp"
 #include "kvlink/cpu/simd/widen.hpp"
 
@@ -214,7 +215,8 @@ class Converter {
         may_keep_(kSrc == kDst && !move.src.token_scale && !move.dst.token_scale),
         streaming_(can_stream(move)),
         quantises_(kQuantises<kSrc, kDst> && !strided_ && !move.src.scale),
-        own_scales_(quantises_ && move.dst.token_scale && takes_rows(move.dims)) {
+        own_scales_(quantises_ && move.dst.token_scale && takes_rows(move.dims)),
+        by_lines_(streaming_ && own_scales_ && move.dst.scale_at.stride_slot == 1) {
     static_scales(move.src, move.src_head, move.num_heads, src_scales_);
     static_scales(move.dst, move.dst_head, move.num_heads, dst_scales_);
     if constexpr (kQuantises<kSrc, kDst>) {
@@ -254,6 +256,12 @@ class Converter {
       convert_row(rows, i, sum);
     }
   }
+  // After the last rows.
+  void finish() {
+    if constexpr (kQuantises<kSrc, kDst>) {
+      if (by_lines_) scale_lines_.finish(move_.num_heads);
+    }
+  }
 
  private:
   static KVLINK_INLINE void fetch(const char* src, int64_t num_bytes) {
@@ -288,10 +296,17 @@ class Converter {
                                      : finite_amax_bits<kSrc>(rows.at[i].src, move_.dims, scale);
       scales[i] = dynamic_scale(float_from_bits(amax), kDst);
     }
-    for (int64_t i = 0; i < rows.count; ++i) *rows.at[i].dst_scale = scales[i];
+    for (int64_t i = 0; i < rows.count; ++i) put_scale(rows.at[i], scales[i]);
     if constexpr (kQuantises<kSrc, kDst>) {
       if (quantises_ && !own_scales_) quantiser_.set_scales(scales, rows.scales, Rows::kMost);
     }
+  }
+
+  KVLINK_INLINE void put_scale(const RowAt& row, float scale) {
+    if constexpr (kQuantises<kSrc, kDst>) {
+      if (by_lines_) return scale_lines_.put(row.head, row.dst_scale, scale);
+    }
+    *row.dst_scale = scale;
   }
 
   static bool takes_rows([[maybe_unused]] int64_t dims) {
@@ -307,12 +322,13 @@ class Converter {
     const int64_t dims = kStripes ? kStripes * 64 : move_.dims;
     const bool streaming = streaming_, with_digest = move_.with_digest;
     const int64_t count = rows.count, num_ahead = ahead.count;
+    const bool fetches_scales = !by_lines_;  // stores wait for each other
     DigestSum sum;
     uint32_t left = 0;
     for (int64_t i = 0; i < count; ++i) {
       if (i < num_ahead) {
         fetch(ahead.at[i].src, dims * 2);
-        __builtin_prefetch(ahead.at[i].dst_scale, 1);  // stores wait for each other
+        if (fetches_scales) __builtin_prefetch(ahead.at[i].dst_scale, 1);
       }
       const int64_t scale = rows.scales + i;
       if (!row_quantiser_.fits(scale)) {
@@ -404,12 +420,13 @@ class Converter {
 
   const RowMove& move_;
   const HeadStarts starts_;
-  const bool strided_, may_keep_, streaming_, quantises_, own_scales_;
+  const bool strided_, may_keep_, streaming_, quantises_, own_scales_, by_lines_;
   // By head, or by row where rows have their own.
   float src_scales_[HeadStarts::kHeads], dst_scales_[HeadStarts::kHeads];
   std::conditional_t<kQuantises<kSrc, kDst>, Quantiser<kDst>, NoQuantiser> quantiser_;
   std::conditional_t<kQuantises<kSrc, kDst>, RowQuantiser<kDst>, NoQuantiser> row_quantiser_;
   std::conditional_t<kQuantises<kSrc, kDst>, HeadCodes<kDst>, NoQuantiser> head_codes_;
+  std::conditional_t<kQuantises<kSrc, kDst>, ScaleLines, NoQuantiser> scale_lines_;
 };
 
 constexpr int64_t kRowsBytes = 4096;  // of the source, that are taken together
@@ -434,6 +451,7 @@ uint64_t convert_heads(const RowMove& move, const RowBox* boxes, int64_t num_box
     converter.prepare(rows[(i + 1) % kRing]);
     converter.convert(rows[i], ahead, sum);
   }
+  converter.finish();
   return sum.total();
 }
 
