@@ -144,6 +144,7 @@ T atomicMax(T* at, T value) {
   return before;
 }
 
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -201,6 +202,9 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureS
   *status = reinterpret_cast<uintptr_t>(stream) == kCaptures ? cudaStreamCaptureStatusActive
                                                              : cudaStreamCaptureStatusNone;
   return cudaSuccess;
+}
+inline cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  return *id = reinterpret_cast<uintptr_t>(stream), cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : kvlink::emulation::major_version();

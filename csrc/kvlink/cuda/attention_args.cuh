@@ -23,11 +23,11 @@ struct State {
 struct SequencePlan {
   int64_t first_entry;     // of the page table
   int64_t first_expected;  // of the expected generations
-  int32_t first_item;      // work items of the sequences before it
+  int32_t first_item;      // extend: work items of the sequences before it
   int32_t first_slot;      // extend: states of the sequences before it
   int32_t first_folded;    // extend: rows whose splits are folded later, before it
   int32_t first_split;     // that any row sees
-  int32_t num_splits;      // extend: items that a tile is divided into
+  int32_t num_splits;      // that its rows see together; extend: items that a tile is divided into
   int32_t seq_len;
   int32_t first_row, num_rows;  // of q
   int32_t mask_start;
@@ -38,16 +38,21 @@ struct PrefillTile;
 struct Args {
   PagedAttentionParams p;
   ReadyCounters ready;
-  SequencePlan* plans;  // [num_seqs + 1]; the last has only the totals
-  State* states;        // decode: [items, num_q_heads]; extend: [slots, num_kv_heads]
-  float* outs;          // as states, of head_dim_v each
-  float4* running;      // extend: what a block has folded so far, if a tile walks several splits
+  State* states;  // decode: [items, num_q_heads]; extend: [slots, num_kv_heads]
+  float* outs;    // as states, of head_dim_v each
   ErrorRecord* errors;
-  int first_seq, num_seqs;
-  int split_tokens, tile_rows, max_slots;
-  PrefillTile* prefill;  // extend: of sequences that paged_attention_sm90 takes; null: none
-  int most_rows;         // extend: sequences of more rows times heads are among these
-  bool decode;
+  int num_seqs;
+  int split_tokens;
+  // decode
+  int first_seq;
+  int* verdict;        // of await_ready; null: nothing was to be waited for
+  uint32_t* counters;  // [num_seqs, grid's x] of splits that are done: 0 when a kernel begins
+  // extend
+  SequencePlan* plans;  // [num_seqs + 1]; the last has only the totals
+  float4* running;      // what a block has folded so far, if a tile walks several splits
+  int tile_rows, max_slots;
+  PrefillTile* prefill;  // of sequences that paged_attention_sm90 takes; null: none
+  int most_rows;         // sequences of more rows times heads are among these
 };
 
 // Positions [begin, end).

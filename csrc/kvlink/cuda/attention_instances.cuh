@@ -4,6 +4,7 @@
 
 #include <span>
 
+#include "kvlink/cuda/attention_decode.cuh"
 #include "kvlink/cuda/attention_kernels.cuh"
 #include "kvlink/cuda/latent_tile.cuh"
 
@@ -39,7 +40,7 @@ constexpr Instance instance() {
           .max_dim = kMaxDim,
           .max_dim_v = kMaxDim,
           .decode = decode<Decode>,
-          .decode_shared_bytes = Decode::kSharedBytes,
+          .decode_shared_bytes = kDecodeSharedBytes<Decode>,
           .extend = extend<Extend>,
           .extend_shared_bytes = Extend::kSharedBytes,
           .tile_rows = Extend::kRows,

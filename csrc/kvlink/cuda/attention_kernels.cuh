@@ -1,12 +1,9 @@
-// The kernels of paged_attention that attend: tiles of rows over positions.
+// The kernel of calls with q_indptr: tiles of rows over positions.
 #pragma once
 
 #include "kvlink/cuda/attention_tile.cuh"
 
 namespace kvlink::cuda {
-
-// --- extend
-// ---------------------------------------------------------------------------------------
 
 // Calls f(i, row, head, token) for this lane's real rows.
 template <typename Tile, typename F>
@@ -147,73 +144,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
       running.give(tile);
     }
     store_results(args, tile);
-  }
-}
-
-// --- decode
-// ---------------------------------------------------------------------------------------
-
-// Grid: KV heads x tiles of their query heads in x, so that neighbours read the same pages; items
-// (splits of sequences) in y, as many as run at once.
-template <typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
-    decode(const __grid_constant__ Args args) {
-  constexpr int kRows = Tile::kRows, kWarps = Tile::kWarps;
-  constexpr int kOutStride = Tile::kColumns * 8 + 4;  // rows of a warp's result in shared memory
-  static_assert(Tile::kSharedBytes >= sizeof(float) * kWarps * kRows * (kOutStride + 2));
-  const PagedAttentionParams& p = args.p;
-  const int head_dim_v = p.kv.layout.head_dim_v;
-  const int num_items = args.plans[args.num_seqs].first_item;
-  auto* outs = reinterpret_cast<float*>(shared_memory());  // [kWarps][kRows][kOutStride]
-  auto* states = reinterpret_cast<State*>(outs + kWarps * kRows * kOutStride);
-  for (int item = static_cast<int>(blockIdx.y); item < num_items;
-       item += static_cast<int>(gridDim.y)) {
-    const SequencePlan plan = args.plans[find_sequence(args, item)];
-    const int num_kv_heads = p.kv.layout.num_kv_heads;
-    Tile tile(args, plan, static_cast<int>(blockIdx.x) % num_kv_heads,
-              static_cast<int>(blockIdx.x) / num_kv_heads * kRows);
-    const int first = (plan.first_split + item - plan.first_item) * Tile::kSplitTokens;
-    tile.place(kRows, first, first + Tile::kSplitTokens);
-    attend(tile, [] {});
-    // Each warp has seen a part of every block.
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = Tile::warp() * kRows + tile.tile_row(i);
-      if (tile.owns_state()) states[row] = {tile.max[i], tile.sum[i]};
-#pragma unroll
-      for (int j = 0; j < Tile::kColumns; ++j) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          outs[row * kOutStride + tile.dim_of(j, half)] = tile.out[0][j][2 * i + half];
-        }
-      }
-    }
-    __syncthreads();
-    for (int row = Tile::warp(); row < kRows; row += kWarps) {
-      if (tile.first_row + row >= tile.num_rows()) break;
-      State all{-INFINITY, 0.0f};
-      float factors[kWarps];
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) all.max = fmaxf(all.max, states[i * kRows + row].max);
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) {
-        const State part = states[i * kRows + row];
-        factors[i] = exp2_fast(part.max - finite(all.max));
-        all.sum += part.sum * factors[i];
-      }
-      const int64_t at =
-          static_cast<int64_t>(item) * p.num_q_heads + tile.head_of(tile.first_row + row);
-      if (Tile::lane() == 0) args.states[at] = all;
-      for (int dim = Tile::lane(); dim < head_dim_v; dim += 32) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kWarps; ++i) {
-          sum += outs[(i * kRows + row) * kOutStride + dim] * factors[i];
-        }
-        args.outs[at * head_dim_v + dim] = sum;
-      }
-    }
-    __syncthreads();
   }
 }
 

@@ -1,72 +1,12 @@
-// The plan of a call's work: one small kernel, from what only the device knows.
+// The plan of a call with q_indptr: one small kernel, from what only the device knows.
 #pragma once
 
-#include "kvlink/cuda/attention_args.cuh"
+#include "kvlink/cuda/attention_sequence.cuh"
 #include "kvlink/cuda/prefill_tiles.cuh"
 
 namespace kvlink::cuda {
 
 inline constexpr int kPlanThreads = 256;
-
-__device__ inline bool rises(const Args& args, const int32_t* indptr, int seq, int64_t total) {
-  const bool good = indptr[seq] >= 0 && indptr[seq] <= indptr[seq + 1] && indptr[seq + 1] <= total;
-  if (!good) record_error(args.errors, BadEntry::kIndptr, seq + 1, indptr[seq + 1]);
-  return good;
-}
-
-// What can be trusted of a sequence, but for its place in the work.
-__device__ inline SequencePlan check_sequence(const Args& args, int seq) {
-  const PagedAttentionParams& p = args.p;
-  SequencePlan plan{};
-  int64_t num_entries = p.num_entries;
-  plan.first_entry = seq * p.page_table_stride;
-  plan.first_expected = seq * p.expected_stride;
-  bool good = true;
-  if (p.page_indptr) {
-    good = rises(args, p.page_indptr, seq, p.num_entries);
-    plan.first_entry = plan.first_expected = good ? p.page_indptr[seq] : 0;
-    num_entries = good ? p.page_indptr[seq + 1] - plan.first_entry : 0;
-  }
-  plan.first_row = seq;
-  plan.num_rows = 1;
-  if (p.q_indptr) {
-    const bool rows_good = rises(args, p.q_indptr, seq, p.num_tokens);
-    plan.first_row = rows_good ? p.q_indptr[seq] : 0;
-    plan.num_rows = rows_good ? p.q_indptr[seq + 1] - plan.first_row : 0;
-  }
-  const int64_t seq_len = p.seq_lens[seq];
-  if (seq_len < 0 || seq_len > num_entries * p.kv.layout.page_size ||
-      (seq_len > 0 && !p.q_positions && seq_len < plan.num_rows)) {
-    if (good) record_error(args.errors, BadEntry::kSeqLens, seq, seq_len);
-    good = false;
-  }
-  plan.seq_len = good ? static_cast<int>(seq_len) : 0;
-  if (p.mask && plan.seq_len > 0 && plan.num_rows > 0) {
-    plan.mask_start = p.mask_starts ? p.mask_starts[seq] : plan.seq_len - plan.num_rows;
-    if (plan.mask_start < 0 || plan.mask_start > plan.seq_len ||
-        plan.seq_len - plan.mask_start > 8 * p.mask_bytes) {
-      record_error(args.errors, BadEntry::kMaskStarts, seq, plan.mask_start);
-      plan.seq_len = 0;
-    }
-  }
-  return plan;
-}
-
-// What a sequence's rows see together, in splits.
-__device__ inline void find_splits(const Args& args, SequencePlan* plan) {
-  Range range{0, 0};
-  if (plan->num_rows > 0 && plan->seq_len > 0) {
-    const auto sees = [&](int row) {
-      return visible(args.p, position_of(args.p, *plan, row, args.errors), plan->seq_len);
-    };
-    range = {sees(0).begin, sees(plan->num_rows - 1).end};
-  }
-  plan->first_split = range.begin / args.split_tokens;
-  plan->num_splits =
-      range.end > range.begin
-          ? (range.end + args.split_tokens - 1) / args.split_tokens - plan->first_split
-          : 0;
-}
 
 // Sum of `mine` over this thread and those before it; *all: over all. `sums`: [2][kPlanThreads].
 __device__ inline int running_sum(int* sums, int mine, int* all) {
@@ -89,7 +29,7 @@ __device__ inline int running_sum(int* sums, int mine, int* all) {
 
 // One block. It waits for what `ready` says; when that does not come, no sequence sees anything.
 //
-// Extend: rows of a sequence in few tiles go split by split, as long as there are slots for their
+// Rows of a sequence in few tiles go split by split, as long as there are slots for their
 // states; others walk all they see and fold on the way, with the same bits.
 static __global__ void __launch_bounds__(kPlanThreads)
     make_plans(const __grid_constant__ Args args) {
@@ -109,25 +49,22 @@ static __global__ void __launch_bounds__(kPlanThreads)
       if (!ready) plan.seq_len = 0;
       find_splits(args, &plan);
     }
-    int items = plan.num_splits, slots = 0, folded = 0, all;
-    if (!args.decode) {
-      const int all_rows = plan.num_rows * group, rows = all_rows > args.most_rows ? 0 : all_rows;
-      const int tiles = (rows + args.tile_rows - 1) / args.tile_rows;
-      const bool divides = plan.num_splits > 1 && tiles <= kMaxSplitTiles;
-      const int64_t wanted = divides ? static_cast<int64_t>(rows) * plan.num_splits : 0;
-      slots = wanted <= args.max_slots ? static_cast<int>(wanted) : args.max_slots + 1;
-      // NOTE: at most kPlanThreads times max_slots + 1, which fits.
-      const int end = before.first_slot + running_sum(sums, slots, &all);
-      plan.first_slot = end - slots;
-      before.first_slot =
-          before.first_slot + all <= args.max_slots ? before.first_slot + all : args.max_slots + 1;
-      const bool divided = divides && end <= args.max_slots;
-      if (!divided) plan.num_splits = 1;
-      items = tiles * plan.num_splits;
-      folded = divided ? rows : 0;
-      plan.first_folded = before.first_folded + running_sum(sums, folded, &all) - folded;
-      before.first_folded += all;
-    }
+    int all;
+    const int all_rows = plan.num_rows * group, rows = all_rows > args.most_rows ? 0 : all_rows;
+    const int tiles = (rows + args.tile_rows - 1) / args.tile_rows;
+    const bool divides = plan.num_splits > 1 && tiles <= kMaxSplitTiles;
+    const int64_t wanted = divides ? static_cast<int64_t>(rows) * plan.num_splits : 0;
+    const int slots = wanted <= args.max_slots ? static_cast<int>(wanted) : args.max_slots + 1;
+    // NOTE: at most kPlanThreads times max_slots + 1, which fits.
+    const int end = before.first_slot + running_sum(sums, slots, &all);
+    plan.first_slot = end - slots;
+    before.first_slot =
+        before.first_slot + all <= args.max_slots ? before.first_slot + all : args.max_slots + 1;
+    const bool divided = divides && end <= args.max_slots;
+    if (!divided) plan.num_splits = 1;
+    const int items = tiles * plan.num_splits, folded = divided ? rows : 0;
+    plan.first_folded = before.first_folded + running_sum(sums, folded, &all) - folded;
+    before.first_folded += all;
     plan.first_item = before.first_item + running_sum(sums, items, &all) - items;
     before.first_item += all;
     if (seq < args.num_seqs) args.plans[seq] = plan;

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "kvlink/cuda/device_facts.hpp"
 #include "kvlink/cuda/error_record.hpp"
 
 namespace kvlink::cuda {
@@ -13,9 +14,7 @@ void launch(const char* what, void (*kernel)(Args), dim3 grid, unsigned num_thre
             size_t shared_bytes, cudaStream_t stream, const Args& args) {
   constexpr size_t kAlwaysAllowed = 48 << 10;
   if (shared_bytes > kAlwaysAllowed) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_bytes)),
-               what);
+    allow_shared_bytes(what, reinterpret_cast<const void*>(kernel), shared_bytes);
   }
   kernel<<<grid, num_threads, shared_bytes, stream>>>(args);
   check_cuda(cudaGetLastError(), what);

@@ -1,5 +1,5 @@
-// Three steps: a plan of the work, made on the device from seq_lens; tiles of it; and the splits of
-// each row put together.
+// Without q_indptr one kernel does it all. With it there are three steps: a plan of the work, made
+// on the device from seq_lens; tiles of it; and the splits of each row put together.
 #include <algorithm>
 
 #include "kvlink/base/check.hpp"
@@ -7,9 +7,10 @@
 #include "kvlink/cuda/attention_fold.cuh"
 #include "kvlink/cuda/attention_instances.cuh"
 #include "kvlink/cuda/attention_plan.cuh"
+#include "kvlink/cuda/device_facts.hpp"
 #include "kvlink/cuda/launch.cuh"
 #include "kvlink/cuda/paged_attention_sm90.hpp"
-#include "kvlink/cuda/scratch.hpp"
+#include "kvlink/cuda/workspace.hpp"
 
 namespace kvlink::cuda {
 
@@ -80,14 +81,6 @@ void check_shapes(const PagedAttentionParams& p) {
                " positions; got ", p.num_entries, " entries of ", p.kv.layout.page_size);
 }
 
-unsigned num_processors() {
-  int device = 0, count = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-             "cudaDeviceGetAttribute");
-  return static_cast<unsigned>(count);
-}
-
 // Of at most `wanted` blocks for each of `columns`, `each` for a processor; some may wait for their
 // turn.
 unsigned num_rows_of_blocks(int64_t wanted, int64_t columns, int64_t each) {
@@ -95,34 +88,32 @@ unsigned num_rows_of_blocks(int64_t wanted, int64_t columns, int64_t each) {
       std::clamp<int64_t>(ceil_div(num_processors() * each, columns), 1, wanted));
 }
 
-void plan(const Args& args, cudaStream_t stream) {
-  launch("paged_attention: plan", make_plans, dim3(1), kPlanThreads,
-         (2 * kPlanThreads + 1) * sizeof(int), stream, args);
+// One thread, before decode of a call with readiness: its answer is that of all blocks.
+__global__ void await_ready(const __grid_constant__ Args args) {
+  *args.verdict = wait_ready(args.ready, args.errors);
 }
 
 // Sequences [first_seq, first_seq + num_seqs), with at most `max_items` splits.
 void run_decode(const Instance& with, Args args, int64_t max_items, cudaStream_t stream) {
   const PagedAttentionParams& p = args.p;
   const KVLayout& layout = p.kv.layout;
-  const int64_t outs_bytes = max_items * p.num_q_heads * layout.head_dim_v * 4;
-  const int64_t states_bytes = max_items * p.num_q_heads * static_cast<int64_t>(sizeof(State));
-  const Scratch scratch(outs_bytes + states_bytes + (args.num_seqs + 1) * sizeof(SequencePlan),
-                        stream);
-  args.outs = reinterpret_cast<float*>(scratch.data());
-  args.states = reinterpret_cast<State*>(scratch.data() + outs_bytes);
-  args.plans = reinterpret_cast<SequencePlan*>(scratch.data() + outs_bytes + states_bytes);
-  plan(args, stream);
   const int64_t tiles = ceil_div(int64_t{p.num_q_heads / layout.num_kv_heads}, 16);
   const auto columns = static_cast<unsigned>(layout.num_kv_heads * tiles);
-  if (max_items > 0) {
-    launch("paged_attention: decode", with.decode,
-           dim3(columns, num_rows_of_blocks(max_items, columns, 8)), 128, with.decode_shared_bytes,
-           stream, args);
+  const int64_t outs_bytes = max_items * p.num_q_heads * layout.head_dim_v * 4;
+  const int64_t states_bytes = max_items * p.num_q_heads * static_cast<int64_t>(sizeof(State));
+  Workspace workspace(args.num_seqs * int64_t{columns}, outs_bytes + states_bytes + sizeof(int),
+                      stream);
+  args.counters = workspace.counters();
+  args.outs = reinterpret_cast<float*>(workspace.data());
+  args.states = reinterpret_cast<State*>(workspace.data() + outs_bytes);
+  if (args.ready.num_items > 0) {
+    args.verdict = reinterpret_cast<int*>(workspace.data() + outs_bytes + states_bytes);
+    launch("paged_attention: ready", await_ready, dim3(1), 1, 0, stream, args);
   }
-  constexpr int kWarps = kCombineThreads / 32;
-  launch("paged_attention: combine", combine_splits,
-         dim3(static_cast<unsigned>(ceil_div(int64_t{args.num_seqs} * p.num_q_heads, kWarps))),
-         kCombineThreads, 0, stream, args);
+  launch("paged_attention: decode", with.decode,
+         dim3(columns, num_rows_of_blocks(max_items, columns, 8)), kDecodeThreads,
+         with.decode_shared_bytes, stream, args);
+  workspace.queued();
 }
 
 void run_extend(const Instance& with, Args args, int64_t max_splits, cudaStream_t stream) {
@@ -146,28 +137,30 @@ void run_extend(const Instance& with, Args args, int64_t max_splits, cudaStream_
   args.most_rows = prefill.lacks ? INT32_MAX : prefill.most_rows;
   const int64_t max_prefill = rows > args.most_rows ? rows / kPrefillRows + args.num_seqs : 0;
   const int64_t prefill_bytes = round_up((max_prefill + 1) * int64_t{sizeof(PrefillTile)}, 16);
-  const Scratch scratch(
-      running_bytes + plans_bytes + prefill_bytes + slots * (out_bytes + state_bytes), stream);
-  char* at = scratch.data();
+  Workspace workspace(
+      0, running_bytes + plans_bytes + prefill_bytes + slots * (out_bytes + state_bytes), stream);
+  char* at = workspace.data();
   args.running = reinterpret_cast<float4*>(at);
   args.plans = reinterpret_cast<SequencePlan*>(at += running_bytes);
   if (max_prefill > 0) args.prefill = reinterpret_cast<PrefillTile*>(at + plans_bytes);
   args.states = reinterpret_cast<State*>(at += plans_bytes + prefill_bytes);
   args.outs = reinterpret_cast<float*>(at + slots * state_bytes);
   args.max_slots = static_cast<int>(slots);
-  plan(args, stream);
+  launch("paged_attention: plan", make_plans, dim3(1), kPlanThreads,
+         (2 * kPlanThreads + 1) * sizeof(int), stream, args);
   if (args.prefill) {
     paged_attention_sm90(p, args.plans, args.prefill, max_prefill, args.errors, prefill.parts,
                          stream);
   }
   launch("paged_attention: extend", with.extend, dim3(static_cast<unsigned>(heads), rows_of_blocks),
          with.threads, with.extend_shared_bytes, stream, args);
-  if (slots == 0) return;
-  const int64_t folded = std::min(divided, slots / 2) * heads;
-  launch(
-      "paged_attention: fold", fold_splits,
-      dim3(num_rows_of_blocks(std::max<int64_t>(1, ceil_div(folded, kCombineThreads / 32)), 1, 16)),
-      kCombineThreads, 0, stream, args);
+  if (slots > 0) {
+    const int64_t folded = std::min(divided, slots / 2) * heads;
+    const int64_t blocks = std::max<int64_t>(1, ceil_div(folded, kFoldThreads / 32));
+    launch("paged_attention: fold", fold_splits, dim3(num_rows_of_blocks(blocks, 1, 16)),
+           kFoldThreads, 0, stream, args);
+  }
+  workspace.queued();
 }
 
 }  // namespace
@@ -182,29 +175,31 @@ void paged_attention(const PagedAttentionParams& params, const ReadyCounters& re
   const bool decodes = params.q_indptr == nullptr && with.decode != nullptr;
   Args args{.p = params,
             .ready = ready,
-            .plans = nullptr,
             .states = nullptr,
             .outs = nullptr,
-            .running = nullptr,
             .errors = error_record(),
-            .first_seq = 0,
             .num_seqs = static_cast<int>(params.num_seqs),
             .split_tokens = decodes ? kDecodeSplitTokens : with.split_tokens,
+            .first_seq = 0,
+            .verdict = nullptr,
+            .counters = nullptr,
+            .plans = nullptr,
+            .running = nullptr,
             .tile_rows = with.tile_rows,
             .max_slots = 0,
             .prefill = nullptr,
-            .most_rows = INT32_MAX,
-            .decode = decodes};
+            .most_rows = INT32_MAX};
   const int64_t splits = ceil_div(params.num_entries * layout.page_size, args.split_tokens);
   if (!decodes) return run_extend(with, args, splits, stream);
   if (params.page_indptr) return run_decode(with, args, splits + params.num_seqs, stream);
   // Wide page tables, of which little may be used: no more sequences at a time than fit.
-  const int64_t seq_bytes = splits * params.num_q_heads * (layout.head_dim_v + 2) * 4;
-  const auto at_once = static_cast<int>(std::clamp<int64_t>(
-      kMaxWorkspaceBytes / std::max<int64_t>(seq_bytes, 1), 1, params.num_seqs));
+  const int64_t items = std::max<int64_t>(splits, 1);
+  const int64_t seq_bytes = items * params.num_q_heads * (layout.head_dim_v + 2) * 4;
+  const auto at_once =
+      static_cast<int>(std::clamp<int64_t>(kMaxWorkspaceBytes / seq_bytes, 1, params.num_seqs));
   for (; args.first_seq < params.num_seqs; args.first_seq += at_once) {
     args.num_seqs = std::min(at_once, static_cast<int>(params.num_seqs) - args.first_seq);
-    run_decode(with, args, args.num_seqs * splits, stream);
+    run_decode(with, args, args.num_seqs * items, stream);
     args.ready.timeout_ns = 0;  // whoever comes later need not wait again
   }
 }

@@ -155,6 +155,35 @@ __device__ inline void add_of_system(uint64_t* at, uint64_t value) {
   asm volatile("red.release.sys.global.add.u64 [%0], %1;\n" ::"l"(at), "l"(value) : "memory");
 }
 
+// Adds 1 to a counter of the device and returns what it was. What a thread's block has stored (with
+// a __syncthreads in between) is seen by every block whose number is greater.
+__device__ inline uint32_t take_number(uint32_t* counter) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;\n"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
+}
+
+// What other blocks have stored, past L1. Aligned to its size.
+__device__ inline float2 load_pair_of_blocks(const void* from) {
+  float2 pair;
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];\n"
+               : "=f"(pair.x), "=f"(pair.y)
+               : "l"(from)
+               : "memory");
+  return pair;
+}
+__device__ inline float4 load_four_of_blocks(const void* from) {
+  float4 four;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w)
+               : "l"(from)
+               : "memory");
+  return four;
+}
+
 __device__ inline uint64_t global_time_ns() {
   uint64_t now;
   asm volatile("mov.u64 %0, %%globaltimer;\n" : "=l"(now));

@@ -245,6 +245,13 @@ inline void add_of_system(uint64_t* at, uint64_t value) {
   __atomic_fetch_add(at, value, __ATOMIC_RELEASE);
 }
 
+inline uint32_t take_number(uint32_t* counter) {
+  emulation::yield();
+  return (*counter)++;
+}
+inline float2 load_pair_of_blocks(const void* from) { return *static_cast<const float2*>(from); }
+inline float4 load_four_of_blocks(const void* from) { return *static_cast<const float4*>(from); }
+
 inline uint64_t global_time_ns() {
   const auto now = std::chrono::steady_clock::now().time_since_epoch();
   return static_cast<uint64_t>(std::chrono::nanoseconds(now).count());
