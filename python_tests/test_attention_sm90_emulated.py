@@ -107,7 +107,9 @@ def test_what_the_kernel_lacks_is_told(emulated_cuda: Emulation) -> None:
         few = dict(q_lens=(9,), seq_lens=(9,))
         inputs = make_attention(AttentionCase(**(BFLOAT16 | few | case)))
         out, _ = attend(inputs.args, inputs.kwargs)
-        assert_close(out, reference(*inputs.args, **inputs.kwargs)[0])
+        assert_close(
+            out, reference(*inputs.args, **inputs.kwargs)[0], slack=rounded_weights(inputs.case)
+        )
         return str(emulated_cuda.module.last_prefill())
 
     assert told() == "wgmma"  # although 18 rows are few for it
@@ -149,4 +151,6 @@ def test_masks_are_those_of_other_seeds(emulated_cuda: Emulation) -> None:
         case = replace(CASES["everything"], seed=seed, q_lens=(90,), seq_lens=(200 + seed * 37,))
         inputs = make_attention(case)
         out, _ = attend(inputs.args, inputs.kwargs)
-        assert_close(out, reference(*inputs.args, **inputs.kwargs)[0])
+        assert_close(
+            out, reference(*inputs.args, **inputs.kwargs)[0], slack=rounded_weights(inputs.case)
+        )

@@ -46,12 +46,14 @@ def test_overlap_lines() -> None:
 
 
 def test_attention_lines() -> None:
-    cases = ["scaling_1k", "plan_256"]
+    cases = ["scaling_1k", "plan_256", "call_overhead"]
     done = run("--case", *cases, "--no-torch", "--seconds", "0.05", "--json", family="attention")
     assert done.returncode == 0, done.stderr
     figures = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [figure["case"] for figure in figures] == ["scaling_1k", "scaling_1k", "plan_256"]
-    assert [figure["note"] for figure in figures] == ["", "1 thread", ""]
+    assert [figure["case"] for figure in figures] == [
+        "scaling_1k", "scaling_1k", "plan_256", "call_overhead", "call_overhead",
+    ]  # fmt: skip
+    assert [figure["note"] for figure in figures] == ["", "1 thread", "", "a call", "in Python"]
     for figure in figures:
         assert list(figure) == FIELDS
         assert figure["ms"] > 0

@@ -19,10 +19,13 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     cuda::check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
-    cuda::check_cuda(cudaSetDevice(device), "cudaSetDevice");
+    if (device != before_) cuda::check_cuda(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = device != before_;
   }
   explicit DeviceGuard(const PoolView& pool) : DeviceGuard(cuda_device(pool)) {}
-  ~DeviceGuard() { cudaSetDevice(before_); }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
@@ -34,6 +37,7 @@ class DeviceGuard {
   }
 
   int before_ = 0;
+  bool changed_ = false;
 };
 
 inline cudaStream_t as_stream(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }

@@ -1,6 +1,7 @@
 #include "tensor.hpp"
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "kvlink/base/check.hpp"
 
@@ -168,15 +169,16 @@ bool Tensor::is_contiguous() const {
 }
 
 std::string Tensor::type_name() const {
+  const auto sized = [&](const char* kind) { return kind + std::to_string(type_.bits); };
   switch (type_.code) {
     case dlpack::kInt:
-      return concat("int", int{type_.bits});
+      return sized("int");
     case dlpack::kUInt:
-      return concat("uint", int{type_.bits});
+      return sized("uint");
     case dlpack::kFloat:
-      return concat("float", int{type_.bits});
+      return sized("float");
     case dlpack::kBFloat:
-      return concat("bfloat", int{type_.bits});
+      return sized("bfloat");
     case dlpack::kBool:
       return "bool";
     case dlpack::kFloat8E4M3FN:
@@ -203,28 +205,43 @@ DType dtype_from_name(const std::string& name) {
   throw InvalidArgument(concat("dtype: unknown name '", name, "'"));
 }
 
-void Symbols::bind(const std::string& symbol, int64_t value, std::string_view used_by) {
-  sizes_[symbol] = {value, std::string(used_by)};
+const Symbols::Binding* Symbols::find(std::string_view symbol) const {
+  const auto found = std::find_if(sizes_.begin(), sizes_.end(),
+                                  [&](const Binding& each) { return each.symbol == symbol; });
+  return found == sizes_.end() ? nullptr : &*found;
 }
 
-void Symbols::match(const std::string& symbol, int64_t value, std::string_view used_by) {
-  const auto found = sizes_.find(symbol);
-  if (found == sizes_.end()) return bind(symbol, value, used_by);
-  KVLINK_CHECK(found->second.size == value, used_by, ": expected ", symbol, " = ",
-               found->second.size, " as in ", found->second.bound_by, "; got ", value);
+void Symbols::bind(std::string_view symbol, int64_t value, std::string_view used_by) {
+  sizes_.push_back({std::string(symbol), value, std::string(used_by)});
 }
 
-Tensor TensorSpec::import(const py::handle& object, Symbols& symbols) const {
-  Tensor tensor(object, name);
+void Symbols::match(std::string_view symbol, int64_t value, std::string_view used_by) {
+  const Binding* const found = find(symbol);
+  if (!found) return bind(symbol, value, used_by);
+  KVLINK_CHECK(found->size == value, used_by, ": expected ", symbol, " = ", found->size, " as in ",
+               found->bound_by, "; got ", value);
+}
+
+int64_t Symbols::operator[](std::string_view symbol) const {
+  const Binding* const found = find(symbol);
+  if (!found) throw std::out_of_range("no such symbol");
+  return found->size;
+}
+
+std::string TensorSpec::describe_shape() const {
   std::string wanted = "[";
   for (size_t i = 0; i < axes.size(); ++i) {
     wanted += i ? ", " : "";
     const auto* symbol = std::get_if<const char*>(&axes[i]);
     wanted += symbol ? *symbol : std::to_string(std::get<int64_t>(axes[i]));
   }
-  wanted += "]";
-  KVLINK_CHECK(tensor.shape().size() == axes.size(), name, ": expected shape ", wanted, "; got ",
-               describe(tensor.shape()));
+  return wanted + "]";
+}
+
+Tensor TensorSpec::import(const py::handle& object, Symbols& symbols) const {
+  Tensor tensor(object, name);
+  KVLINK_CHECK(tensor.shape().size() == axes.size(), name, ": expected shape ", describe_shape(),
+               "; got ", describe(tensor.shape()));
   const std::string type = tensor.type_name();
   if (std::find(dtypes.begin(), dtypes.end(), type) == dtypes.end()) {
     std::string names;
@@ -238,8 +255,8 @@ Tensor TensorSpec::import(const py::handle& object, Symbols& symbols) const {
     if (const auto* symbol = std::get_if<const char*>(&axes[i])) {
       symbols.match(*symbol, tensor.dim(i), name);
     } else {
-      KVLINK_CHECK(tensor.dim(i) == std::get<int64_t>(axes[i]), name, ": expected shape ", wanted,
-                   "; got ", describe(tensor.shape()));
+      KVLINK_CHECK(tensor.dim(i) == std::get<int64_t>(axes[i]), name, ": expected shape ",
+                   describe_shape(), "; got ", describe(tensor.shape()));
     }
   }
   if (strides == Strides::kContiguous) {

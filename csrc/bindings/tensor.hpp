@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <initializer_list>
-#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -76,16 +75,19 @@ class Tensor {
 // Sizes bound by name on first use; every later use must agree.
 class Symbols {
  public:
-  void bind(const std::string& symbol, int64_t value, std::string_view used_by);
-  void match(const std::string& symbol, int64_t value, std::string_view used_by);
-  int64_t operator[](const std::string& symbol) const { return sizes_.at(symbol).size; }
+  void bind(std::string_view symbol, int64_t value, std::string_view used_by);
+  void match(std::string_view symbol, int64_t value, std::string_view used_by);
+  int64_t operator[](std::string_view symbol) const;
 
  private:
   struct Binding {
+    std::string symbol;
     int64_t size;
     std::string bound_by;
   };
-  std::map<std::string, Binding> sizes_;
+  const Binding* find(std::string_view symbol) const;
+
+  std::vector<Binding> sizes_;  // few: looked through faster than looked up
 };
 
 // What one argument must look like. An axis is a symbol or a fixed size.
@@ -103,6 +105,9 @@ struct TensorSpec {
   Tensor import(const py::handle& object, Symbols& symbols) const;
   // None gives an empty optional.
   std::optional<Tensor> import_optional(const py::handle& object, Symbols& symbols) const;
+
+ private:
+  std::string describe_shape() const;
 };
 
 // The storage type of that canonical name. Throws InvalidArgument.

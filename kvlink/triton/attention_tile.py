@@ -59,6 +59,7 @@ def attend(
     KIND: tl.constexpr,
     OPERAND: tl.constexpr,
     OPERAND_V: tl.constexpr,
+    ROUNDED: tl.constexpr,  # weights, to OPERAND_V; else they are two numbers of it
     NATIVE_FP8: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -177,10 +178,10 @@ def attend(
         if tl.float32 == OPERAND_V:
             acc = dot(weights, values, acc)
         else:
-            # NOTE: one product with weights of 8 or 11 bits would be less than float32 accumulates.
             high = weights.to(OPERAND_V)
             acc = dot(high, values, acc)
-            acc = dot((weights - high.to(tl.float32)).to(OPERAND_V), values, acc)
+            if not ROUNDED:
+                acc = dot((weights - high.to(tl.float32)).to(OPERAND_V), values, acc)
     return acc, largest, total, bad_position
 
 

@@ -42,7 +42,8 @@ def attention_kernel(
     num_entries, num_pages, num_seqs, num_tokens, num_splits, scale, softcap, window,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     PER_TOKEN: tl.constexpr, KIND: tl.constexpr, OUT_KIND: tl.constexpr,
-    OPERAND: tl.constexpr, OPERAND_V: tl.constexpr, NATIVE_FP8: tl.constexpr,
+    OPERAND: tl.constexpr, OPERAND_V: tl.constexpr, ROUNDED: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
     PAGE_SIZE: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     MAIN: tl.constexpr, REST: tl.constexpr, DIMS_V: tl.constexpr, V_IS_MAIN: tl.constexpr,
@@ -177,8 +178,8 @@ def attention_kernel(
             k + kv_head * k_strides[2], v + kv_head * v_strides[2], k_scale, v_scale,
             k_strides, v_strides, k_scale_strides, v_scale_strides, score_scale, softcap, window,
             False, APART, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_slopes is not None, PER_TOKEN,
-            KIND, OPERAND, OPERAND_V, NATIVE_FP8, PAGE_SIZE, HEAD_DIM, HEAD_DIM_V, MAIN, REST,
-            DIMS_V, V_IS_MAIN, N,
+            KIND, OPERAND, OPERAND_V, ROUNDED, NATIVE_FP8, PAGE_SIZE, HEAD_DIM, HEAD_DIM_V, MAIN,
+            REST, DIMS_V, V_IS_MAIN, N,
         )  # fmt: skip
     acc, largest, total, bad_position = attend(
         acc, largest, total, bad_position, q_main, q_rest, q_position, slopes,
@@ -187,8 +188,8 @@ def attention_kernel(
         k + kv_head * k_strides[2], v + kv_head * v_strides[2], k_scale, v_scale,
         k_strides, v_strides, k_scale_strides, v_scale_strides, score_scale, softcap, window,
         True, APART, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, alibi_slopes is not None, PER_TOKEN, KIND,
-        OPERAND, OPERAND_V, NATIVE_FP8, PAGE_SIZE, HEAD_DIM, HEAD_DIM_V, MAIN, REST, DIMS_V,
-        V_IS_MAIN, N,
+        OPERAND, OPERAND_V, ROUNDED, NATIVE_FP8, PAGE_SIZE, HEAD_DIM, HEAD_DIM_V, MAIN, REST,
+        DIMS_V, V_IS_MAIN, N,
     )  # fmt: skip
 
     # --- results ---------------------------------------------------------------------------------

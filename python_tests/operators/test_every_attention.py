@@ -11,7 +11,13 @@ from places import Place
 import kvlink
 from kvlink.errors import PageTableError, Unsupported
 from kvlink.reference.paged_attention import paged_attention as reference
-from kvlink.testing.cases import AttentionCase, AttentionInputs, cpu_slack, make_attention
+from kvlink.testing.cases import (
+    AttentionCase,
+    AttentionInputs,
+    cpu_slack,
+    device_slack,
+    make_attention,
+)
 from kvlink.testing.tolerances import assert_close, assert_same_bits
 
 MIXED = dict(q_lens=(1, 7, 20), seq_lens=(130, 25, 70))
@@ -57,7 +63,10 @@ def check(place: Place, case: AttentionCase) -> None:
         return
     expected, expected_lse = reference(*inputs.args, **inputs.kwargs)
     assert bool(expected.isfinite().all()), "the case leaks poison"
-    slack = cpu_slack(case) if place.backend == "cpu" else None
+    slack = None
+    if place.backend != "reference":
+        on_cpu = place.backend == "cpu"
+        slack = cpu_slack(case) if on_cpu else device_slack(case, place.backend == "triton")
     assert_close(result[0], expected, slack=slack)
     assert_close(result[1], expected_lse, "lse")
 

@@ -45,6 +45,7 @@ struct Args {
   int split_tokens;
   // decode
   int first_seq;
+  int max_items;       // for which there are states
   int* verdict;        // of await_ready; null: nothing was to be waited for
   uint32_t* counters;  // [num_seqs, grid's x] of splits that are done: 0 when a kernel begins
   // extend

@@ -10,36 +10,28 @@ namespace kvlink::cuda {
 
 inline constexpr int kDecodeThreads = 128;
 
-__device__ inline SequencePlan decode_sequence(const Args& args, int seq) {
-  SequencePlan plan = check_sequence(args, args.first_seq + seq);
-  if (args.verdict && *args.verdict == 0) plan.seq_len = 0;
-  find_splits(args, &plan);
-  return plan;
-}
-
 // The items of a call in the order of its sequences. A sequence that sees nothing has one, too: its
 // rows are written.
 class DecodeItems {
  public:
-  static constexpr size_t kSharedBytes = (kDecodeThreads + 1) * sizeof(int);
+  static constexpr size_t kSharedBytes = (kDecodeThreads + 2) * sizeof(int);
 
   // By all threads of the block.
-  __device__ DecodeItems(const Args& args, int* shared)
-      : args_(args), starts_(shared), run_((args.num_seqs + kDecodeThreads - 1) / kDecodeThreads) {
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-    int sum = 0;
-    for (int i = 0; i < run_; ++i) sum += num_items(thread * run_ + i);
-    sum = sum_of_lanes(sum, lane);
-    starts_[thread + 1] = sum;
-    __syncthreads();
-    for (int warp = 1; warp <= thread / 32; ++warp) sum += starts_[warp * 32];
-    __syncthreads();
-    starts_[thread + 1] = sum;
-    if (thread == 0) starts_[0] = 0;
-    __syncthreads();
+  __device__ DecodeItems(const Args& args, int* shared) : args_(args), starts_(shared) {
+    count(!args.verdict || *args.verdict != 0);
+    // NOTE: so many only if page_indptr is wrong, which has been recorded.
+    if (total() > args.max_items) count(false);
   }
 
   __device__ int total() const { return starts_[kDecodeThreads]; }
+
+  // What its rows see together.
+  __device__ SequencePlan sequence(int seq) const {
+    SequencePlan plan = check_sequence(args_, args_.first_seq + seq);
+    if (starts_[kDecodeThreads + 1] == 0) plan.seq_len = 0;
+    find_splits(args_, &plan);
+    return plan;
+  }
 
   // The sequence that an item belongs to, and that sequence's first item. By whole warps.
   __device__ int find(int item, int* first_item) const {
@@ -53,10 +45,10 @@ class DecodeItems {
       }
     }
     *first_item = starts_[low];
-    if (run_ == 1) return low;
+    if (run() == 1) return low;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    for (int first = low * run_;; first += 32) {
-      const int mine = first + lane < (low + 1) * run_ ? num_items(first + lane) : 0;
+    for (int first = low * run();; first += 32) {
+      const int mine = first + lane < (low + 1) * run() ? num_items(first + lane) : 0;
       const int sum = sum_of_lanes(mine, lane);
       const unsigned beyond = __ballot_sync(0xffffffffu, *first_item + sum > item);
       if (beyond != 0) {
@@ -69,9 +61,30 @@ class DecodeItems {
   }
 
  private:
+  // Sequences of which a thread counts the items.
+  __device__ int run() const { return (args_.num_seqs + kDecodeThreads - 1) / kDecodeThreads; }
+
+  // `sees`: whether any sequence does.
+  __device__ void count(bool sees) {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+    __syncthreads();
+    if (thread == 0) starts_[kDecodeThreads + 1] = sees;
+    __syncthreads();
+    int sum = 0;
+    for (int i = 0; i < run(); ++i) sum += num_items(thread * run() + i);
+    sum = sum_of_lanes(sum, lane);
+    starts_[thread + 1] = sum;
+    __syncthreads();
+    for (int warp = 1; warp <= thread / 32; ++warp) sum += starts_[warp * 32];
+    __syncthreads();
+    starts_[thread + 1] = sum;
+    if (thread == 0) starts_[0] = 0;
+    __syncthreads();
+  }
+
   __device__ int num_items(int seq) const {
     if (seq >= args_.num_seqs) return 0;
-    const int num_splits = decode_sequence(args_, seq).num_splits;
+    const int num_splits = sequence(seq).num_splits;
     return num_splits > 1 ? num_splits : 1;
   }
 
@@ -86,8 +99,7 @@ class DecodeItems {
   }
 
   const Args& args_;
-  int* starts_;  // [kDecodeThreads + 1]: items before each thread's run of sequences
-  int run_;
+  int* starts_;  // [kDecodeThreads + 1] items before each thread's run of sequences; then `sees`
 };
 
 // A row's splits, stored by any blocks, put together in rising order; a warp's work.
@@ -156,7 +168,7 @@ __device__ inline void fold_row(const Args& args, int token, int head, int64_t f
 
 template <typename Tile>
 inline constexpr size_t kDecodeSharedBytes =
-    Tile::kSharedBytes + DecodeItems::kSharedBytes + sizeof(int);
+    Tile::kSharedBytes + DecodeItems::kSharedBytes + 4 * sizeof(int);
 
 // Grid: KV heads x tiles of their query heads in x, so that neighbours read the same pages; items
 // in y, some for each block.
@@ -173,13 +185,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   auto* outs = reinterpret_cast<float*>(shared_memory());  // [kWarps][kRows][kOutStride]
   auto* states = reinterpret_cast<State*>(outs + kWarps * kRows * kOutStride);
   auto* starts = reinterpret_cast<int*>(shared_memory() + Tile::kSharedBytes);
-  int* is_last = starts + kDecodeThreads + 1;
+  // Of the item, since registers are short in attend: its sequence, that one's first item and
+  // number of splits, and whether this is the last split that ends.
+  int* mine = starts + kDecodeThreads + 2;
   const DecodeItems items(args, starts);
   for (int item = static_cast<int>(blockIdx.y); item < items.total();
        item += static_cast<int>(gridDim.y)) {
     int first_item;
     const int seq = items.find(item, &first_item);
-    const SequencePlan plan = decode_sequence(args, seq);
+    const SequencePlan plan = items.sequence(seq);
+    if (threadIdx.x == 0) mine[0] = seq, mine[1] = first_item, mine[2] = plan.num_splits;
     Tile tile(args, plan, static_cast<int>(blockIdx.x) % num_kv_heads,
               static_cast<int>(blockIdx.x) / num_kv_heads * kRows);
     const int first = (plan.first_split + item - first_item) * Tile::kSplitTokens;
@@ -201,7 +216,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     __syncthreads();
     const int num_rows =
         tile.num_rows() - tile.first_row < kRows ? tile.num_rows() - tile.first_row : kRows;
-    const bool alone = plan.num_splits <= 1;
+    const int num_splits = mine[2];
+    const bool alone = num_splits <= 1;
     for (int row = Tile::warp(); row < num_rows; row += kWarps) {
       State all{-INFINITY, 0.0f};
       float factors[kWarps];
@@ -218,7 +234,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
       const Denominator by = alone ? denominator(p, head, all) : Denominator{1.0f, 0.0f};
       if (Tile::lane() == 0 && !alone) args.states[at] = all;
       if (Tile::lane() == 0 && alone && p.lse) {
-        p.lse[static_cast<int64_t>(plan.first_row) * p.num_q_heads + head] = by.lse;
+        p.lse[static_cast<int64_t>(tile.seq.first_row) * p.num_q_heads + head] = by.lse;
       }
       for (int dim = Tile::lane(); dim < head_dim_v; dim += 32) {
         float sum = 0.0f;
@@ -227,7 +243,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
           sum += outs[(i * kRows + row) * kOutStride + dim] * factors[i];
         }
         if (alone) {
-          store_out(p, plan.first_row, head, dim, sum * by.factor);
+          store_out(p, tile.seq.first_row, head, dim, sum * by.factor);
         } else {
           args.outs[at * head_dim_v + dim] = sum;
         }
@@ -236,15 +252,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     if (!alone) {
       __syncthreads();
       if (threadIdx.x == 0) {
-        uint32_t* counter = args.counters + static_cast<int64_t>(seq) * gridDim.x + blockIdx.x;
-        *is_last = take_number(counter) + 1 == static_cast<uint32_t>(plan.num_splits);
-        if (*is_last != 0) *counter = 0;
+        uint32_t* counter = args.counters + static_cast<int64_t>(mine[0]) * gridDim.x + blockIdx.x;
+        mine[3] = take_number(counter) + 1 == static_cast<uint32_t>(num_splits);
+        if (mine[3] != 0) *counter = 0;
       }
       __syncthreads();
-      if (*is_last != 0) {
+      if (mine[3] != 0) {
         for (int row = Tile::warp(); row < num_rows; row += kWarps) {
-          fold_row(args, plan.first_row, tile.head_of(tile.first_row + row), first_item,
-                   plan.num_splits);
+          fold_row(args, tile.seq.first_row, tile.head_of(tile.first_row + row), mine[1],
+                   num_splits);
         }
       }
     }

@@ -2,9 +2,10 @@
 // each block of positions) and extend (64 rows, 16 to a warp).
 //
 // Positions are taken in blocks, counted from position 0. The scores' block is a product of 16-bit
-// values with float32 sums; the weights enter the second product as two 16-bit parts, a rounded
-// value and the rest, so that they are exact to 2^-16 and results are as close as those of float32.
-// Queries of another dtype than K's enter the first product in two parts, too.
+// values with float32 sums. Queries of the products' dtype enter it as they are, and the weights
+// are rounded to that dtype before they meet V. Queries of another dtype, and then the weights,
+// too, are two parts, a rounded value and the rest, exact to 2^-16: results are as close as those
+// of float32.
 #pragma once
 
 #include "kvlink/cuda/attention_rows.cuh"
@@ -13,7 +14,7 @@
 namespace kvlink::cuda {
 
 // kMaxDim: head_dim and head_dim_v are at most this. kRowWarps: warps side by side over the rows;
-// the others share them, each with its part of every block. kParts: of the queries.
+// the others share them, each with its part of every block. kParts: of queries and weights.
 template <DType kKV, int kMaxDim, int kRowWarps, int kParts>
 struct AttentionTile : TileRows<2, kMaxDim / 8> {
   using Base = TileRows<2, kMaxDim / 8>;
@@ -147,13 +148,15 @@ struct AttentionTile : TileRows<2, kMaxDim / 8> {
     constexpr int kTogether = Stored::kValueColumns;
 #pragma unroll
     for (int i = 0; i < kWarpTokens / 16; ++i) {
-      uint32_t weights[4], rests[4];
+      uint32_t weights[kParts][4];
 #pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        const float* pair = &scores[2 * i + part / 2][part % 2 * 2];
-        weights[part] = pack_halves<kMma>(pair[0], pair[1]);
-        rests[part] = pack_halves<kMma>(pair[0] - half_of<kMma, 0>(weights[part]),
-                                        pair[1] - half_of<kMma, 1>(weights[part]));
+      for (int j = 0; j < 4; ++j) {
+        const float* pair = &scores[2 * i + j / 2][j % 2 * 2];
+        weights[0][j] = pack_halves<kMma>(pair[0], pair[1]);
+        if constexpr (kParts == 2) {
+          weights[1][j] = pack_halves<kMma>(pair[0] - half_of<kMma, 0>(weights[0][j]),
+                                            pair[1] - half_of<kMma, 1>(weights[0][j]));
+        }
       }
 #pragma unroll
       for (int column = 0; column < kColumns; column += kTogether) {
@@ -166,8 +169,10 @@ struct AttentionTile : TileRows<2, kMaxDim / 8> {
               v[j][0] = finite_pair<kMma>(v[j][0], special);
               v[j][1] = finite_pair<kMma>(v[j][1], special);
             }
-            multiply_add<kMma>(this->out[0][column + j], weights, v[j][0], v[j][1]);
-            multiply_add<kMma>(this->out[0][column + j], rests, v[j][0], v[j][1]);
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) {
+              multiply_add<kMma>(this->out[0][column + j], weights[part], v[j][0], v[j][1]);
+            }
           }
         }
       }

@@ -104,6 +104,7 @@ void run_decode(const Instance& with, Args args, int64_t max_items, cudaStream_t
   Workspace workspace(args.num_seqs * int64_t{columns}, outs_bytes + states_bytes + sizeof(int),
                       stream);
   args.counters = workspace.counters();
+  args.max_items = static_cast<int>(max_items);
   args.outs = reinterpret_cast<float*>(workspace.data());
   args.states = reinterpret_cast<State*>(workspace.data() + outs_bytes);
   if (args.ready.num_items > 0) {
@@ -181,6 +182,7 @@ void paged_attention(const PagedAttentionParams& params, const ReadyCounters& re
             .num_seqs = static_cast<int>(params.num_seqs),
             .split_tokens = decodes ? kDecodeSplitTokens : with.split_tokens,
             .first_seq = 0,
+            .max_items = 0,
             .verdict = nullptr,
             .counters = nullptr,
             .plans = nullptr,
