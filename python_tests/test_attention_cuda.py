@@ -168,6 +168,25 @@ def test_a_graph_is_replayed_with_other_lengths(q_len: int) -> None:
         assert bool(out.isfinite().all())
 
 
+def test_graphs_are_replayed_side_by_side() -> None:
+    """Each has its own memory between blocks of a row, though one stream captured both."""
+    args, kwargs = on_device(make_attention(AttentionCase(seq_lens=(3000, 2500, 70), **BFLOAT16)))
+    expected = kvlink.paged_attention(*args, **kwargs)
+    outs = [torch.full_like(expected, float("nan")) for _ in range(2)]
+    graphs = [torch.cuda.CUDAGraph() for _ in outs]
+    for graph, out in zip(graphs, outs, strict=True):
+        with torch.cuda.graph(graph):
+            kvlink.paged_attention(*args, out=out, **kwargs)
+    streams = [torch.cuda.Stream() for _ in outs]
+    for _ in range(20):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for out in outs:
+        assert_same_bits(out.cpu(), expected.cpu())
+
+
 def test_bad_ids_are_reported_later() -> None:
     from kvlink import _cuda
 

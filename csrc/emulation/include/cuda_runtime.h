@@ -15,6 +15,7 @@
 #define __host__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __noinline__
 
 #define CUDART_VERSION 0
 

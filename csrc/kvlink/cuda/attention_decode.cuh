@@ -102,9 +102,10 @@ class DecodeItems {
   int* starts_;  // [kDecodeThreads + 1] items before each thread's run of sequences; then `sees`
 };
 
-// A row's splits, stored by any blocks, put together in rising order; a warp's work.
-__device__ inline void fold_row(const Args& args, int token, int head, int64_t first_item,
-                                int num_splits) {
+// A row's splits, stored by any blocks, put together in rising order; a warp's work. (Inlined, it
+// takes registers from attend.)
+__device__ __noinline__ inline void fold_row(const Args& args, int token, int head,
+                                             int64_t first_item, int num_splits) {
   constexpr int kTogether = 8;  // splits of which values are on their way
   const PagedAttentionParams& p = args.p;
   const int lane = static_cast<int>(threadIdx.x) % 32, head_dim_v = p.kv.layout.head_dim_v;
@@ -166,9 +167,15 @@ __device__ inline void fold_row(const Args& args, int token, int head, int64_t f
   }
 }
 
+// What a block keeps of its item in shared memory, since registers are short in attend.
+struct DecodeItem {
+  int item, seq, first_item, num_splits;
+  int is_last;  // of the row's splits that end
+};
+
 template <typename Tile>
 inline constexpr size_t kDecodeSharedBytes =
-    Tile::kSharedBytes + DecodeItems::kSharedBytes + 4 * sizeof(int);
+    Tile::kSharedBytes + DecodeItems::kSharedBytes + sizeof(DecodeItem);
 
 // Grid: KV heads x tiles of their query heads in x, so that neighbours read the same pages; items
 // in y, some for each block.
@@ -185,16 +192,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   auto* outs = reinterpret_cast<float*>(shared_memory());  // [kWarps][kRows][kOutStride]
   auto* states = reinterpret_cast<State*>(outs + kWarps * kRows * kOutStride);
   auto* starts = reinterpret_cast<int*>(shared_memory() + Tile::kSharedBytes);
-  // Of the item, since registers are short in attend: its sequence, that one's first item and
-  // number of splits, and whether this is the last split that ends.
-  int* mine = starts + kDecodeThreads + 2;
+  auto* kept = reinterpret_cast<DecodeItem*>(starts + DecodeItems::kSharedBytes / sizeof(int));
   const DecodeItems items(args, starts);
-  for (int item = static_cast<int>(blockIdx.y); item < items.total();
-       item += static_cast<int>(gridDim.y)) {
+  for (int item = static_cast<int>(blockIdx.y); item < items.total();) {
     int first_item;
     const int seq = items.find(item, &first_item);
     const SequencePlan plan = items.sequence(seq);
-    if (threadIdx.x == 0) mine[0] = seq, mine[1] = first_item, mine[2] = plan.num_splits;
+    if (threadIdx.x == 0) *kept = {item, seq, first_item, plan.num_splits, 0};
     Tile tile(args, plan, static_cast<int>(blockIdx.x) % num_kv_heads,
               static_cast<int>(blockIdx.x) / num_kv_heads * kRows);
     const int first = (plan.first_split + item - first_item) * Tile::kSplitTokens;
@@ -214,9 +218,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
       }
     }
     __syncthreads();
-    const int num_rows =
-        tile.num_rows() - tile.first_row < kRows ? tile.num_rows() - tile.first_row : kRows;
-    const int num_splits = mine[2];
+    const int group = p.num_q_heads / num_kv_heads;
+    const int first_row = static_cast<int>(blockIdx.x) / num_kv_heads * kRows;
+    const int num_rows = group - first_row < kRows ? group - first_row : kRows;
+    const int first_head = static_cast<int>(blockIdx.x) % num_kv_heads * group + first_row;
+    const int num_splits = kept->num_splits;
     const bool alone = num_splits <= 1;
     for (int row = Tile::warp(); row < num_rows; row += kWarps) {
       State all{-INFINITY, 0.0f};
@@ -229,12 +235,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
         factors[i] = exp2_fast(part.max - finite(all.max));
         all.sum += part.sum * factors[i];
       }
-      const int head = tile.head_of(tile.first_row + row);
-      const int64_t at = static_cast<int64_t>(item) * p.num_q_heads + head;
+      const int head = first_head + row;
+      const int64_t at = static_cast<int64_t>(kept->item) * p.num_q_heads + head;
       const Denominator by = alone ? denominator(p, head, all) : Denominator{1.0f, 0.0f};
       if (Tile::lane() == 0 && !alone) args.states[at] = all;
       if (Tile::lane() == 0 && alone && p.lse) {
-        p.lse[static_cast<int64_t>(tile.seq.first_row) * p.num_q_heads + head] = by.lse;
+        p.lse[static_cast<int64_t>(args.first_seq + kept->seq) * p.num_q_heads + head] = by.lse;
       }
       for (int dim = Tile::lane(); dim < head_dim_v; dim += 32) {
         float sum = 0.0f;
@@ -243,7 +249,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
           sum += outs[(i * kRows + row) * kOutStride + dim] * factors[i];
         }
         if (alone) {
-          store_out(p, tile.seq.first_row, head, dim, sum * by.factor);
+          store_out(p, args.first_seq + kept->seq, head, dim, sum * by.factor);
         } else {
           args.outs[at * head_dim_v + dim] = sum;
         }
@@ -252,18 +258,20 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     if (!alone) {
       __syncthreads();
       if (threadIdx.x == 0) {
-        uint32_t* counter = args.counters + static_cast<int64_t>(mine[0]) * gridDim.x + blockIdx.x;
-        mine[3] = take_number(counter) + 1 == static_cast<uint32_t>(num_splits);
-        if (mine[3] != 0) *counter = 0;
+        uint32_t* counter =
+            args.counters + static_cast<int64_t>(kept->seq) * gridDim.x + blockIdx.x;
+        kept->is_last = take_number(counter) + 1 == static_cast<uint32_t>(num_splits);
+        if (kept->is_last != 0) *counter = 0;
       }
       __syncthreads();
-      if (mine[3] != 0) {
+      if (kept->is_last != 0) {
         for (int row = Tile::warp(); row < num_rows; row += kWarps) {
-          fold_row(args, tile.seq.first_row, tile.head_of(tile.first_row + row), mine[1],
+          fold_row(args, args.first_seq + kept->seq, first_head + row, kept->first_item,
                    num_splits);
         }
       }
     }
+    item = kept->item + static_cast<int>(gridDim.y);
     __syncthreads();
   }
 }
