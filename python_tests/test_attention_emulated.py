@@ -55,7 +55,7 @@ def test_against_the_reference(emulated_cuda: Emulation, case: AttentionCase) ->
     emulated_cuda.seed(1 + case.head_dim)
     out, lse = attend(inputs.args, inputs.kwargs, stream=CAPTURED)
     emulated_cuda.check_errors()
-    assert_close(out, expected, slack=device_slack(case, latent=False))
+    assert_close(out, expected, slack=device_slack(case))
     assert_close(lse, expected_lse, "lse")
 
 
@@ -90,7 +90,7 @@ def test_many_sequences_are_counted_by_every_block(emulated_cuda: Emulation) -> 
         emulated_cuda.seed(stream + 3)
         out, lse = attend(inputs.args, inputs.kwargs, stream=stream)
         emulated_cuda.check_errors()
-        assert_close(out, expected, slack=device_slack(case, latent=False))
+        assert_close(out, expected, slack=device_slack(case))
         assert_close(lse, expected_lse, "lse")
 
 
@@ -179,7 +179,7 @@ def test_walking_splits_gives_the_bits_of_folding_them_later(emulated_cuda: Emul
         q, *rest = inputs.args
         out, lse = attend(inputs.args, inputs.kwargs)
         expected, _ = reference(*inputs.args, **inputs.kwargs)
-        assert_close(out, expected, slack=device_slack(case, latent=False))
+        assert_close(out, expected, slack=device_slack(case))
         last = {**inputs.kwargs, "q_indptr": starts((5,))}
         again, again_lse = attend((q[-5:], *rest), last)
         assert_same_bits(again, out[-5:])
@@ -197,7 +197,7 @@ def test_what_a_row_does_not_see_stays_out_of_it(emulated_cuda: Emulation, kind:
     inputs = make_attention(case)
     _, pool, layer, page_table, _ = inputs.args
     clean, _ = attend(inputs.args, inputs.kwargs)
-    clean_slack = device_slack(case, latent=False)
+    clean_slack = device_slack(case)
     for value in (float("nan"), float("inf")):
         position = 36  # the sixth of the new tokens of the first sequence
         page = int(page_table[0, position // case.page_size])

@@ -229,11 +229,11 @@ def cpu_slack(case: AttentionCase) -> torch.Tensor | None:
     return rounded_weights(case) if case.q_dtype == "bfloat16" and may_round else None
 
 
-def device_slack(case: AttentionCase, latent: bool) -> torch.Tensor | None:
+def device_slack(case: AttentionCase) -> torch.Tensor | None:
     """The same on a device, by CUDA or Triton: weights are rounded where q is of the dtype that
-    products of V are; `latent`: those over latent rows, too."""
+    products of V are, but not over latent rows."""
     products = {"float32": "", "float16": "float16"}.get(case.kv_dtype, "bfloat16")
-    rounds = case.q_dtype == products and (latent or case.form != "latent")
+    rounds = case.q_dtype == products and case.form != "latent"
     return rounded_weights(case) if rounds else None
 
 

@@ -73,7 +73,7 @@ _EXTEND_WIDE: _Lines = (
 _EXTEND_NARROW: _Lines = (  # where 128 rows spill
     (128, 128, "8-bit 16-bit", AttentionConfig(32, 32, 4, 3)),
     (128, 256, "8-bit 16-bit", AttentionConfig(32, 32, 8, 3)),
-    (128, 576, "8-bit 16-bit", AttentionConfig(16, 16, 8, 2)),
+    (128, 576, "8-bit 16-bit", AttentionConfig(16, 16, 8, 3)),
 )
 _ATTENTION: dict[int, _Lines] = {  # from this compute capability on
     100: (*_DECODE, *_EXTEND_WIDE, *_FLOAT32),

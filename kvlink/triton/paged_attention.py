@@ -147,7 +147,8 @@ def tile_shape(pool: TensorPool, q_dtype: str) -> dict[str, Any]:
 
     A row of K is a power of two of elements, MAIN, and the REST up to another one: 576 are 512 and
     64. Products are of q's dtype where that holds K's values exactly, else of float32; those of V
-    of V's own, bfloat16 if it is one byte wide, for which weights are rounded if q is that, too.
+    of V's own, bfloat16 if it is one byte wide. Weights are rounded to that if q is of it, but not
+    over latent rows, where a kernel of one product spills on sm_80.
     """
     main = max(16, 1 << (pool.head_dim.bit_length() - 1))
     left = pool.head_dim - main
@@ -159,7 +160,7 @@ def tile_shape(pool: TensorPool, q_dtype: str) -> dict[str, Any]:
     return dict(
         OPERAND=_DTYPES[q_dtype if narrow or q_dtype == pool.dtype else "float32"],
         OPERAND_V=_DTYPES[operand_v],
-        ROUNDED=q_dtype == operand_v,
+        ROUNDED=q_dtype == operand_v and pool.has_v_plane,
         HEAD_DIM=pool.head_dim,
         HEAD_DIM_V=pool.head_dim_v,
         MAIN=main,
