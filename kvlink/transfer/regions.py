@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from kvlink._check import wrong
+from kvlink._check import shown
 from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.layout import Shard
 from kvlink.pool import KVPool
@@ -64,7 +64,10 @@ class Regions:
         for candidate in regions.values():
             if region is candidate or region is candidate.pool:
                 return candidate
-        raise wrong("region", "a Region of this endpoint or its pool, registered", region)
+        raise InvalidArgument(
+            "region: expected a Region of this endpoint, or its pool; not registered here: got "
+            f"{shown(region)}"
+        )
 
     def all(self) -> dict[int, Region]:
         """All of them, by number."""
