@@ -254,7 +254,7 @@ class Call {
   bool waits(int32_t idx) const {
     const AttentionPlan::Unit& unit = plan_.units[idx];
     if (unit.shared || unit.group < 0) return false;
-    return unit.num_parts == 1 || splits_[idx].count() > unit.num_parts;
+    return unit.first_state < 0 || splits_[idx].count() > unit.num_parts;
   }
 
   void attend(int32_t idx, Splits splits, bool continues, float* scratch,

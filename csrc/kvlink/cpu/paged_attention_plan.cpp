@@ -16,6 +16,7 @@ constexpr int64_t kTileRows = 96;        // query rows that share a pass over K 
 constexpr int64_t kPanelTileRows = 192;  // where K and V are widened first
 constexpr int64_t kMaxWorkspaceFloats = int64_t{1} << 24;
 constexpr int64_t kUnitsPerThread = 4;  // enough for an even load
+constexpr int64_t kSmallTasks = 8;      // that make up a unit of such a size
 constexpr int kMaxRounds = 8;           // of looking for prefixes among sequences of one first page
 
 void check_indptr(const int32_t* indptr, int64_t num_seqs, int64_t total, const char* name) {
@@ -265,32 +266,48 @@ int64_t AttentionPlan::estimated_splits(const PagedAttentionParams& p, const Uni
   return num_splits;
 }
 
-// Splits of units that would keep one thread busy while the others wait become tasks of their own.
+// Splits of units that would keep one thread busy while the others wait become tasks of their own;
+// so do those of a few more units if there is little small work, of which threads take what is left
+// over in the end. Large tasks come first.
 void AttentionPlan::add_tasks(const PagedAttentionParams& p, int threads) {
-  std::vector<int64_t> num_splits;
-  int64_t total = 0;
-  const auto rows = [](const Unit& unit) { return int64_t{unit.num_tokens} * unit.num_kv_heads; };
+  std::vector<int64_t> num_splits, sizes;
+  int64_t total = 0, small = 0;
   for (const Unit& unit : units) {
     num_splits.push_back(estimated_splits(p, unit));
-    total += num_splits.back() * rows(unit);
+    sizes.push_back(num_splits.back() * unit.num_tokens * unit.num_kv_heads);
+    total += sizes.back();
   }
   const int64_t share = std::max<int64_t>(1, total / (threads * kUnitsPerThread));
+  const int64_t enough_small = share / 2;
+  for (const int64_t size : sizes) small += size <= share / kSmallTasks ? size : 0;
   const int64_t state_floats = num_state_floats(max_rows, padded_row(head_dim_v_));
+  std::vector<std::pair<int64_t, Task>> sized;
   for (int32_t i = 0; i < static_cast<int32_t>(units.size()); ++i) {
     Unit& unit = units[i];
-    const bool heavy = num_splits[i] * rows(unit) > share && num_splits[i] > 1;
+    const bool divides =
+        sizes[i] > share || (small < enough_small && sizes[i] > share / kSmallTasks);
+    const bool follows = !unit.shared && unit.group >= 0;  // what its group shares
     const bool fits = (num_states + num_splits[i]) * state_floats <= kMaxWorkspaceFloats;
-    if (threads > 1 && heavy && fits) unit.num_parts = static_cast<int32_t>(num_splits[i]);
-    const bool waits = !unit.shared && unit.group >= 0;  // for what its group shares
-    if (unit.shared || unit.num_parts > 1) {
+    bool waits = follows;  // for its group, and goes on from there
+    if (threads > 1 && (divides || follows) && fits) {
+      unit.num_parts = static_cast<int32_t>(std::max<int64_t>(1, num_splits[i]));
+      if (unit.num_parts > 1) small += sizes[i];
+      waits = false;
+    }
+    if (unit.shared || unit.num_parts > 1 || (follows && !waits)) {
       unit.first_state = static_cast<int32_t>(num_states);
       num_states += unit.num_parts;
     }
     if (unit.shared && unit.num_parts > 1) to_fold.push_back(i);
-    if (!unit.shared && (waits || unit.num_parts > 1)) to_finish.push_back(i);
-    if (waits && unit.num_parts == 1) continue;
-    for (int32_t part = 0; part < unit.num_parts; ++part) tasks.push_back({i, part});
+    if (follows || (!unit.shared && unit.num_parts > 1)) to_finish.push_back(i);
+    if (waits) continue;
+    for (int32_t part = 0; part < unit.num_parts; ++part) {
+      sized.push_back({sizes[i] / unit.num_parts, {i, part}});
+    }
   }
+  std::stable_sort(sized.begin(), sized.end(),
+                   [](const auto& a, const auto& b) { return a.first > b.first; });
+  for (const auto& each : sized) tasks.push_back(each.second);
 }
 
 int64_t num_state_floats(int64_t num_rows, int64_t out_stride) {

@@ -61,7 +61,7 @@ class AttentionPlan {
 
   std::vector<Unit> units;
   std::vector<Group> groups;
-  std::vector<Task> tasks;         // in any order
+  std::vector<Task> tasks;         // in any order; large ones first
   std::vector<int32_t> to_fold;    // shared units of several parts, after the tasks
   std::vector<int32_t> to_finish;  // units that no task finishes, after these
   int64_t num_states = 0;

@@ -39,6 +39,7 @@ class ReadAhead {
   // A pass over `stream` begins, of which nothing has been fetched: fetches as much as stays ahead,
   // a step of it or of the pass after it.
   void begin(const RowStream& stream, const RowStream& after) {
+    for (int64_t i = 0; i < kTouchedRows && i < stream.num_rows; ++i) touch(stream.rows[i]);
     enter(stream);
     early_ = 0;
     const int64_t lines = stream.step_lines(), lines_after = after.step_lines();
@@ -88,7 +89,25 @@ class ReadAhead {
     if (row_ < now_.num_rows) find_run();
   }
 
+  // A line of each page of the address space, long before the others, so that where the page lies
+  // has been looked up by then.
+  void touch(const char* at) {
+    if ((reinterpret_cast<uintptr_t>(at) ^ reinterpret_cast<uintptr_t>(touched_)) / 4096 == 0)
+      return;
+    touched_ = at;
+    __builtin_prefetch(at, 0, 2);
+  }
+
+  void touch_row(int64_t row) {
+    const int64_t after = row - now_.num_rows;
+    if (after < 0) touch(now_.rows[row] + head_ * now_.stride_head);
+    if (after >= 0 && after < follow_.num_rows) {
+      touch(follow_.rows[after] + head_ * follow_.stride_head);
+    }
+  }
+
   void find_run() {
+    touch_row(row_ + kTouchedRows);
     const int64_t heads = now_.num_heads - head_ < run_heads_ ? now_.num_heads - head_ : run_heads_;
     at_ = now_.rows[row_] + head_ * now_.stride_head;
     end_ = at_ + heads * now_.head_bytes;
@@ -112,11 +131,14 @@ class ReadAhead {
     enter(next);
   }
 
+  static constexpr int64_t kTouchedRows = 32;
+
   RowStream now_, follow_;
   int64_t run_heads_ = 1, group_ = 0, row_ = 0, head_ = 0;
   int64_t early_ = 0;         // lines fetched early, for which others come later
   const char* at_ = nullptr;  // to be fetched next, of a run that ends at end_
   const char* end_ = nullptr;
+  const char* touched_ = nullptr;
 };
 
 }  // namespace kvlink::cpu::KVLINK_SIMD_LEVEL
