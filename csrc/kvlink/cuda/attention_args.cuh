@@ -31,6 +31,7 @@ struct SequencePlan {
   int32_t seq_len;
   int32_t first_row, num_rows;  // of q
   int32_t mask_start;
+  int32_t taken;  // of the totals: items that blocks have taken (latent_ring.cuh)
 };
 
 struct PrefillTile;
@@ -52,6 +53,7 @@ struct Args {
   SequencePlan* plans;  // [num_seqs + 1]; the last has only the totals
   float4* running;      // what a block has folded so far, if a tile walks several splits
   int tile_rows, max_slots;
+  int share_blocks;      // to give equal shares to; 0: divides whatever may be divided
   PrefillTile* prefill;  // of sequences that paged_attention_sm90 takes; null: none
   int most_rows;         // sequences of more rows times heads are among these
 };

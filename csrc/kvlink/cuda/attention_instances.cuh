@@ -24,6 +24,7 @@ struct Instance {
   size_t extend_shared_bytes;
   int tile_rows, split_tokens, threads;
   int running_bytes;  // of a block
+  int resident = 4;   // blocks of a processor at once
 };
 
 template <typename Tile>
@@ -77,5 +78,8 @@ std::span<const Instance> byte_instances();
 std::span<const Instance> latent_instances();
 std::span<const Instance> float_instances();
 std::span<const Instance> latent_float_instances();
+// The one whose extend is latent_attention_sm90.
+const Instance& latent_sm90_instance();
+void latent_attention_sm90(const Args& args, dim3 grid, cudaStream_t stream);
 
 }  // namespace kvlink::cuda

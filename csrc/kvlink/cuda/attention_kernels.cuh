@@ -24,27 +24,28 @@ struct Running {
   float4* kept;
   bool any = false;
 
-  __device__ explicit Running(const Args& args)
+  // thread: of the kThreads that have the tile.
+  __device__ Running(const Args& args, int thread)
       : kept(args.running +
              (static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) *
                  (kVectors * Tile::kThreads) +
-             threadIdx.x) {}
+             thread) {}
 
   // Takes the split that `tile` has just ended.
-  __device__ void take(const Tile& tile) {
+  __device__ void take(Tile& tile) {
 #pragma unroll
     for (int m = 0; m < kStates; ++m) {
       float4& pair = kept[m * Tile::kThreads];
       const float4 before = any ? pair : make_float4(-INFINITY, 0.0f, -INFINITY, 0.0f);
       State states[2] = {{before.x, before.y}, {before.z, before.w}};
-      const Fold by[2] = {fold(states[0], {tile.max[2 * m], tile.sum[2 * m]}),
-                          fold(states[1], {tile.max[2 * m + 1], tile.sum[2 * m + 1]})};
+      const Fold by[2] = {fold(states[0], tile.state(2 * m)),
+                          fold(states[1], tile.state(2 * m + 1))};
       pair = make_float4(states[0].max, states[0].sum, states[1].max, states[1].sum);
 #pragma unroll
       for (int j = 0; j < Tile::kColumns; ++j) {
         float4& four = kept[(kStates + m * Tile::kColumns + j) * Tile::kThreads];
         const float4 all = any ? four : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        const float (&part)[4] = tile.out[m][j];
+        const float (&part)[4] = tile.quad(m, j);
         four = make_float4(fold(all.x, part[0], by[0]), fold(all.y, part[1], by[0]),
                            fold(all.z, part[2], by[1]), fold(all.w, part[3], by[1]));
       }
@@ -57,13 +58,13 @@ struct Running {
 #pragma unroll
     for (int m = 0; m < kStates; ++m) {
       const float4 states = kept[m * Tile::kThreads];
-      tile.max[2 * m] = states.x, tile.sum[2 * m] = states.y;
-      tile.max[2 * m + 1] = states.z, tile.sum[2 * m + 1] = states.w;
+      tile.set_state(2 * m, {states.x, states.y});
+      tile.set_state(2 * m + 1, {states.z, states.w});
 #pragma unroll
       for (int j = 0; j < Tile::kColumns; ++j) {
         const float4 four = kept[(kStates + m * Tile::kColumns + j) * Tile::kThreads];
-        tile.out[m][j][0] = four.x, tile.out[m][j][1] = four.y;
-        tile.out[m][j][2] = four.z, tile.out[m][j][3] = four.w;
+        float (&all)[4] = tile.quad(m, j);
+        all[0] = four.x, all[1] = four.y, all[2] = four.z, all[3] = four.w;
       }
     }
   }
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
       continue;
     }
     tile.place(Tile::kRows, 0, plan.seq_len);
-    Running<Tile> running(args);
+    Running<Tile> running(args, static_cast<int>(threadIdx.x));
     attend(tile, [&] {
       tile.finish_split();
       running.take(tile);

@@ -27,6 +27,22 @@ __device__ inline int running_sum(int* sums, int mine, int* all) {
   return mine_too;
 }
 
+// What a block of threads has to compute of a sequence when all have the same: in tiles times
+// splits.
+__device__ inline int64_t fair_share(const Args& args, int* sums, int group) {
+  int64_t mine = 0;
+  for (int seq = static_cast<int>(threadIdx.x); seq < args.num_seqs; seq += kPlanThreads) {
+    SequencePlan plan = check_sequence(args, args.first_seq + seq);
+    find_splits(args, &plan);
+    const int tiles = (plan.num_rows * group + args.tile_rows - 1) / args.tile_rows;
+    mine += static_cast<int64_t>(tiles) * plan.num_splits;
+  }
+  constexpr int64_t kMost = INT32_MAX / kPlanThreads;
+  int all;
+  running_sum(sums, static_cast<int>(mine < kMost ? mine : kMost), &all);
+  return all / args.share_blocks;
+}
+
 // One block. It waits for what `ready` says; when that does not come, no sequence sees anything.
 //
 // Rows of a sequence in few tiles go split by split, as long as there are slots for their
@@ -40,6 +56,9 @@ static __global__ void __launch_bounds__(kPlanThreads)
   __syncthreads();
   const bool ready = *is_ready != 0;
   const int group = args.p.num_q_heads / args.p.kv.layout.num_kv_heads;
+  // Dividing costs memory traffic, and is no use to a sequence that is little of a block's share.
+  const int64_t most_walked =
+      ready && args.share_blocks > 0 ? fair_share(args, sums, group) * 2 / 3 : 0;
   SequencePlan before{};
   for (int first = 0; first < args.num_seqs; first += kPlanThreads) {
     const int seq = first + thread;
@@ -52,7 +71,8 @@ static __global__ void __launch_bounds__(kPlanThreads)
     int all;
     const int all_rows = plan.num_rows * group, rows = all_rows > args.most_rows ? 0 : all_rows;
     const int tiles = (rows + args.tile_rows - 1) / args.tile_rows;
-    const bool divides = plan.num_splits > 1 && tiles <= kMaxSplitTiles;
+    const bool divides =
+        plan.num_splits > 1 && tiles <= kMaxSplitTiles && plan.num_splits > most_walked;
     const int64_t wanted = divides ? static_cast<int64_t>(rows) * plan.num_splits : 0;
     const int slots = wanted <= args.max_slots ? static_cast<int>(wanted) : args.max_slots + 1;
     // NOTE: at most kPlanThreads times max_slots + 1, which fits.

@@ -42,6 +42,9 @@ struct TileRows {
   __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
   __device__ int tile_row(int i) const { return base + lane() / 4 + 8 * i; }
   __device__ int num_rows() const { return seq.num_rows * group; }
+  __device__ State state(int i) const { return {max[i], sum[i]}; }
+  __device__ void set_state(int i, State state) { max[i] = state.max, sum[i] = state.sum; }
+  __device__ float (&quad(int m, int column))[4] { return out[m][column]; }
   __device__ int token_of(int row) const { return row / group; }
   __device__ int head_of(int row) const { return kv_head * group + row % group; }
 

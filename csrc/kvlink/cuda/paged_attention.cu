@@ -131,10 +131,12 @@ void run_extend(const Instance& with, Args args, int64_t max_splits, cudaStream_
                                         kMaxWorkspaceBytes / (out_bytes + state_bytes)});
   const int64_t max_tiles = rows / with.tile_rows + p.num_seqs;
   const int64_t max_items = slots > 0 ? max_tiles * max_splits : max_tiles;
-  const unsigned rows_of_blocks = num_rows_of_blocks(max_items, heads, 4);
+  const unsigned rows_of_blocks = num_rows_of_blocks(max_items, heads, with.resident);
+  if (!with.extend) args.share_blocks = static_cast<int>(heads * rows_of_blocks);
   const int64_t running_bytes = max_splits > 1 ? heads * rows_of_blocks * with.running_bytes : 0;
   const int64_t plans_bytes = round_up((args.num_seqs + 1) * int64_t{sizeof(SequencePlan)}, 16);
-  const PrefillChoice prefill = choose_prefill(p);
+  const PrefillChoice prefill =
+      layout.form == KVForm::kLatent ? PrefillChoice{} : choose_prefill(p);
   args.most_rows = prefill.lacks ? INT32_MAX : prefill.most_rows;
   const int64_t max_prefill = rows > args.most_rows ? rows / kPrefillRows + args.num_seqs : 0;
   const int64_t prefill_bytes = round_up((max_prefill + 1) * int64_t{sizeof(PrefillTile)}, 16);
@@ -153,8 +155,13 @@ void run_extend(const Instance& with, Args args, int64_t max_splits, cudaStream_
     paged_attention_sm90(p, args.plans, args.prefill, max_prefill, args.errors, prefill.parts,
                          stream);
   }
-  launch("paged_attention: extend", with.extend, dim3(static_cast<unsigned>(heads), rows_of_blocks),
-         with.threads, with.extend_shared_bytes, stream, args);
+  const dim3 grid(static_cast<unsigned>(heads), rows_of_blocks);
+  if (with.extend) {
+    launch("paged_attention: extend", with.extend, grid, with.threads, with.extend_shared_bytes,
+           stream, args);
+  } else {
+    latent_attention_sm90(args, grid, stream);
+  }
   if (slots > 0) {
     const int64_t folded = std::min(divided, slots / 2) * heads;
     const int64_t blocks = std::max<int64_t>(1, ceil_div(folded, kFoldThreads / 32));
@@ -169,7 +176,8 @@ void run_extend(const Instance& with, Args args, int64_t max_splits, cudaStream_
 void paged_attention(const PagedAttentionParams& params, const ReadyCounters& ready,
                      cudaStream_t stream) {
   check_shapes(params);
-  const Instance& with = find_instance(params);
+  const Instance& found = find_instance(params);
+  const Instance& with = takes_latent(params) ? latent_sm90_instance() : found;
   report_errors();
   if (params.num_tokens == 0 || params.num_seqs == 0) return;
   const KVLayout& layout = params.kv.layout;
@@ -189,6 +197,7 @@ void paged_attention(const PagedAttentionParams& params, const ReadyCounters& re
             .running = nullptr,
             .tile_rows = with.tile_rows,
             .max_slots = 0,
+            .share_blocks = 0,
             .prefill = nullptr,
             .most_rows = INT32_MAX};
   const int64_t splits = ceil_div(params.num_entries * layout.page_size, args.split_tokens);

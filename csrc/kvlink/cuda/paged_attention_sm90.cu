@@ -1,4 +1,5 @@
-// The sm_90a kernel of paged_attention, and when it is taken. It is described in prefill_ring.cuh.
+// The sm_90a kernel of long prompts, described in prefill_ring.cuh, and when it is taken; and when
+// that of latent pages is (latent_sm90.cu).
 #include <algorithm>
 #include <atomic>
 #include <iterator>
@@ -6,6 +7,7 @@
 
 #include "kvlink/base/check.hpp"
 #include "kvlink/cuda/launch.cuh"
+#include "kvlink/cuda/page_map.cuh"
 #include "kvlink/cuda/paged_attention_sm90.hpp"
 #include "kvlink/cuda/prefill_rows.cuh"
 
@@ -80,42 +82,21 @@ int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-bool copied_by_boxes(const Plane& plane) {
-  constexpr int64_t kEnd = int64_t{1} << 39;  // elements
-  for (const int64_t stride : {plane.stride_page, plane.stride_slot, plane.stride_head}) {
-    if (stride <= 0 || stride % 8 != 0 || stride >= kEnd) return false;
-  }
-  return plane.stride_dim == 1;
-}
-
-TensorMap map_of(const KVLayout& layout, const Plane& plane, const void* data, int dims,
-                 int64_t num_pages, int box_tokens) {
-  const auto size = [](int64_t value) { return static_cast<uint64_t>(value); };
-  return make_tensor_map(
-      {.data = data,
-       .sizes = {size(dims), size(layout.page_size), size(layout.num_kv_heads), size(num_pages)},
-       .strides = {size(plane.stride_slot) * 2, size(plane.stride_head) * 2,
-                   size(plane.stride_page) * 2},
-       .box = {64, static_cast<uint32_t>(box_tokens), 1, 1}});
-}
-
-// What the kernel lacks for a call; null: nothing.
+// What the kernels lack for a call; null: nothing.
 const char* find_lack(const PagedAttentionParams& p) {
   const KVLayout& layout = p.kv.layout;
 #if !defined(KVLINK_SM_90A)
   return "this build has no code for sm_90a";
 #endif
   if (attribute(cudaDevAttrComputeCapabilityMajor) != 9) return "the device is not of sm_90";
-  if (!layout.has_v_plane()) return "K and V are not planes of their own";
   if (p.q_dtype != layout.dtype || layout.has_scales()) return "q and KV differ in dtype";
   if (p.q_dtype != kBF16 && p.q_dtype != kFP16) return "q is neither bfloat16 nor float16";
   if (layout.page_size % 8 != 0) return "page_size is no multiple of 8";
-  if (std::max(layout.head_dim, layout.head_dim_v) > 256) return "head_dim exceeds 256";
+  const bool latent = layout.form == KVForm::kLatent;
+  if (!latent && std::max(layout.head_dim, layout.head_dim_v) > 256) return "head_dim exceeds 256";
   if (layout.head_dim % 8 != 0 || layout.head_dim_v % 8 != 0) return "head_dim: multiples of 8";
   if (p.kv.num_pages <= 0) return "the pool has no pages";
-  if (!copied_by_boxes(layout.k) || !copied_by_boxes(layout.v) ||
-      reinterpret_cast<uintptr_t>(p.kv.k) % 16 != 0 ||
-      reinterpret_cast<uintptr_t>(p.kv.v) % 16 != 0) {
+  if (!copied_by_boxes(layout.k, p.kv.k) || (!latent && !copied_by_boxes(layout.v, p.kv.v))) {
     return "rows of the pool do not begin at multiples of 16 bytes";
   }
   if (reinterpret_cast<uintptr_t>(p.q) % 16 != 0 || p.q_stride_token % 8 != 0 ||
@@ -129,7 +110,8 @@ const char* find_lack(const PagedAttentionParams& p) {
   return nullptr;
 }
 
-constexpr int kMostRows = 64;  // one tile of the kernel of extend
+constexpr int kMostRows = 64;         // one tile of the kernel of extend
+constexpr int kMostLatentHeads = 32;  // one tile of a token there
 
 struct Setting {
   const char* name;
@@ -152,6 +134,17 @@ PrefillChoice choose_prefill(const PagedAttentionParams& params) {
   const Setting& set = *setting.load();
   last_lack = set.never ? "it was asked for" : find_lack(params);
   return {.lacks = last_lack, .most_rows = set.most_rows, .parts = set.parts};
+}
+
+bool takes_latent(const PagedAttentionParams& params) {
+  if (params.kv.layout.form != KVForm::kLatent) return false;
+  const Setting& set = *setting.load();
+  const bool few = set.most_rows > 0 && params.num_q_heads <= kMostLatentHeads;
+  last_lack = set.never                        ? "it was asked for"
+              : set.parts == WeightParts::kTwo ? "weights of latent pages are in one part"
+              : few                            ? "few query heads"
+                                               : find_lack(params);
+  return last_lack == nullptr;
 }
 
 void set_prefill(const std::string& name) {
@@ -182,8 +175,8 @@ void paged_attention_sm90(const PagedAttentionParams& params, const SequencePlan
   const int block_tokens = with->dim_v > 128 ? 64 : 128;
   const int box = std::gcd(layout.page_size, block_tokens);
   const PrefillArgs args{
-      .k_map = map_of(layout, layout.k, params.kv.k, layout.head_dim, params.kv.num_pages, box),
-      .v_map = map_of(layout, layout.v, params.kv.v, layout.head_dim_v, params.kv.num_pages, box),
+      .k_map = page_map(layout, layout.k, params.kv.k, layout.head_dim, params.kv.num_pages, box),
+      .v_map = page_map(layout, layout.v, params.kv.v, layout.head_dim_v, params.kv.num_pages, box),
       .p = params,
       .plans = plans,
       .tiles = tiles,

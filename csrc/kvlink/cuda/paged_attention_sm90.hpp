@@ -27,10 +27,14 @@ struct PrefillChoice {
 // other one.
 PrefillChoice choose_prefill(const PagedAttentionParams& params);
 
+// Whether the call is one on latent pages that latent_attention_sm90 takes, as a whole: the number
+// of query heads decides, so a sequence's bits depend on no other one.
+bool takes_latent(const PagedAttentionParams& params);
+
 // For tests and measurements: "auto"; "mma.sync", never the kernel; "wgmma", for every row count;
 // "wgmma, two parts". Of the process. Throws InvalidArgument.
 void set_prefill(const std::string& name);
-// What choose_prefill said last in this thread: "wgmma", or "mma.sync: " and why.
+// What choose_prefill or takes_latent said last in this thread: "wgmma", or "mma.sync: " and why.
 std::string last_prefill();
 
 // The tiles of a list (prefill_tiles.cuh).

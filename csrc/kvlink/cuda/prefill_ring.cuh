@@ -19,17 +19,13 @@
 // and it reads 64 KiB, 32 bytes a cycle, from L2.
 #pragma once
 
+#include "kvlink/cuda/group_rows.cuh"
 #include "kvlink/cuda/paged_attention_sm90.hpp"
-#include "kvlink/cuda/prefill_tiles.cuh"
 
 namespace kvlink::cuda {
 
-inline constexpr int kGroupThreads = 128;
-inline constexpr int kGroupRows = 64;
 inline constexpr int kGroups = kPrefillRows / kGroupRows;
 inline constexpr int kBlockThreads = (1 + kGroups) * kGroupThreads;
-inline constexpr int kRowBytes = 128;  // of 64 elements
-inline constexpr size_t kMaxBlockBytes = 227 << 10;
 inline constexpr int kTurn = 1, kOwn = kTurn + kGroups;  // named barriers, one for each group
 
 struct PrefillArgs {
@@ -39,14 +35,6 @@ struct PrefillArgs {
   const PrefillTile* tiles;
   ErrorRecord* errors;
   int box_tokens;  // of a bulk copy: divides a page and a block
-};
-
-// One KV head's share of a tile.
-struct PrefillWork {
-  SequencePlan seq;
-  int kv_head, first_row;
-  int first_position;  // that any row sees
-  int first_block, end_block;
 };
 
 // What the warp that copies and those that compute share, and the former's part.
@@ -90,7 +78,10 @@ struct PrefillRing {
   __device__ static int parity_of(int n) { return n / kStages % 2; }
 
   __device__ int lane() const { return thread % 32; }
-  __device__ int heads_each() const { return p.num_q_heads / p.kv.layout.num_kv_heads; }
+  __device__ int rows_begin() const { return group * kGroupRows; }
+  __device__ int dims_begin() const { return 0; }
+  __device__ char* own_queries() const { return queries(group); }
+  __device__ void sync_group() const { sync_named(kOwn + group, kGroupThreads); }
 
   // By one thread, before anything else.
   __device__ static void init_barriers() {
@@ -105,7 +96,7 @@ struct PrefillRing {
 
   // The thread block's work of a round, every other one backwards so that sums are alike; false:
   // there is none, nor in later rounds.
-  __device__ bool find_work(int round, PrefillWork& work) const {
+  __device__ bool find_work(int round, TileWork& work) const {
     const int num_heads = p.kv.layout.num_kv_heads;
     const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
     const int item = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
@@ -124,7 +115,7 @@ struct PrefillRing {
   // --- the warp that copies
 
   // Of the lane's part of a block; the pool's number of pages, outside of the tensor, for none.
-  __device__ int page_of(const PrefillWork& work, int block) const {
+  __device__ int page_of(const TileWork& work, int block) const {
     const int none = static_cast<int>(p.kv.num_pages);
     const int position = block * kTokens + lane() * args.box_tokens;
     if (block < work.first_block || lane() * args.box_tokens >= kTokens ||
@@ -138,7 +129,7 @@ struct PrefillRing {
     return none;
   }
 
-  __device__ void copy_part(char* stage, const TensorMap* map, int dims, const PrefillWork& work,
+  __device__ void copy_part(char* stage, const TensorMap* map, int dims, const TileWork& work,
                             int block, int page, uint64_t* full) const {
     const int first = lane() * args.box_tokens;
     if (first < kTokens) {
@@ -151,7 +142,7 @@ struct PrefillRing {
   }
 
   __device__ void copy_all() const {
-    PrefillWork work;
+    TileWork work;
     int n = 0;
     for (int round = 0; find_work(round, work); ++round) {
       int page = page_of(work, work.end_block - 1);

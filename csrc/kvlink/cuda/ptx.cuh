@@ -140,6 +140,9 @@ __device__ inline float exp2_fast(float x) {
   return result;
 }
 
+// What is computed from it is computed here, not before a loop around it.
+__device__ inline void keep_in_place(uint32_t& value) { asm volatile("" : "+r"(value)); }
+
 // --- waiting for others
 // ---------------------------------------------------------------------------
 
@@ -288,6 +291,14 @@ __device__ inline void copy_box(void* shared, const TensorMap* map, const int (&
       : "memory");
 }
 
+// The same box into the second cache alone, some time.
+__device__ inline void prefetch_box(const TensorMap* map, const int (&at)[4]) {
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];\n" ::"l"(map),
+      "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3])
+      : "memory");
+}
+
 __device__ inline void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
 }
@@ -314,6 +325,12 @@ __device__ inline uint64_t columns_descriptor(const void* start, int columns_byt
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   return kSwizzle128 | static_cast<uint64_t>(kRowGroupBytes >> 4) << 32 |
          static_cast<uint64_t>(columns_bytes >> 4) << 16 | (shared_address(start) & 0x3ffff) >> 4;
+}
+
+// The same matrix `num_bytes` further, a multiple of 16, within the same shared memory.
+__device__ inline uint64_t descriptor_at(uint64_t descriptor, int num_bytes) {
+  constexpr uint64_t kLow = 0xffffffff;
+  return (descriptor & ~kLow) | static_cast<uint32_t>(descriptor + (num_bytes >> 4));
 }
 
 // Before products whose sums or rows in registers have been written since the last wait.

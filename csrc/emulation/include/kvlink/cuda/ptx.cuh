@@ -140,6 +140,7 @@ inline uint32_t multiply_pair(uint32_t a, uint32_t b) {
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
+inline void keep_in_place(uint32_t&) {}
 
 // --- sm_90a
 // ---------------------------------------------------------------------------------------
@@ -166,6 +167,7 @@ void grow_registers() {
 }
 
 inline void prefetch_map(const TensorMap*) {}
+inline void prefetch_box(const TensorMap*, const int (&)[4]) {}
 
 inline uint32_t shared_offset(const void* shared) {
   return static_cast<uint32_t>(static_cast<const char*>(shared) - shared_memory());
@@ -210,6 +212,11 @@ inline uint64_t rows_descriptor(const void* start) {
 inline uint64_t columns_descriptor(const void* start, int columns_bytes) {
   return uint64_t{1} << 62 | uint64_t{kRowGroupBytes >> 4} << 32 |
          static_cast<uint64_t>(columns_bytes >> 4) << 16 | shared_offset(start) >> 4;
+}
+
+inline uint64_t descriptor_at(uint64_t descriptor, int num_bytes) {
+  constexpr uint64_t kLow = 0xffffffff;
+  return (descriptor & ~kLow) | static_cast<uint32_t>(descriptor + (num_bytes >> 4));
 }
 
 inline void begin_products() { emulation::begin_products(); }
