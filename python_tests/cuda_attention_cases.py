@@ -96,6 +96,31 @@ ROWS: dict[str, dict[str, Any]] = {
 LATENT_SIZES: dict[str, Any] = dict(
     form="latent", num_kv_heads=1, head_dim=576, head_dim_v=512, seq_lens=(1, 70, 0)
 )
+# Of the sm_90a kernel for latent pages, which takes calls of many query heads.
+SPLIT = 2048  # positions
+SOME_HEADS: dict[str, Any] = LATENT_SIZES | dict(
+    num_q_heads=40, seq_lens=(1, 70, 0, 131), q_lens=(1,) * 4
+)
+SMALL_HEADS: dict[str, Any] = SOME_HEADS | dict(head_dim=96, head_dim_v=80)
+MANY_HEADS = {
+    name: AttentionCase(**(BFLOAT16 | each))
+    for name, each in {
+        "plain": SOME_HEADS | {"num_q_heads": 128, "page_size": 64, "seq_lens": (1, 70, 0, 330)},
+        "float16": SOME_HEADS | FLOAT16 | {"page_size": 8},
+        "ragged": SMALL_HEADS
+        | {"seq_lens": (5, 0, 200, 1, 64, 127), "q_lens": (1,) * 6, "page_size": 48},
+        "everything": SMALL_HEADS | EVERYTHING | {"num_q_heads": 70},
+        "window": SMALL_HEADS
+        | {"window": 67, "page_size": 64, "csr": True, "seq_lens": (9, 70, 131, 300)},
+        "negative-scale": SMALL_HEADS | {"scale": -0.2, "page_size": 24},
+        "extend": SMALL_HEADS | {"q_lens": (3, 0, 7, 20), "seq_lens": (70, 9, 7, 150)},
+        "extend-bidirectional": SMALL_HEADS
+        | {"q_lens": (3, 5), "seq_lens": (70, 130), "causal": False},
+        "extend-window": SMALL_HEADS | {"q_lens": (9, 5), "seq_lens": (200, 130), "window": 40},
+        "few-heads": SMALL_HEADS | {"num_q_heads": 3},
+        "splits": SMALL_HEADS | {"seq_lens": (SPLIT, SPLIT + 1, 5, 2 * SPLIT + 130)},
+    }.items()
+}
 SHORT: dict[str, Any] = dict(q_lens=(1, 7, 30, 40), seq_lens=(70, 9, 64, 40))
 DECODE = {
     **{name: AttentionCase(**BFLOAT16, **features) for name, features in FEATURES.items()},

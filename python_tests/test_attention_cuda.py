@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_attention_cases import BFLOAT16, EVERYTHING, EXTEND, every_case
+from cuda_attention_cases import BFLOAT16, EVERYTHING, EXTEND, MANY_HEADS, every_case
 
 import kvlink
 from kvlink.errors import NotReady, PageTableError
@@ -88,12 +88,15 @@ def test_against_the_reference(case: AttentionCase, prefill: str) -> None:
         assert_same_bits(again_lse.cpu(), lse, "lse")
 
 
-@pytest.mark.parametrize("name", EXTEND)
+ONE_PART = EXTEND | {f"latent-{name}": case for name, case in MANY_HEADS.items()}
+
+
+@pytest.mark.parametrize("name", ONE_PART)
 def test_weights_in_one_part(name: str) -> None:
     from kvlink import _cuda
 
     _cuda.set_prefill("wgmma")
-    case = EXTEND[name]
+    case = ONE_PART[name]
     inputs = make_attention(case)
     expected, expected_lse = reference(*inputs.args, **inputs.kwargs)
     args, kwargs = on_device(inputs)
@@ -134,6 +137,31 @@ def test_long_prompts(name: str) -> None:
         slack = rounded_weights(case)
         assert_close(out.cpu(), expected, f"out of {_cuda.last_prefill()}", slack)
         assert_close(lse.cpu(), expected_lse, "lse")
+
+
+def test_large_batches_of_latent_pages() -> None:
+    """More items than processors, of which some walk several splits."""
+    from kvlink import _cuda
+
+    lens = tuple(3000 * (seq % 3) + seq for seq in range(1, 81))
+    case = AttentionCase(
+        q_lens=(1,) * 80, seq_lens=lens, num_q_heads=128, num_kv_heads=1, head_dim=576,
+        head_dim_v=512, page_size=64, form="latent", **BFLOAT16,
+    )  # fmt: skip
+    inputs = make_attention(case)
+    (q, pool, layer, page_table, seq_lens), kwargs = on_device(inputs)
+    out, lse = kvlink.paged_attention(
+        q, pool, layer, page_table, seq_lens, **kwargs, return_lse=True
+    )
+    _cuda.check_errors(0)
+    assert _cuda.last_prefill() in ("wgmma", "mma.sync: the device is not of sm_90")
+    for seq in (0, 1, 40, 79):
+        own = kvlink.paged_attention(
+            q[seq : seq + 1], pool, layer, page_table[seq : seq + 1], seq_lens[seq : seq + 1],
+            **kwargs, return_lse=True,
+        )  # fmt: skip
+        assert_same_bits(own[0].cpu(), out[seq : seq + 1].cpu())
+        assert_same_bits(own[1].cpu(), lse[seq : seq + 1].cpu(), "lse")
 
 
 @pytest.mark.parametrize("q_len", [1, 5, 100])

@@ -89,15 +89,13 @@ def test_no_kernel_spills() -> None:
     assert kernels > 0
 
 
-@built
-def test_long_prompts_use_the_tensor_cores_of_sm90() -> None:
-    """Every instance of the sm_90a kernel: wgmma fed by bulk copies, and softmax before the wait
-    for the products that run beside it."""
+def kernels_of_sm90(source: str, name: str) -> list[str]:
+    """Machine code of a source's kernels of that name, each of which must be wgmma fed by bulk
+    copies, with nothing serialised or spilled."""
     objects = Path(__file__).parents[1] / "build" / "objects"
-    compiled = sorted(objects.glob("*/csrc__kvlink__cuda__paged_attention_sm90.cu.o"))
+    compiled = sorted(objects.glob(f"*/csrc__kvlink__cuda__{source}.cu.o"))
     if not compiled:
         pytest.skip("kvlink._cuda was not built in this tree")
-    assert SPEC is not None
     if "90a" not in re.split("[;,]", os.environ.get("KVLINK_CUDA_ARCHS", "80;90a;100")):
         pytest.skip("not built for sm_90a")
     report = compiled[-1].with_suffix(".ptxas").read_text()
@@ -107,19 +105,44 @@ def test_long_prompts_use_the_tensor_cores_of_sm90() -> None:
         [find_cuobjdump(), "-sass", "-arch", "sm_90a", str(compiled[-1])],
         capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
-    kernels = [part for part in dumped.stdout.split("Function : ")[1:] if "prefill" in part[:300]]
+    kernels = [part for part in dumped.stdout.split("Function : ")[1:] if name in part[:300]]
     assert len(kernels) == report.count("for 'sm_90a'")
     for kernel in kernels:
-        name = kernel.partition("\n")[0]
-        assert "HGMMA" in kernel, name
-        assert "UTMALDG" in kernel, name
-        assert "USETMAXREG" in kernel, name
-        assert not re.search(r"\b(LDL|STL)\b", kernel), name
+        title = kernel.partition("\n")[0]
+        assert "HGMMA" in kernel, title
+        assert "UTMALDG" in kernel, title
+        assert "USETMAXREG" in kernel, title
+        assert not re.search(r"\b(LDL|STL)\b", kernel), title
+    return kernels
+
+
+def exponentials_beside_products(kernel: str) -> list[int]:
+    """How many lie before each wait for the last products, after one for all but these."""
+    between = re.findall(r"DEPBAR.LE gsb0, 0x1(.*?)DEPBAR.LE gsb0, 0x0", kernel, re.DOTALL)
+    return [part.count("MUFU.EX2") for part in between]
+
+
+@built
+def test_long_prompts_use_the_tensor_cores_of_sm90() -> None:
+    """Every instance of the sm_90a kernel; its softmax before the wait for the products that run
+    beside it."""
+    kernels = kernels_of_sm90("paged_attention_sm90", "prefill")
     overlapping = [kernel for kernel in kernels if "ELi128ELi128ELb0ELi1E" in kernel[:300]]
     assert len(overlapping) == 2  # bfloat16 and float16
     for kernel in overlapping:
-        between = re.findall(r"DEPBAR.LE gsb0, 0x1(.*?)DEPBAR.LE gsb0, 0x0", kernel, re.DOTALL)
-        assert [part.count("MUFU.EX2") >= 64 for part in between] == [True]
+        (count,) = exponentials_beside_products(kernel)
+        assert count >= 64
+
+
+@built
+def test_latent_pages_use_the_tensor_cores_of_sm90() -> None:
+    """The same of latent pages, whose blocks have half as many positions."""
+    kernels = kernels_of_sm90("latent_sm90", "attend_latent")
+    assert len(kernels) == 4  # bfloat16 and float16, general or not
+    for kernel in kernels:
+        assert kernel.count("UTMAPF") > 0
+        (count,) = exponentials_beside_products(kernel)
+        assert count >= 32
 
 
 @built

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_attention_cases import BFLOAT16, EVERYTHING, FLOAT16
+from cuda_attention_cases import BFLOAT16, EVERYTHING, MANY_HEADS, SMALL_HEADS, SOME_HEADS, SPLIT
 from emulated import SEEDS, Emulation, emulated_cuda
 from test_attention_emulated import attend
 
@@ -20,33 +20,10 @@ from kvlink.testing.tolerances import assert_close, assert_same_bits
 
 __all__ = ["emulated_cuda"]
 
-SIZES: dict[str, Any] = dict(form="latent", num_kv_heads=1, head_dim=576, head_dim_v=512)
-FEW: dict[str, Any] = SIZES | dict(num_q_heads=40, seq_lens=(1, 70, 0, 131), q_lens=(1,) * 4)
-SMALL: dict[str, Any] = FEW | dict(head_dim=96, head_dim_v=80)
-SPLIT = 2048  # positions
-CASES: dict[str, dict[str, Any]] = {
-    "plain": FEW | {"num_q_heads": 128, "page_size": 64, "seq_lens": (1, 70, 0, 330)},
-    "float16": FEW | FLOAT16 | {"page_size": 8},
-    "ragged": SMALL
-    | {"seq_lens": (5, 0, 200, 1, 64, 127, 129), "q_lens": (1,) * 7, "page_size": 48},
-    "everything": SMALL | EVERYTHING | {"num_q_heads": 70},
-    "window": SMALL | {"window": 67, "page_size": 64, "csr": True, "seq_lens": (9, 70, 131, 300)},
-    "negative-scale": SMALL | {"scale": -0.2, "page_size": 24},
-    "extend": SMALL | {"q_lens": (3, 0, 7, 20), "seq_lens": (70, 9, 7, 150)},
-    "extend-bidirectional": SMALL | {"q_lens": (3, 5), "seq_lens": (70, 130), "causal": False},
-    "extend-window": SMALL | {"q_lens": (9, 5), "seq_lens": (200, 130), "window": 40},
-    "few-heads": SMALL | {"num_q_heads": 3},
-    "splits": SMALL | {"seq_lens": (SPLIT, SPLIT + 1, 5, 2 * SPLIT + 130)},
-}
 
-
-def case_of(name: str) -> AttentionCase:
-    return AttentionCase(**(BFLOAT16 | CASES[name]))
-
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MANY_HEADS)
 def test_against_the_reference(emulated_cuda: Emulation, name: str) -> None:
-    case = case_of(name)
+    case = MANY_HEADS[name]
     inputs = make_attention(case)
     expected, expected_lse = reference(*inputs.args, **inputs.kwargs)
     assert bool(expected.isfinite().all()), "the case leaks poison"
@@ -60,7 +37,11 @@ def test_against_the_reference(emulated_cuda: Emulation, name: str) -> None:
 
 
 def test_the_schedule_does_not_matter(emulated_cuda: Emulation) -> None:
-    for more in (FEW, SMALL | EVERYTHING, SMALL | {"seq_lens": (SPLIT + 70, 64, 129, 9)}):
+    for more in (
+        SOME_HEADS,
+        SMALL_HEADS | EVERYTHING,
+        SMALL_HEADS | {"seq_lens": (SPLIT + 70, 64, 129, 9)},
+    ):
         inputs = make_attention(AttentionCase(**(BFLOAT16 | more)))
         results = []
         for seed in (*SEEDS, 3, 4):
@@ -75,7 +56,7 @@ def test_the_schedule_does_not_matter(emulated_cuda: Emulation) -> None:
 def test_the_batch_does_not_matter(emulated_cuda: Emulation) -> None:
     """Nor whether a sequence's splits are walked, as in a large batch, or folded later."""
     lens = (SPLIT + 70, 64, 129, 5, 2 * SPLIT + 1, 700)
-    case = AttentionCase(**(BFLOAT16 | SMALL | {"seq_lens": lens, "q_lens": (1,) * 6}))
+    case = AttentionCase(**(BFLOAT16 | SMALL_HEADS | {"seq_lens": lens, "q_lens": (1,) * 6}))
     inputs = make_attention(case)
     q, pool, layer, page_table, seq_lens = inputs.args
     out, lse = attend(inputs.args, inputs.kwargs)
@@ -87,7 +68,7 @@ def test_the_batch_does_not_matter(emulated_cuda: Emulation) -> None:
 
 def test_what_the_kernel_lacks_is_told(emulated_cuda: Emulation) -> None:
     def told(**case: Any) -> str:
-        inputs = make_attention(AttentionCase(**(BFLOAT16 | SMALL | case)))
+        inputs = make_attention(AttentionCase(**(BFLOAT16 | SMALL_HEADS | case)))
         out, _ = attend(inputs.args, inputs.kwargs)
         slack = rounded_weights(inputs.case)
         assert_close(out, reference(*inputs.args, **inputs.kwargs)[0], slack=slack)
@@ -108,7 +89,7 @@ def test_what_the_kernel_lacks_is_told(emulated_cuda: Emulation) -> None:
 
 
 def test_bad_entries_are_never_used_and_reported_later(emulated_cuda: Emulation) -> None:
-    case = AttentionCase(**(BFLOAT16 | SMALL | {"q_lens": (1, 1), "seq_lens": (70, 40)}))
+    case = AttentionCase(**(BFLOAT16 | SMALL_HEADS | {"q_lens": (1, 1), "seq_lens": (70, 40)}))
     inputs = make_attention(case)
     q, pool, layer, page_table, seq_lens = inputs.args
     good, _ = attend(inputs.args, inputs.kwargs)
@@ -132,7 +113,7 @@ def test_bad_entries_are_never_used_and_reported_later(emulated_cuda: Emulation)
 
 def test_a_sequences_values_stay_with_it(emulated_cuda: Emulation) -> None:
     """NaN in K and V of one sequence makes all of its rows NaN, and nobody else's."""
-    case = AttentionCase(**(BFLOAT16 | SMALL))
+    case = AttentionCase(**(BFLOAT16 | SMALL_HEADS))
     inputs = make_attention(case)
     _, pool, layer, page_table, _ = inputs.args
     clean, _ = attend(inputs.args, inputs.kwargs)
@@ -145,7 +126,7 @@ def test_a_sequences_values_stay_with_it(emulated_cuda: Emulation) -> None:
 
 def test_other_seeds(emulated_cuda: Emulation) -> None:
     for seed in range(3):
-        case = replace(case_of("everything"), seed=seed, seq_lens=(100 + seed * 37, 0, 64, 9))
+        case = replace(MANY_HEADS["everything"], seed=seed, seq_lens=(100 + seed * 37, 0, 64, 9))
         inputs = make_attention(case)
         emulated_cuda.seed(seed + 7)
         out, _ = attend(inputs.args, inputs.kwargs)

@@ -229,11 +229,12 @@ def cpu_slack(case: AttentionCase) -> torch.Tensor | None:
     return rounded_weights(case) if case.q_dtype == "bfloat16" and may_round else None
 
 
-def device_slack(case: AttentionCase) -> torch.Tensor | None:
+def device_slack(case: AttentionCase, backend: str = "cuda") -> torch.Tensor | None:
     """The same on a device, by CUDA or Triton: weights are rounded where q is of the dtype that
-    products of V are, but not over latent rows."""
+    products of V are; over latent rows not by Triton, nor where these are float8_e5m2 or int8."""
     products = {"float32": "", "float16": "float16"}.get(case.kv_dtype, "bfloat16")
-    rounds = case.q_dtype == products and case.form != "latent"
+    latents = backend == "cuda" and case.kv_dtype not in ("float8_e5m2", "int8")
+    rounds = case.q_dtype == products and (latents or case.form != "latent")
     return rounded_weights(case) if rounds else None
 
 

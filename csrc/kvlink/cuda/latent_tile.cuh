@@ -13,7 +13,7 @@ namespace kvlink::cuda {
 
 inline constexpr int kLatentDim = 576, kLatentDimV = 512;
 
-// kParts: of the queries.
+// kParts: of the queries, and of the weights.
 template <DType kKV, int kParts>
 struct LatentTile : TileRows<4, kLatentDimV / 8 / 8> {
   using Base = TileRows<4, kLatentDimV / 8 / 8>;
@@ -32,7 +32,7 @@ struct LatentTile : TileRows<4, kLatentDimV / 8 / 8> {
   static constexpr int kStageBytes = kRowsBytes + (Stored::kBytes ? kBlockTokens * 4 : 0);
   static constexpr int kWeightStride = kBlockTokens + 8;  // of a row of weights, as of their rests
   using Queries = QueryRows<kKV, kLatentDim, kRows, kParts>;
-  static constexpr size_t kWeightBytes = size_t{2} * 2 * kRows * kWeightStride;
+  static constexpr size_t kWeightBytes = size_t{2} * kParts * kRows * kWeightStride;
   static constexpr size_t kResultsAt =
       Queries::kSharedBytes + size_t{kStages} * kStageBytes + kWeightBytes;
   static constexpr size_t kFactsAt = kResultsAt + size_t{4} * 4 * kRows;
@@ -52,7 +52,7 @@ struct LatentTile : TileRows<4, kLatentDimV / 8 / 8> {
   __device__ static float* scales(int stage) {
     return reinterpret_cast<float*>(latents(stage) + kRowsBytes);
   }
-  // [2][kRows][kWeightStride]: 16-bit weights, then their rests.
+  // [kParts][kRows][kWeightStride]: 16-bit weights, then their rests.
   __device__ static uint16_t* weights() { return reinterpret_cast<uint16_t*>(latents(kStages)); }
   // [4][kRows]: of each part of the positions.
   __device__ static float* part_results() {
@@ -115,8 +115,9 @@ struct LatentTile : TileRows<4, kLatentDimV / 8 / 8> {
         this->template add_special<Stored>(
             latents(stage), 0, kBlockTokens, position, first_dim(), [&](int i, int token) {
               const int at = this->tile_row(i) * kWeightStride + token;
-              return half_of<kMma, 0>(weights()[at]) +
-                     half_of<kMma, 0>(weights()[kRows * kWeightStride + at]);
+              const float weight = half_of<kMma, 0>(weights()[at]);
+              if constexpr (kParts == 1) return weight;
+              return weight + half_of<kMma, 0>(weights()[kRows * kWeightStride + at]);
             });
       }
     } else {
@@ -168,12 +169,13 @@ struct LatentTile : TileRows<4, kLatentDimV / 8 / 8> {
         if (scaled) pair[j] = score != -INFINITY ? pair[j] * scales(stage)[first + j] : 0.0f;
       }
       const uint32_t rounded = pack_halves<kMma>(pair[0], pair[1]);
-      const uint32_t rest = pack_halves<kMma>(pair[0] - half_of<kMma, 0>(rounded),
-                                              pair[1] - half_of<kMma, 1>(rounded));
       const int row = this->tile_row(half() * 2 + i);
       auto* to = reinterpret_cast<uint32_t*>(weights() + row * kWeightStride + first);
       to[0] = rounded;
-      to[kRows * kWeightStride / 2] = rest;
+      if constexpr (kParts == 2) {
+        to[kRows * kWeightStride / 2] = pack_halves<kMma>(pair[0] - half_of<kMma, 0>(rounded),
+                                                          pair[1] - half_of<kMma, 1>(rounded));
+      }
     }
   }
 
@@ -183,11 +185,11 @@ struct LatentTile : TileRows<4, kLatentDimV / 8 / 8> {
     constexpr int kTogether = Stored::kValueColumns;
 #pragma unroll
     for (int i = 0; i < kBlockTokens / 16; ++i) {
-      uint32_t by[2][2][4];  // [m][weights, rests]
+      uint32_t by[2][kParts][4];  // [m][weights, rests]
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
-        for (int rest = 0; rest < 2; ++rest) {
+        for (int rest = 0; rest < kParts; ++rest) {
           const int row = m * 16 + Base::lane() % 16;
           load_matrices(by[m][rest], weights() + (rest * kRows + row) * kWeightStride + i * 16 +
                                          Base::lane() / 16 * 8);
@@ -207,8 +209,10 @@ struct LatentTile : TileRows<4, kLatentDimV / 8 / 8> {
             }
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
-              multiply_add<kMma>(this->out[m][column + j], by[m][0], v[j][0], v[j][1]);
-              multiply_add<kMma>(this->out[m][column + j], by[m][1], v[j][0], v[j][1]);
+#pragma unroll
+              for (int part = 0; part < kParts; ++part) {
+                multiply_add<kMma>(this->out[m][column + j], by[m][part], v[j][0], v[j][1]);
+              }
             }
           }
         }
