@@ -58,8 +58,9 @@ struct TileContext {
         q_stride(padded_query(layout.head_dim) / scoring.item_dims),
         out_stride(padded_row(layout.head_dim_v)),
         in_place(attends_in_place(layout, head_rows)),
-        key_step(scoring.item_dims == 1 ? RowStream::step_of(row_bytes(layout.head_dim))
-                                        : kScoredRows),
+        key_step(scoring.item_dims == 2 && element_bytes == 2
+                     ? kScoredRows
+                     : RowStream::step_of(row_bytes(layout.head_dim))),
         value_step(RowStream::step_of(row_bytes(layout.head_dim_v))) {
     const auto take = [&scratch](int64_t num_floats) {
       float* taken = scratch;

@@ -98,7 +98,7 @@ struct ScoreType {
   void (*product)(const FloatProduct&);
 };
 template <DType kDType>
-constexpr ScoreType kFloatScores = {1, score_floats<kDType>, pack_keys<FloatItems<kDType>>,
+constexpr ScoreType kFloatScores = {1, score_keys<FloatKeys<kDType>>, pack_keys<FloatItems<kDType>>,
                                     product_of<kLanes, FloatTerms>};
 constexpr ScoreType kScoreTypes[] = {
     kFloatScores<DType::kFloat32>,    kFloatScores<DType::kFloat16>,
@@ -119,8 +119,8 @@ template <DType kDType>
 constexpr ValueType kPairValues = {2, add_values<PairValues<kDType>>, pack_value_pairs<kDType>,
                                    product_of<1, PairTerms>};
 template <DType kDType>
-constexpr ScoreType kPairScores = {2, score_pairs<PairUnits<kDType>>, pack_keys<PairItems<kDType>>,
-                                   product_of<2, PairTerms>};
+constexpr ScoreType kPairScores = {2, score_keys<PairKeys<kDType>>, pack_keys<PairItems<kDType>>,
+                                   product_of<kLanes, PairTerms>};
 constexpr ValueType kPairValueTypes[] = {
     kPairValues<DType::kBFloat16>,
     kPairValues<DType::kFloat8E4M3>,
@@ -128,7 +128,7 @@ constexpr ValueType kPairValueTypes[] = {
     kPairValues<DType::kInt8>,
 };
 constexpr ScoreType kPairScoreTypes[] = {
-    kPairScores<DType::kBFloat16>,
+    {2, score_pairs, pack_keys<PairItems<DType::kBFloat16>>, product_of<2, PairTerms>},
     kPairScores<DType::kFloat8E4M3>,
     kPairScores<DType::kFloat8E5M2>,
     kPairScores<DType::kInt8>,

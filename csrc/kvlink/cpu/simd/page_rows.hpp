@@ -1,11 +1,12 @@
 // Few query rows against rows of K and V where they lie in the pages: nothing is widened to memory.
 //
-// Scores of floats: a few rows of K times a few query rows, lane by lane; then each sum's lanes are
-// added, those of kLanes sums at once. Scores of pairs: kLanes rows of K meet in registers. A
-// vector of 32-bit units (one or two pairs) is loaded from each, the square is transposed, and then
-// each unit of kLanes positions is multiplied with the query rows, whose elements are broadcast
-// from memory. Even and odd terms are summed in chains of their own, which hides the latency of an
-// addition.
+// Scores: a few rows of K times a few query rows, lane by lane; then each sum's lanes are added,
+// those of kLanes sums at once. A lane is a float, or a pair of neighbouring dims. Pairs that are
+// stored as such go by squares instead, which need fewer chains (many query rows follow the same
+// order): kLanes rows of K meet in registers and are transposed there, then each pair of kLanes
+// positions is multiplied with the query rows' pairs, broadcast from memory, even and odd ones in
+// chains of their own.
+//
 // Values: a few vectors of the output stay in registers while a few rows of V pass, one by one or
 // two by two.
 // All KV heads are done with a few positions before the next ones: a few, because memory is fetched
@@ -20,140 +21,151 @@
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
-#if defined(__AVX512F__)
-// How a unit of a stored type is multiplied: kTerms terms, each of which goes with one element of a
-// query row's `Terms::Left`.
-template <DType kDType>
-struct PairUnits : PairTerms, Pairs<kDType> {};
-#endif
-
 inline constexpr int64_t kScoredRows = 16;  // positions of a call
 
 struct ScoreRows {
   const char* const* keys;         // [kScoredRows] rows of K
   int64_t num_bytes;               // of a row and head
   int64_t num_heads, stride_head;  // of K; bytes from one to the next in a row of K
-  const float* q;    // [num_heads, num_rows] of dims or Left, padded with zeros to whole vectors
+  const float* q;    // [num_heads, num_rows] of dims or pairs, padded with zeros to whole vectors
   int64_t stride_q;  // from row to row
   int64_t num_rows;  // of a head
   int64_t step;      // positions that all heads are done with before the next; 4, 8 or 16
-  float* sums;       // [num_rows, 2, kLanes] scratch
+  float* sums;       // [num_rows, 2, kLanes] scratch of squares
   float* scores;     // [num_heads, num_rows, kScoredRows], rows kPanelRows apart
   ReadAhead* ahead;
 };
 
-// Scores of kPositions positions, from row `row` of a head on; returns the next row.
-template <DType kDType, int kRows, int kPositions>
+// How keys of a stored type meet queries: a few bytes at a time become vectors of floats,
+template <DType kDType>
+struct FloatKeys : FloatTerms {
+  static constexpr int kVecs = 1;
+  static constexpr int64_t kBytes = kLanes * Row<kDType>::kBytes;
+  static KVLINK_INLINE void load(const char* source, Vec (&keys)[kVecs]) {
+    keys[0] = Row<kDType>::load(source);
+  }
+  // The first `num_bytes` < kBytes, zeros after them.
+  static KVLINK_INLINE void load_some(const char* source, int64_t num_bytes, Vec (&keys)[kVecs]) {
+    keys[0] = KVLINK_SIMD_LEVEL::load_some<kDType>(source, num_bytes / Row<kDType>::kBytes);
+  }
+};
+#if defined(__AVX512F__)
+// or of pairs.
+template <DType kDType>
+struct PairKeys : PairTerms {
+  static constexpr int kVecs = Pairs<kDType>::kVecs;
+  static constexpr int64_t kBytes = sizeof(VecU);
+  static KVLINK_INLINE void load(const char* source, Vec (&keys)[kVecs]) {
+    Pairs<kDType>::in_order(load_unaligned<VecU>(source), keys);
+  }
+  static KVLINK_INLINE void load_some(const char* source, int64_t num_bytes, Vec (&keys)[kVecs]) {
+    Pairs<kDType>::in_order(load_some_bytes(source, num_bytes), keys);
+  }
+};
+#endif
+
+// Scores of `s.step` positions of a head, kPositions at once, from row `row` on; returns the next
+// row.
+template <class Keys, int kRows, int kPositions>
 KVLINK_INLINE int64_t score_block(const ScoreRows& s, const char* const* keys, int64_t offset,
                                   const float* q, int64_t row, float* scores) {
-  constexpr int64_t kBytes = Row<kDType>::kBytes;
-  constexpr int64_t kVecBytes = kLanes * kBytes;
   for (; row + kRows <= s.num_rows; row += kRows) {
-    if (row == 0) s.ahead->fetch(s.num_bytes * kPositions / 64);
-    Vec sum[kLanes] = {};  // of row r and position p: r * kPositions + p
-    const char* key[kPositions];
-    KVLINK_UNROLL
-    for (int p = 0; p < kPositions; ++p) key[p] = keys[p] + offset;
-    const float* left = q + row * s.stride_q;
-    const auto add = [&](const auto& load_key) {
-      Vec right[kPositions];
+    const float* queries = q + row * s.stride_q;
+    float* target = scores + row * kPanelRows;
+    for (int64_t first = 0; first < s.step; first += kPositions, target += kPositions) {
+      if (row == 0) s.ahead->fetch(s.num_bytes * kPositions / 64);
+      Vec sum[kLanes] = {};  // of row r and position p: r * kPositions + p
+      const char* key[kPositions];
       KVLINK_UNROLL
-      for (int p = 0; p < kPositions; ++p) right[p] = load_key(key[p]);
+      for (int p = 0; p < kPositions; ++p) key[p] = keys[first + p] + offset;
+      const float* left = queries;
+      const auto add = [&](const auto& load_key) __attribute__((always_inline)) {
+        Vec right[kPositions][Keys::kVecs];
+        KVLINK_UNROLL
+        for (int p = 0; p < kPositions; ++p) load_key(key[p], right[p]);
+        KVLINK_UNROLL
+        for (int v = 0; v < Keys::kVecs; ++v) {
+          KVLINK_UNROLL
+          for (int r = 0; r < kRows; ++r) {
+            const Vec query = load(left + r * s.stride_q + v * kLanes);
+            KVLINK_UNROLL
+            for (int p = 0; p < kPositions; ++p) {
+              Keys::add(sum[r * kPositions + p], query, right[p][v]);
+            }
+          }
+        }
+      };
+      int64_t at = 0;
+      for (; at + Keys::kBytes <= s.num_bytes; at += Keys::kBytes, left += Keys::kVecs * kLanes) {
+        add([&](const char* key, auto& right)
+                __attribute__((always_inline)) { Keys::load(key + at, right); });
+      }
+      if (at < s.num_bytes) {
+        add([&](const char* key, auto& right) __attribute__((always_inline)) {
+          Keys::load_some(key + at, s.num_bytes - at, right);
+        });
+      }
+      const Vec total = sums_of(sum);
       KVLINK_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        const Vec query = load(left + r * s.stride_q);
-        KVLINK_UNROLL
-        for (int p = 0; p < kPositions; ++p) {
-          FloatTerms::add(sum[r * kPositions + p], query, right[p]);
-        }
+        __builtin_memcpy(target + r * kPanelRows,
+                         reinterpret_cast<const float*>(&total) + r * kPositions,
+                         kPositions * sizeof(float));
       }
-    };
-    int64_t at = 0;
-    for (; at + kVecBytes <= s.num_bytes; at += kVecBytes, left += kLanes) {
-      add([&](const char* key) { return Row<kDType>::load(key + at); });
-    }
-    if (at < s.num_bytes) {
-      const int64_t dims = (s.num_bytes - at) / kBytes;
-      add([&](const char* key) { return load_some<kDType>(key + at, dims); });
-    }
-    const Vec total = sums_of(sum);
-    KVLINK_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      float* target = scores + (row + r) * kPanelRows;
-      __builtin_memcpy(target, reinterpret_cast<const float*>(&total) + r * kPositions,
-                       kPositions * sizeof(float));
     }
   }
   return row;
 }
 
-template <DType kDType>
-__attribute__((noinline)) void score_floats(const ScoreRows& s) {
+template <class Keys>
+__attribute__((noinline)) void score_keys(const ScoreRows& rows) {
   constexpr int kMost = kLanes > 4 ? kLanes / 4 : 1;  // positions of four rows
+  constexpr int kFew = kLanes > 4 ? 4 : 2;
+  const ScoreRows s = rows;  // which no store changes
   const int64_t head_q = s.num_rows * s.stride_q, head_scores = s.num_rows * kPanelRows;
   for (int64_t group = 0; group < kScoredRows; group += s.step) {
     for (int64_t head = 0; head < s.num_heads; ++head) {
+      const char* const* keys = s.keys + group;
       const int64_t offset = head * s.stride_head;
-      for (int64_t p = group; p < group + s.step; p += 4) {
-        float* scores = s.scores + head * head_scores + p;
-        const float* q = s.q + head * head_q;
-        int64_t row = 0;
-        for (int64_t part = 0; part < 4; part += kMost) {
-          row = score_block<kDType, 4, kMost>(s, s.keys + p + part, offset, q, 0, scores + part);
-        }
-        constexpr int kFew = kLanes > 4 ? 4 : 2;
-        const int64_t rest = row;
-        for (int64_t part = 0; part < 4; part += kFew) {
-          row = score_block<kDType, 2, kFew>(s, s.keys + p + part, offset, q, rest, scores + part);
-          score_block<kDType, 1, kFew>(s, s.keys + p + part, offset, q, row, scores + part);
-        }
-      }
+      const float* q = s.q + head * head_q;
+      float* scores = s.scores + head * head_scores + group;
+      int64_t row = score_block<Keys, 4, kMost>(s, keys, offset, q, 0, scores);
+      row = score_block<Keys, 2, kFew>(s, keys, offset, q, row, scores);
+      score_block<Keys, 1, kFew>(s, keys, offset, q, row, scores);
     }
   }
 }
 
 #if defined(__AVX512F__)
-template <class Units, int kRows>
-KVLINK_INLINE void add_units(const VecU* units, const typename Units::Left* q, int64_t stride_q,
-                             Vec (&sum)[kRows][2]) {
-  KVLINK_UNROLL
-  for (int i = 0; i < kLanes; ++i) {
-    Vec terms[Units::kTerms];
-    Units::widen(units[i], terms);
-    KVLINK_UNROLL
-    for (int t = 0; t < Units::kTerms; ++t) {
-      const int term = i * Units::kTerms + t;
-      KVLINK_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        Units::add(sum[r][term % 2], Units::spread(q[r * stride_q + term]), terms[t]);
-      }
-    }
-  }
-}
-
 // Adds one square of units to the sums of the query rows from `row` on; returns the next row.
-template <class Units, int kRows>
-KVLINK_INLINE int64_t add_square(const ScoreRows& s, const VecU* units,
-                                 const typename Units::Left* q, int64_t row) {
+template <int kRows>
+KVLINK_INLINE int64_t add_square(const ScoreRows& s, const VecU* units, const uint32_t* q,
+                                 int64_t row) {
   for (; row + kRows <= s.num_rows; row += kRows) {
     Vec sum[kRows][2];
     float* sums = s.sums + row * 2 * kLanes;
     KVLINK_UNROLL
     for (int i = 0; i < 2 * kRows; ++i) sum[i / 2][i % 2] = load(sums + i * kLanes);
-    add_units<Units, kRows>(units, q + row * s.stride_q, s.stride_q, sum);
+    const uint32_t* left = q + row * s.stride_q;
+    KVLINK_UNROLL
+    for (int i = 0; i < kLanes; ++i) {
+      KVLINK_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        PairTerms::add(sum[r][i % 2], PairTerms::spread(left[r * s.stride_q + i]),
+                       from_bits(units[i]));
+      }
+    }
     KVLINK_UNROLL
     for (int i = 0; i < 2 * kRows; ++i) store(sums + i * kLanes, sum[i / 2][i % 2]);
   }
   return row;
 }
 
-template <class Units>
 KVLINK_INLINE void score_head(const ScoreRows& s, int64_t head) {
   for (int64_t i = 0; i < s.num_rows * 2; ++i) store(s.sums + i * kLanes, Vec{});
-  const auto* q =
-      reinterpret_cast<const typename Units::Left*>(s.q + head * s.num_rows * s.stride_q);
+  const auto* q = reinterpret_cast<const uint32_t*>(s.q + head * s.num_rows * s.stride_q);
   constexpr int64_t kSquareBytes = sizeof(VecU);
-  for (int64_t at = 0; at < s.num_bytes; at += kSquareBytes, q += kLanes * Units::kTerms) {
+  for (int64_t at = 0; at < s.num_bytes; at += kSquareBytes, q += kLanes) {
     const int64_t offset = head * s.stride_head + at;
     Vec square[kLanes];
     if (at + kSquareBytes <= s.num_bytes) {
@@ -175,9 +187,9 @@ KVLINK_INLINE void score_head(const ScoreRows& s, int64_t head) {
     KVLINK_UNROLL
     for (int i = 0; i < kLanes; ++i) units[i] = bits_of(square[i]);
     __asm__ volatile("" : : "r"(units) : "memory");
-    int64_t row = add_square<Units, 4>(s, units, q, 0);
-    row = add_square<Units, 2>(s, units, q, row);
-    add_square<Units, 1>(s, units, q, row);
+    int64_t row = add_square<4>(s, units, q, 0);
+    row = add_square<2>(s, units, q, row);
+    add_square<1>(s, units, q, row);
   }
   float* scores = s.scores + head * s.num_rows * kPanelRows;
   for (int64_t row = 0; row < s.num_rows; ++row) {
@@ -186,10 +198,9 @@ KVLINK_INLINE void score_head(const ScoreRows& s, int64_t head) {
   }
 }
 
-template <class Units>
-__attribute__((noinline)) void score_pairs(const ScoreRows& s) {
+__attribute__((noinline)) inline void score_pairs(const ScoreRows& s) {
   static_assert(kLanes == kScoredRows);
-  for (int64_t head = 0; head < s.num_heads; ++head) score_head<Units>(s, head);
+  for (int64_t head = 0; head < s.num_heads; ++head) score_head(s, head);
 }
 #endif
 
@@ -205,13 +216,7 @@ struct ValueRows {
   const float* row_scale;  // [num_rows] factors of the old `out`; null: 1
   float* out;              // [num_rows, dims], rows stride_out apart, padded to whole vectors
   int64_t stride_out;
-  ReadAhead* ahead;          // null: nothing is to be fetched
-  int64_t offset_bytes = 0;  // from each row of V to the head
-
-  // Those of a row of V, zeros if the position is not added.
-  KVLINK_INLINE const char* row(int64_t position) const {
-    return position >= begin && position < end ? values[position] + offset_bytes : kNothing;
-  }
+  ReadAhead* ahead;  // null: nothing is to be fetched
 };
 
 // How rows of V meet weights: one at a time as floats,
@@ -222,7 +227,7 @@ struct FloatValues : FloatTerms {
   template <bool kWhole, int kVecs>
   static KVLINK_INLINE void load(const ValueRows& s, int64_t position, int64_t dim,
                                  Vec (&right)[kVecs]) {
-    const char* source = s.values[position] + s.offset_bytes + dim * kElementBytes;
+    const char* source = s.values[position] + dim * kElementBytes;
     __asm__("" : "+r"(source));  // one address, whatever the compiler thinks of more
     KVLINK_UNROLL
     for (int v = 0; v < kVecs; ++v) {
@@ -240,8 +245,8 @@ struct PairValues : PairTerms {
   template <bool kWhole, int kVecs>
   static KVLINK_INLINE void load(const ValueRows& s, int64_t step, int64_t dim,
                                  Vec (&right)[kVecs]) {
-    const char* first = s.row(step * 2) + dim * kElementBytes;
-    const char* second = s.row(step * 2 + 1) + dim * kElementBytes;
+    const char* first = s.values[step * 2] + dim * kElementBytes;
+    const char* second = s.values[step * 2 + 1] + dim * kElementBytes;
     __asm__("" : "+r"(first), "+r"(second));
     if constexpr (kWhole) {
       Pairs<kDType>::side_by_side(first, second, right);
@@ -322,12 +327,17 @@ KVLINK_INLINE int64_t value_columns(const ValueRows& s, int64_t row) {
 template <class Values>
 __attribute__((noinline)) void add_values(const ValueRows& all) {
   ValueRows s = all;
+  const char* values[kPanelRows];  // of a head; zeros beside what is added
+  s.values = values;
   for (s.begin = all.begin; s.begin < all.end; s.begin = s.end) {
     s.end = (s.begin / all.step + 1) * all.step;
     if (s.end > all.end) s.end = all.end;
     for (int64_t head = 0; head < all.num_heads; ++head) {
       const int64_t first = head * all.head_rows;
-      s.offset_bytes = head * all.stride_head;
+      for (int64_t i = s.begin / 2 * 2; i < (s.end + 1) / 2 * 2; ++i) {
+        const bool added = i >= s.begin && i < s.end;
+        values[i] = added ? all.values[i] + head * all.stride_head : kNothing;
+      }
       s.weights = all.weights + first * kPanelRows;
       s.row_scale = all.row_scale && s.begin == all.begin ? all.row_scale + first : nullptr;
       s.out = all.out + first * all.stride_out;

@@ -97,11 +97,7 @@ constexpr Index64 make_index(Pick pick) {
   for (int i = 0; i < 64; ++i) index.at[i] = static_cast<uint8_t>(pick(i));
   return index;
 }
-// Of low and high bytes: the words of two neighbours out of every four; words one after the other.
-inline constexpr Index64 kFirstTwo =
-    make_index([](int i) { return i / 4 * 4 + i % 4 / 2 + i % 2 * 64; });
-inline constexpr Index64 kLastTwo =
-    make_index([](int i) { return i / 4 * 4 + 2 + i % 4 / 2 + i % 2 * 64; });
+// Of low and high bytes: words one after the other.
 inline constexpr Index64 kInOrder = make_index([](int i) { return i / 2 + i % 2 * 64; });
 // Of two rows: bytes of one dim side by side, those of dims kFrom + 16 behind those of kFrom in
 // every 128-bit part.
@@ -132,22 +128,25 @@ template <DType kDType>
 struct Pairs {
   static_assert(kDType == DType::kBFloat16 || dtype_bytes(kDType) == 1);
   static constexpr int kElementBytes = dtype_bytes(kDType);
-  static constexpr int kTerms = 2 / kElementBytes;  // pairs in 32 stored bits
+  static constexpr int kVecs = 2 / kElementBytes;  // vectors of pairs in a stored vector
 
-  // Every lane's pairs.
-  static KVLINK_INLINE void widen(VecU unit, Vec (&terms)[kTerms]) {
-    if constexpr (kTerms == 1) {
-      terms[0] = from_bits(unit);
+  // All pairs of neighbours.
+  static KVLINK_INLINE void in_order(VecU stored, Vec (&pairs)[kVecs]) {
+    if constexpr (kVecs == 1) {
+      pairs[0] = from_bits(stored);
     } else {
-      const WordBytes bytes = look_up<kDType>(unit);
-      terms[0] = from_bits(pick_bytes(kFirstTwo.load(), bytes.low, bytes.high));
-      terms[1] = from_bits(pick_bytes(kLastTwo.load(), bytes.low, bytes.high));
+      // Each 128-bit part gets 8 bytes of the first half and 8 of the second.
+      const __m512i parts =
+          _mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), (__m512i)stored);
+      const WordBytes bytes = look_up<kDType>((VecU)parts);
+      pairs[0] = (Vec)_mm512_unpacklo_epi8((__m512i)bytes.low, (__m512i)bytes.high);
+      pairs[1] = (Vec)_mm512_unpackhi_epi8((__m512i)bytes.low, (__m512i)bytes.high);
     }
   }
 
   // kLanes pairs of neighbours.
   static KVLINK_INLINE Vec neighbours(VecU stored) {
-    if constexpr (kTerms == 1) return from_bits(stored);
+    if constexpr (kVecs == 1) return from_bits(stored);
     const WordBytes bytes = look_up<kDType>(stored);
     return from_bits(pick_bytes(kInOrder.load(), bytes.low, bytes.high));
   }
