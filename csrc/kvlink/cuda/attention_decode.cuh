@@ -47,8 +47,9 @@ class DecodeItems {
     *first_item = starts_[low];
     if (run() == 1) return low;
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    for (int first = low * run();; first += 32) {
-      const int mine = first + lane < (low + 1) * run() ? num_items(first + lane) : 0;
+    const int end = (low + 1) * run() < args_.num_seqs ? (low + 1) * run() : args_.num_seqs;
+    for (int first = low * run(); first < end; first += 32) {
+      const int mine = first + lane < end ? num_items(first + lane) : 0;
       const int sum = sum_of_lanes(mine, lane);
       const unsigned beyond = __ballot_sync(0xffffffffu, *first_item + sum > item);
       if (beyond != 0) {
@@ -58,6 +59,7 @@ class DecodeItems {
       }
       *first_item += __shfl_sync(0xffffffffu, sum, 31);
     }
+    return end - 1;  // NOTE: only if seq_lens have changed since they were counted.
   }
 
  private:
@@ -70,8 +72,10 @@ class DecodeItems {
     __syncthreads();
     if (thread == 0) starts_[kDecodeThreads + 1] = sees;
     __syncthreads();
+    constexpr int kMany =
+        1 << 23;  // more than there is memory for; as many from all do not overflow
     int sum = 0;
-    for (int i = 0; i < run(); ++i) sum += num_items(thread * run() + i);
+    for (int i = 0; i < run(); ++i) sum = std::min(sum + num_items(thread * run() + i), kMany);
     sum = sum_of_lanes(sum, lane);
     starts_[thread + 1] = sum;
     __syncthreads();
@@ -260,8 +264,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
       if (threadIdx.x == 0) {
         uint32_t* counter =
             args.counters + static_cast<int64_t>(kept->seq) * gridDim.x + blockIdx.x;
-        kept->is_last = take_number(counter) + 1 == static_cast<uint32_t>(num_splits);
-        if (kept->is_last != 0) *counter = 0;
+        const uint32_t last = static_cast<uint32_t>(num_splits) - 1;
+        kept->is_last = take_number(counter, last) == last;
       }
       __syncthreads();
       if (kept->is_last != 0) {

@@ -9,6 +9,13 @@ inline constexpr int kGroupThreads = 128;
 inline constexpr int kGroupRows = 64;
 inline constexpr int kRowBytes = 128;  // of 64 elements
 inline constexpr size_t kMaxBlockBytes = 227 << 10;
+// Of blocks of three warp groups, one that copies and two that compute: registers of each thread
+// that computes. NOTE: who asks for more than the block began with waits forever.
+inline constexpr int kThreeGroupThreads = 3 * kGroupThreads;
+constexpr int computing_registers(int copying) {
+  constexpr int kBegin = 65536 / kThreeGroupThreads / 8 * 8;
+  return (3 * kBegin - copying) / 2 / 8 * 8;
+}
 
 // The same value, which all lanes of the warp have: the compiler then keeps what follows from it in
 // registers of the warp.

@@ -14,7 +14,7 @@
 // anew, as soon as the group that has those dims is done with them.
 //
 // Budgets. Registers: 128 of outputs, 32 of scores, 16 of weights and 16 of the other's weights, of
-// the 240 that each thread of two warp groups may have. Shared memory, of 232448 bytes: queries 72
+// the 232 that each thread of two warp groups may have. Shared memory, of 232448 bytes: queries 72
 // KiB, stages 2 x 72 KiB, weights 8 KiB + 2 KiB of maxima.
 // Limit: per block, products are 64 x 64 x (576 + 512) x 2 = 8.9 million operations, 2176 cycles at
 // a processor's 4096 a cycle; they read 16 KiB of shared memory for each 64 dims of the scores
@@ -31,7 +31,6 @@ namespace kvlink::cuda {
 inline constexpr int kLatentParts = 9, kLatentValueParts = 8;  // of 64 dims
 inline constexpr int kLatentTokens = 64;                       // of a block
 inline constexpr int kLatentGroups = 2;
-inline constexpr int kLatentThreads = (1 + kLatentGroups) * kGroupThreads;
 inline constexpr int kLatentSplitTokens = 2048;
 
 struct LatentArgs {

@@ -11,7 +11,7 @@ namespace kvlink::cuda {
 namespace {
 
 template <DType kDType, bool kGeneral>
-__global__ void __launch_bounds__(kLatentThreads, 1)
+__global__ void __launch_bounds__(kThreeGroupThreads, 1)
     attend_latent(const __grid_constant__ LatentArgs args) {
 #if defined(KVLINK_HAS_WGMMA)
   using Tile = LatentRows<kDType, kGeneral>;
@@ -19,13 +19,13 @@ __global__ void __launch_bounds__(kLatentThreads, 1)
   __syncthreads();
   const int group = of_warp(static_cast<int>(threadIdx.x) / kGroupThreads);
   if (group == 0) {
-    shrink_registers<32>();
+    shrink_registers<40>();
     if (threadIdx.x < 32) {
       prefetch_map(&args.map);
       LatentRing(args, 0).copy_all();
     }
   } else {
-    grow_registers<240>();
+    grow_registers<computing_registers(40)>();
     Tile(args, group - 1).attend_all();
   }
 #endif
@@ -45,7 +45,7 @@ const Instance& latent_sm90_instance() {
                                      .extend_shared_bytes = LatentRing::kSharedBytes,
                                      .tile_rows = kGroupRows,
                                      .split_tokens = kLatentSplitTokens,
-                                     .threads = kLatentThreads,
+                                     .threads = kThreeGroupThreads,
                                      .running_bytes = running_bytes<Tile>(),
                                      .resident = 1};
   return kInstance;
@@ -64,8 +64,8 @@ void latent_attention_sm90(const Args& all, dim3 grid, cudaStream_t stream) {
   const auto kernel = p.q_dtype == kBF16
                           ? (general ? attend_latent<kBF16, true> : attend_latent<kBF16, false>)
                           : (general ? attend_latent<kFP16, true> : attend_latent<kFP16, false>);
-  launch("paged_attention: latent, sm_90a", kernel, grid, kLatentThreads, LatentRing::kSharedBytes,
-         stream, args);
+  launch("paged_attention: latent, sm_90a", kernel, grid, kThreeGroupThreads,
+         LatentRing::kSharedBytes, stream, args);
 }
 
 }  // namespace kvlink::cuda

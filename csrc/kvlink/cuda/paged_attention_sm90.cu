@@ -16,7 +16,7 @@ namespace kvlink::cuda {
 namespace {
 
 template <DType kDType, int kDim, int kDimV, bool kGeneral, int kParts>
-__global__ void __launch_bounds__(kBlockThreads, 1)
+__global__ void __launch_bounds__(kThreeGroupThreads, 1)
     prefill(const __grid_constant__ PrefillArgs args) {
 #if defined(KVLINK_HAS_WGMMA)
   using Tile = PrefillRows<kDType, kDim, kDimV, kGeneral, kParts>;
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       Tile(args, 0).copy_all();
     }
   } else {
-    grow_registers<240>();
+    grow_registers<computing_registers(24)>();
     Tile(args, group - 1).attend_all();
   }
 #endif
@@ -185,7 +185,7 @@ void paged_attention_sm90(const PagedAttentionParams& params, const SequencePlan
   const int64_t blocks =
       std::min<int64_t>(attribute(cudaDevAttrMultiProcessorCount), max_tiles * layout.num_kv_heads);
   launch("paged_attention: prefill, sm_90a", with->kernel, dim3(static_cast<unsigned>(blocks)),
-         kBlockThreads, with->shared_bytes, stream, args);
+         kThreeGroupThreads, with->shared_bytes, stream, args);
 }
 
 }  // namespace kvlink::cuda

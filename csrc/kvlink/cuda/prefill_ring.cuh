@@ -8,8 +8,8 @@
 // Blocks of positions are counted from position 0 and taken from the last to the first, as many as
 // any row of the tile sees. As many blocks as there are processors walk the list of tiles.
 //
-// Budgets. Registers: 65536 of a processor for 128 threads x 24 and 256 x 240, of which a thread's
-// sums take 128 at head_dim 128 (64 scores, 64 outputs) and weights 32, or twice that in two parts.
+// Budgets. Registers: 128 threads x 24 and 256 x 240, which is 384 x 168; of a thread's, sums take
+// 128 at head_dim 128 (64 scores, 64 outputs) and weights 32, or twice that in two parts.
 // Shared memory, of 232448 bytes that a block may have (Q + stages x (K + V), and barriers):
 //   head_dim  64: 16 + 4 x (16 + 16) = 144 KiB, blocks of 128 positions
 //   head_dim 128: 32 + 3 x (32 + 32) = 224 KiB, blocks of 128
@@ -25,7 +25,6 @@
 namespace kvlink::cuda {
 
 inline constexpr int kGroups = kPrefillRows / kGroupRows;
-inline constexpr int kBlockThreads = (1 + kGroups) * kGroupThreads;
 inline constexpr int kTurn = 1, kOwn = kTurn + kGroups;  // named barriers, one for each group
 
 struct PrefillArgs {

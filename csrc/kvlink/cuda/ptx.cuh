@@ -158,13 +158,14 @@ __device__ inline void add_of_system(uint64_t* at, uint64_t value) {
   asm volatile("red.release.sys.global.add.u64 [%0], %1;\n" ::"l"(at), "l"(value) : "memory");
 }
 
-// Adds 1 to a counter of the device and returns what it was. What a thread's block has stored (with
-// a __syncthreads in between) is seen by every block whose number is greater.
-__device__ inline uint32_t take_number(uint32_t* counter) {
+// Adds 1 to a counter of the device, but goes back to 0 from `last` or more, and returns what it
+// was. What a thread's block has stored (with a __syncthreads in between) is seen by every block
+// whose number is greater.
+__device__ inline uint32_t take_number(uint32_t* counter, uint32_t last) {
   uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;\n"
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;\n"
                : "=r"(before)
-               : "l"(counter)
+               : "l"(counter), "r"(last)
                : "memory");
   return before;
 }

@@ -13,6 +13,11 @@ constexpr size_t kMostKept = 64;                      // streams
 constexpr int64_t kLargestKept = int64_t{288} << 20;  // bytes
 constexpr int64_t kStep = int64_t{1} << 20;
 
+// What is too small grows by half at least, so that it does not grow often.
+int64_t grown(int64_t had, int64_t needed) {
+  return needed <= had ? had : std::max(needed, std::min(had + had / 2, kLargestKept));
+}
+
 }  // namespace
 
 struct Workspace::Kept {
@@ -56,7 +61,9 @@ void Workspace::take(int64_t counter_bytes, int64_t num_bytes) {
 Workspace::Workspace(int64_t num_counters, int64_t num_bytes, cudaStream_t stream)
     : stream_(stream) {
   int64_t counter_bytes = round_up(num_counters * int64_t{sizeof(uint32_t)}, int64_t{256});
-  if (!is_captured(stream) && counter_bytes + num_bytes <= kLargestKept) {
+  // NOTE: cudaStreamPerThread is another stream in each thread, maybe of one number.
+  if (stream != cudaStreamPerThread && !is_captured(stream) &&
+      counter_bytes + num_bytes <= kLargestKept) {
     unsigned long long number = 0;
     check_cuda(cudaStreamGetId(stream, &number), "cudaStreamGetId");
     kept_ = find(number);
@@ -70,8 +77,8 @@ Workspace::Workspace(int64_t num_counters, int64_t num_bytes, cudaStream_t strea
     // NOTE: what was queued before on the stream may still use the old memory, and ends first.
     if (kept_->memory) cudaFreeAsync(kept_->memory, stream);
     kept_->memory = nullptr;
-    counter_bytes = std::max(counter_bytes, 2 * kept_->counter_bytes);
-    num_bytes = round_up(std::max(num_bytes, kept_->num_bytes + kept_->num_bytes / 2), kStep);
+    counter_bytes = grown(kept_->counter_bytes, counter_bytes);
+    num_bytes = round_up(grown(kept_->num_bytes, num_bytes), kStep);
     take(counter_bytes, num_bytes);
     kept_->memory = memory_;
     kept_->counter_bytes = counter_bytes;

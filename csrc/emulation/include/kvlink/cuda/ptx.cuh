@@ -252,9 +252,11 @@ inline void add_of_system(uint64_t* at, uint64_t value) {
   __atomic_fetch_add(at, value, __ATOMIC_RELEASE);
 }
 
-inline uint32_t take_number(uint32_t* counter) {
+inline uint32_t take_number(uint32_t* counter, uint32_t last) {
   emulation::yield();
-  return (*counter)++;
+  const uint32_t before = *counter;
+  *counter = before >= last ? 0 : before + 1;
+  return before;
 }
 inline float2 load_pair_of_blocks(const void* from) { return *static_cast<const float2*>(from); }
 inline float4 load_four_of_blocks(const void* from) { return *static_cast<const float4*>(from); }
