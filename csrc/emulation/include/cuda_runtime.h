@@ -178,6 +178,7 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
 using cudaStream_t = struct CUstream_st*;
+#define cudaStreamPerThread (reinterpret_cast<cudaStream_t>(uintptr_t{2}))
 
 inline constexpr unsigned cudaHostAllocPortable = 1, cudaHostAllocMapped = 2;
 
