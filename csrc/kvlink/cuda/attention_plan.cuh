@@ -29,7 +29,7 @@ __device__ inline int running_sum(int* sums, int mine, int* all) {
 
 // What a block of threads has to compute of a sequence when all have the same: in tiles times
 // splits.
-__device__ inline int64_t fair_share(const Args& args, int* sums, int group) {
+__device__ inline int fair_share(const Args& args, int* sums, int group) {
   int64_t mine = 0;
   for (int seq = static_cast<int>(threadIdx.x); seq < args.num_seqs; seq += kPlanThreads) {
     SequencePlan plan = check_sequence(args, args.first_seq + seq);
@@ -37,7 +37,7 @@ __device__ inline int64_t fair_share(const Args& args, int* sums, int group) {
     const int tiles = (plan.num_rows * group + args.tile_rows - 1) / args.tile_rows;
     mine += static_cast<int64_t>(tiles) * plan.num_splits;
   }
-  constexpr int64_t kMost = INT32_MAX / kPlanThreads;
+  constexpr int64_t kMost = INT32_MAX / kPlanThreads / 2;  // twice the sum fits
   int all;
   running_sum(sums, static_cast<int>(mine < kMost ? mine : kMost), &all);
   return all / args.share_blocks;
@@ -57,7 +57,7 @@ static __global__ void __launch_bounds__(kPlanThreads)
   const bool ready = *is_ready != 0;
   const int group = args.p.num_q_heads / args.p.kv.layout.num_kv_heads;
   // Dividing costs memory traffic, and is no use to a sequence that is little of a block's share.
-  const int64_t most_walked =
+  const int most_walked =
       ready && args.share_blocks > 0 ? fair_share(args, sums, group) * 2 / 3 : 0;
   SequencePlan before{};
   for (int first = 0; first < args.num_seqs; first += kPlanThreads) {
