@@ -47,6 +47,30 @@ def attend(args: Any, kwargs: dict[str, Any], **more: Any) -> tuple[torch.Tensor
     return out.tensor, lse.tensor
 
 
+def check_bad_entries(emulated_cuda: Emulation, case: AttentionCase) -> None:
+    """Of two sequences the first gets bad entries: they are told, and the second is as ever."""
+    inputs = make_attention(case)
+    q, pool, layer, page_table, seq_lens = inputs.args
+    rows = case.q_lens[0]
+    good, _ = attend(inputs.args, inputs.kwargs)
+    for bad in (-1, pool.num_pages, 2**31 - 1):
+        table = page_table.clone()
+        table[0, 1] = bad
+        out, _ = attend((q, pool, layer, table, seq_lens), inputs.kwargs)
+        with pytest.raises(PageTableError, match=rf"page_table\[1\].*got {bad}"):
+            emulated_cuda.check_errors()
+        assert bool(out.isfinite().all())
+        assert_same_bits(out[rows:], good[rows:])
+    lens = seq_lens.clone()
+    lens[0] = 10**6
+    out, lse = attend((q, pool, layer, page_table, lens), inputs.kwargs)
+    with pytest.raises(InvalidArgument, match=r"seq_lens\[0\].*got 1000000"):
+        emulated_cuda.check_errors()
+    assert bool((out[:rows] == 0).all())
+    assert bool((lse[:rows] == float("-inf")).all())
+    assert_same_bits(out[rows:], good[rows:])
+
+
 @every_case
 def test_against_the_reference(emulated_cuda: Emulation, case: AttentionCase) -> None:
     inputs = make_attention(case)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from cuda_attention_cases import BFLOAT16, EVERYTHING, EXTEND, FLOAT16
 from emulated import SEEDS, Emulation, emulated_cuda
-from test_attention_emulated import attend
+from test_attention_emulated import attend, check_bad_entries
 
-from kvlink.errors import InvalidArgument, PageTableError
+from kvlink.errors import InvalidArgument
 from kvlink.reference.paged_attention import paged_attention as reference
 from kvlink.testing.cases import AttentionCase, make_attention, rounded_weights, starts
 from kvlink.testing.tolerances import assert_close, assert_same_bits
@@ -124,25 +124,7 @@ def test_what_the_kernel_lacks_is_told(emulated_cuda: Emulation) -> None:
 
 def test_bad_entries_are_never_used_and_reported_later(emulated_cuda: Emulation) -> None:
     case = AttentionCase(q_lens=(70, 33), seq_lens=(70, 40), csr=False, **BFLOAT16)
-    inputs = make_attention(case)
-    q, pool, layer, page_table, seq_lens = inputs.args
-    good, _ = attend(inputs.args, inputs.kwargs)
-    for bad in (-1, pool.num_pages, 2**31 - 1):
-        table = page_table.clone()
-        table[0, 1] = bad
-        out, _ = attend((q, pool, layer, table, seq_lens), inputs.kwargs)
-        with pytest.raises(PageTableError, match=rf"page_table\[1\].*got {bad}"):
-            emulated_cuda.check_errors()
-        assert bool(out.isfinite().all())
-        assert_same_bits(out[70:], good[70:])
-    lens = seq_lens.clone()
-    lens[0] = 10**6
-    out, lse = attend((q, pool, layer, page_table, lens), inputs.kwargs)
-    with pytest.raises(InvalidArgument, match=r"seq_lens\[0\].*got 1000000"):
-        emulated_cuda.check_errors()
-    assert bool((out[:70] == 0).all())
-    assert bool((lse[:70] == float("-inf")).all())
-    assert_same_bits(out[70:], good[70:])
+    check_bad_entries(emulated_cuda, case)
 
 
 def test_masks_are_those_of_other_seeds(emulated_cuda: Emulation) -> None:

@@ -10,9 +10,8 @@ import pytest
 import torch
 from cuda_attention_cases import BFLOAT16, EVERYTHING, MANY_HEADS, SMALL_HEADS, SOME_HEADS, SPLIT
 from emulated import SEEDS, Emulation, emulated_cuda
-from test_attention_emulated import attend
+from test_attention_emulated import attend, check_bad_entries
 
-from kvlink.errors import InvalidArgument, PageTableError
 from kvlink.reference.append_kv import plane
 from kvlink.reference.paged_attention import paged_attention as reference
 from kvlink.testing.cases import AttentionCase, make_attention, rounded_weights
@@ -90,25 +89,7 @@ def test_what_the_kernel_lacks_is_told(emulated_cuda: Emulation) -> None:
 
 def test_bad_entries_are_never_used_and_reported_later(emulated_cuda: Emulation) -> None:
     case = AttentionCase(**(BFLOAT16 | SMALL_HEADS | {"q_lens": (1, 1), "seq_lens": (70, 40)}))
-    inputs = make_attention(case)
-    q, pool, layer, page_table, seq_lens = inputs.args
-    good, _ = attend(inputs.args, inputs.kwargs)
-    for bad in (-1, pool.num_pages, 2**31 - 1):
-        table = page_table.clone()
-        table[0, 1] = bad
-        out, _ = attend((q, pool, layer, table, seq_lens), inputs.kwargs)
-        with pytest.raises(PageTableError, match=rf"page_table\[1\].*got {bad}"):
-            emulated_cuda.check_errors()
-        assert bool(out.isfinite().all())
-        assert_same_bits(out[1:], good[1:])
-    lens = seq_lens.clone()
-    lens[0] = 10**6
-    out, lse = attend((q, pool, layer, page_table, lens), inputs.kwargs)
-    with pytest.raises(InvalidArgument, match=r"seq_lens\[0\].*got 1000000"):
-        emulated_cuda.check_errors()
-    assert bool((out[0] == 0).all())
-    assert bool((lse[0] == float("-inf")).all())
-    assert_same_bits(out[1:], good[1:])
+    check_bad_entries(emulated_cuda, case)
 
 
 def test_a_sequences_values_stay_with_it(emulated_cuda: Emulation) -> None:
