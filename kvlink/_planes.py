@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kvlink._check import index_of, one_of, shown
-from kvlink.errors import InvalidArgument
+from kvlink._arguments import one_of, wrong
 
 DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3", "float8_e5m2", "int8", "uint8")
 DTYPE_BYTES = {name: size for name, size in zip(DTYPES, (4, 2, 2, 1, 1, 1, 1), strict=True)}
@@ -25,21 +24,8 @@ def dtype_name(dtype: Any) -> str:
     name = getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
     name = _DTYPE_ALIASES.get(name, name)
     if name not in DTYPES:
-        raise InvalidArgument(f"dtype: expected one of {', '.join(DTYPES)}; got {shown(dtype)}")
+        raise wrong("dtype", f"one of {', '.join(DTYPES)}", dtype)
     return name
-
-
-def require_positive(**values: int) -> list[int]:
-    """The values as plain integers; raises InvalidArgument naming the one that is wrong."""
-    numbers = []
-    for name, value in values.items():
-        number = index_of(value)
-        if number is None or number < 1:
-            raise InvalidArgument(f"{name}: expected a positive integer; got {shown(value)}")
-        if number > 2**31 - 1:
-            raise InvalidArgument(f"{name}: expected at most 2^31 - 1; got {number}")
-        numbers.append(number)
-    return numbers
 
 
 @dataclass(frozen=True)

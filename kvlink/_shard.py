@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvlink._check import a, index_of, integers, shown, wrong
-from kvlink._planes import require_positive
+from kvlink._arguments import a, integer, integers, positive, shown, wrong
 from kvlink.errors import InvalidArgument
 
 MAX_REPLICAS = 65535
@@ -74,11 +73,11 @@ class Shard:
         each PP rank instead. `layers` names those of the model's layers that this kind of pool
         holds (hybrid models), by default all. Raises InvalidArgument.
         """
-        num_layers, num_kv_heads, tp_size, pp_size = require_positive(
+        num_layers, num_kv_heads, tp_size, pp_size = positive(
             num_layers=num_layers, num_kv_heads=num_kv_heads, tp_size=tp_size, pp_size=pp_size
         )
-        _check_rank("tp_rank", tp_rank, tp_size)
-        _check_rank("pp_rank", pp_rank, pp_size)
+        tp_rank = integer("tp_rank", tp_rank, 0, tp_size - 1)
+        pp_rank = integer("pp_rank", pp_rank, 0, pp_size - 1)
         if tp_size <= num_kv_heads:
             heads, replica = _part(num_kv_heads, tp_size, tp_rank), (0, 1)
         else:
@@ -98,21 +97,10 @@ class Shard:
 
 
 def _checked_replica(replica: Any) -> tuple[int, int]:
-    try:
-        idx, count = (value.__index__() for value in replica)
-    except (AttributeError, TypeError, ValueError):
-        raise InvalidArgument(f"replica: expected (idx, count); got {replica!r}") from None
-    if not 0 <= idx < count <= MAX_REPLICAS:
-        raise InvalidArgument(
-            f"replica: expected 0 <= idx < count <= {MAX_REPLICAS}; got {replica!r}"
-        )
-    return idx, count
-
-
-def _check_rank(name: str, rank: int, size: int) -> None:
-    number = index_of(rank)
-    if number is None or not 0 <= number < size:
-        raise wrong(name, f"0 to {size - 1}", rank)
+    numbers = integers("replica", replica)
+    if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1] <= MAX_REPLICAS:
+        raise wrong("replica", f"(idx, count), 0 <= idx < count <= {MAX_REPLICAS}", replica)
+    return numbers[0], numbers[1]
 
 
 def _part(total: int, num_parts: int, idx: int) -> range:

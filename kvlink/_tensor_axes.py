@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvlink import _C
-from kvlink._check import one_of, text
+from kvlink._arguments import one_of, text
 from kvlink._planes import DTYPE_BYTES, Plane, dtype_name
 from kvlink._serialise import SCALES
 from kvlink.errors import InvalidArgument

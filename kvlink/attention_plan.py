@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kvlink import _C
+from kvlink._arguments import a, array_or_integers, checked, flag, integer, optional
 from kvlink._arrays import as_int32
-from kvlink._check import a, array_or_integers, checked, flag, integer, optional
 from kvlink.errors import InvalidArgument
 from kvlink.pool import KVPool
 

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kvlink import _C
-from kvlink._arrays import as_reference, dtype_of
-from kvlink._check import (
+from kvlink._arguments import (
     a,
     array,
     array_or_integers,
@@ -20,6 +19,7 @@ from kvlink._check import (
     optional,
     text,
 )  # fmt: skip
+from kvlink._arrays import as_reference, dtype_of
 from kvlink._cuda_part import cuda_ops, on_cuda, stream_of
 from kvlink._layer_pairs import checked_shard, shared_heads, stored_layers, stored_pairs
 from kvlink._moving import (

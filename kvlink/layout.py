@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvlink._check import a, checked, integer, integers, one_of
+from kvlink._arguments import a, checked, integer, integers, one_of, positive
 from kvlink._planes import (
     DTYPE_BYTES,
     DTYPES,
@@ -21,7 +21,6 @@ from kvlink._planes import (
     Plane,
     dtype_name,
     page_planes,
-    require_positive,
     round_up,
 )
 from kvlink._serialise import FORMS, PLANE_FIELDS, SCALES, pack, unpack
@@ -61,14 +60,12 @@ class KVLayout:
             ("scale", self.scale, SCALES),
         ):
             one_of(name, value, allowed)
-        require_positive(
-            num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, page_size=self.page_size
-        )
+        positive(num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, page_size=self.page_size)
         if self.form == "opaque":
             if self.head_dim_v != 0 or self.scale != "none":
                 raise InvalidArgument("opaque pages have neither V nor scales")
         else:
-            require_positive(head_dim_v=self.head_dim_v)
+            positive(head_dim_v=self.head_dim_v)
             if self.dtype == "uint8":
                 raise InvalidArgument("dtype: uint8 is for opaque pages; name the value type")
         if self.form == "latent" and self.head_dim_v > self.head_dim:
@@ -150,10 +147,10 @@ class KVLayout:
         With `num_heads`, a page's first axis consists of so many equal slices, which a `Shard`
         numbers as it does KV heads: a state that TP ranks hold by heads can then be resharded.
         """
-        (num_heads,) = require_positive(num_heads=num_heads)
+        (num_heads,) = positive(num_heads=num_heads)
         page_shape = integers("page_shape", page_shape)
         for size in [*page_shape, num_elements := math.prod(page_shape)]:
-            require_positive(page_shape=size)
+            positive(page_shape=size)
         if num_heads > 1 and (not page_shape or page_shape[0] % num_heads):
             raise InvalidArgument(
                 f"page_shape: expected a first axis of {num_heads} equal slices; "
@@ -202,7 +199,7 @@ class KVLayout:
         scale: str,
     ) -> KVLayout:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        heads, dim, dim_v, size = require_positive(
+        heads, dim, dim_v, size = positive(
             num_kv_heads=num_kv_heads, head_dim=head_dim, head_dim_v=head_dim_v, page_size=page_size
         )
         name = dtype_name(dtype)
@@ -260,7 +257,7 @@ class KVLayout:
 
     def layer_bytes(self, num_pages: int) -> int:
         """Bytes from a layer's base to the end of its last element (page padding included)."""
-        require_positive(num_pages=num_pages)
+        positive(num_pages=num_pages)
         end = 0
         for _, plane, dims, size in self.planes():
             last = plane.element(num_pages - 1, self.page_size - 1, self.num_kv_heads - 1, dims - 1)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvlink._arguments import integer, positive, wrong
 from kvlink.errors import DoubleFree, ForeignPage, InvalidArgument, NotAllocated, OutOfPages
 
 Int32Array = npt.NDArray[np.int32]
@@ -38,11 +39,9 @@ class PageAllocator:
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
-        for name, value in (("num_pages", num_pages), ("page_size", page_size)):
-            if not _is_int(value) or not 1 <= value <= 2**31 - 1:
-                raise InvalidArgument(f"{name}: expected 1 to 2^31 - 1; got {value!r}")
-        self.num_pages = int(num_pages)
-        self.page_size = int(page_size)
+        num_pages, page_size = positive(num_pages=num_pages, page_size=page_size)
+        self.num_pages = num_pages
+        self.page_size = page_size
         self._lock = threading.Lock()
         self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # a stack; top at _num_free
         self._num_free = self.num_pages
@@ -71,10 +70,9 @@ class PageAllocator:
 
         Raises OutOfPages (nothing is taken), InvalidArgument.
         """
-        if not _is_int(num_pages) or num_pages < 0:
-            raise InvalidArgument(f"num_pages: expected an integer >= 0; got {num_pages!r}")
+        num_pages = integer("num_pages", num_pages, 0)
         with self._lock:
-            return self._take(int(num_pages))
+            return self._take(num_pages)
 
     def free(self, pages: PageIds) -> None:
         """Drops one reference per entry; a page without references is free again.
@@ -116,12 +114,10 @@ class PageAllocator:
         """
         ids = self._ids(pages)
         capacity = len(ids) * self.page_size
-        if not _is_int(num_tokens) or not 0 <= num_tokens <= capacity:
-            raise InvalidArgument(
-                f"num_tokens: expected 0 to {capacity}, the room in {len(ids)} pages; "
-                f"got {num_tokens!r}"
-            )
-        shared = ids[: -(-int(num_tokens) // self.page_size)].astype(np.int32)
+        if not 0 <= (tokens := integer("num_tokens", num_tokens)) <= capacity:
+            expected = f"0 to {capacity}, the room in {len(ids)} pages"
+            raise wrong("num_tokens", expected, num_tokens)
+        shared = ids[: -(-tokens // self.page_size)].astype(np.int32)
         self.retain(shared)
         return shared
 
@@ -137,12 +133,12 @@ class PageAllocator:
         ids = self._ids(pages)
         size = self.page_size
         capacity = len(ids) * size
-        if not (_is_int(start) and _is_int(stop) and 0 <= start <= stop and start <= capacity):
+        start, stop = integer("start", start), integer("stop", stop)
+        if not 0 <= start <= stop or start > capacity:
             raise InvalidArgument(
                 f"start, stop: expected 0 <= start <= stop and start <= {capacity}, the room in "
-                f"{len(ids)} pages; got {start!r}, {stop!r}"
+                f"{len(ids)} pages; got {start}, {stop}"
             )
-        start, stop = int(start), int(stop)
         first = start // size
         end = -(-stop // size) if stop > start else first
         result = np.empty(max(len(ids), end), np.int32)
@@ -164,12 +160,11 @@ class PageAllocator:
     def slots(self, pages: PageIds, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Slots (page * page_size + slot in the page) of token positions [start, stop); int64."""
         ids = self._ids(pages)
-        if not (
-            _is_int(start) and _is_int(stop) and 0 <= start <= stop <= len(ids) * self.page_size
-        ):
+        start, stop = integer("start", start), integer("stop", stop)
+        if not 0 <= start <= stop <= len(ids) * self.page_size:
             raise InvalidArgument(
                 f"start, stop: expected 0 <= start <= stop <= {len(ids) * self.page_size}, the "
-                f"room in {len(ids)} pages; got {start!r}, {stop!r}"
+                f"room in {len(ids)} pages; got {start}, {stop}"
             )
         positions = np.arange(start, stop, dtype=np.int64)
         return ids[positions // self.page_size] * self.page_size + positions % self.page_size
@@ -213,7 +208,3 @@ class PageAllocator:
         self._generations[ids] += np.uint32(1)
         self._free[self._num_free : self._num_free + len(ids)] = ids[::-1]
         self._num_free += len(ids)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

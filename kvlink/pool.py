@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvlink import _C
-from kvlink._check import a, flag, index_of, integers, shown, wrong
-from kvlink._planes import Plane, require_positive
+from kvlink._arguments import a, flag, integer, integers, positive, shown, wrong
+from kvlink._planes import Plane
 from kvlink._tensor_axes import describe_layer
 from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.layout import KVLayout
@@ -79,7 +79,7 @@ class KVPool:
             raise Unsupported(
                 f"device: create makes pools on 'cpu', wrap takes any; got {shown(device)}"
             )
-        (num_layers,) = require_positive(num_layers=num_layers)
+        (num_layers,) = positive(num_layers=num_layers)
         layer_map = _check_layer_map(layer_map, num_layers)
         num_stored = max(layer_map) + 1
         segment = _C.Segment.create(pool_bytes(layout, num_stored, num_pages), shared)
@@ -270,10 +270,7 @@ class KVPool:
         return _C.ArrayView(address, shape, steps, dtype, self.device, self._owner)
 
     def _stored(self, layer: int) -> int:
-        number = index_of(layer)
-        if number is None or not 0 <= number < self.num_layers:
-            raise wrong("layer", f"0 to {self.num_layers - 1}", layer)
-        return self.layer_map[number]
+        return self.layer_map[integer("layer", layer, 0, self.num_layers - 1)]
 
 
 def layer_stride_bytes(layout: KVLayout, num_pages: int) -> int:

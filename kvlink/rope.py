@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from kvlink import _C
+from kvlink._arguments import Check, a, array, checked, flag, integer, number, optional, text, wrong
 from kvlink._arrays import as_reference, device_of, dtype_of, empty_like, from_reference
-from kvlink._check import Check, a, array, checked, flag, integer, number, optional, text, wrong
 from kvlink._cuda_part import cuda_ops, stream_of
 from kvlink.backends import FLOATS, TRITON_DEVICES, TRITON_PACKAGES, Capabilities, choose_name
 from kvlink.errors import Unsupported

@@ -24,14 +24,14 @@ CXX_LAYERS = {
     "emulation": _DATA | {"cuda"},
 }
 
-# Module (or package) of kvlink -> those it may import; itself, `errors` and `_check` go without
+# Module (or package) of kvlink -> those it may import; itself, `errors` and `_arguments` go without
 # saying.
 _LAYOUT = {"_planes", "_serialise", "_shard", "layout"}
 _POOL = _LAYOUT | {"_tensor_axes", "pool", "_C"}
 _OPERATORS = _POOL | {"_arrays", "_cuda_part", "backends", "reference"}
 PYTHON_LAYERS = {
     "errors": set(),
-    "_check": set(),
+    "_arguments": set(),
     "_memory": set(),
     "_planes": set(),
     "_serialise": {"_planes"},
@@ -136,7 +136,7 @@ def test_python_layers(module: Path) -> None:
     if unit in SEE_EVERYTHING:
         return
     found &= known | {"_C", "_cuda"}  # what remains are names of kvlink/__init__.py
-    allowed = PYTHON_LAYERS[unit] | {unit, "errors", "_check"}
+    allowed = PYTHON_LAYERS[unit] | {unit, "errors", "_arguments"}
     assert found <= allowed, f"{unit} imports {sorted(found - allowed)}"
     assert not found & SEEN_BY_NOBODY
 

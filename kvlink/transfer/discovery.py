@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvlink._check import name_text, text, wrong
+from kvlink._arguments import name_text, text, wrong
 from kvlink.errors import InvalidArgument
 from kvlink.transfer.errors import PeerUnreachable
 

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from kvlink import _C
-from kvlink._check import a, name_text, one_of, wrong
+from kvlink._arguments import a, integer, name_text, number_of, one_of, wait_end, wrong
 from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.layout import Shard
 from kvlink.pool import KVPool
-from kvlink.transfer.arguments import is_integer, is_number, wait_end
 from kvlink.transfer.descriptor import descriptor_key
 from kvlink.transfer.errors import LinkClosed
 from kvlink.transfer.forking import PARENTS, keep, live
@@ -62,15 +61,16 @@ class Endpoint(LendsGroups):
             raise wrong("paths", f"some of {BUILT_PATHS}", paths)
         for path in paths:
             one_of("paths", path, BUILT_PATHS)
-        if not is_number(peer_timeout) or not 1.0 <= peer_timeout <= 3600.0:
-            raise InvalidArgument(f"peer_timeout: expected 1 to 3600 s; got {peer_timeout!r}")
+        seconds = number_of(peer_timeout)
+        if seconds is None or not 1.0 <= seconds <= 3600.0:
+            raise wrong("peer_timeout", "1 to 3600 s", peer_timeout)
         self.name = name
         self.descriptor_key = descriptor_key(secret)
         self._table = SlotTable(num_slots, num_page_entries, EndpointWatch(name))
         self._regions = Regions()
         self._peers = Peers(
             name, secret, self.descriptor_key, self._table, self._regions,
-            listen=listen, paths=tuple(paths), peer_timeout=peer_timeout,
+            listen=listen, paths=tuple(paths), peer_timeout=seconds,
         )  # fmt: skip
         self.epoch = self._peers.epoch
         self.address = self._peers.address
@@ -159,8 +159,7 @@ class Endpoint(LendsGroups):
         `pulls`: how many pulls end the offer. `on_release(offer)` is called once, on any thread,
         when the pages are the owner's alone again. Raises as `grant`.
         """
-        if not is_integer(pulls) or not 1 <= pulls <= _C.MAX_LINKS:
-            raise InvalidArgument(f"pulls: expected 1 to {_C.MAX_LINKS}; got {pulls!r}")
+        pulls = integer("pulls", pulls, 1, _C.MAX_LINKS)
         return self.lend(Offer, ttl, digest, pulls, region, pages, num_tokens, on_release)
 
     def lend(

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvlink import _C
-from kvlink.errors import InvalidArgument
-from kvlink.transfer.arguments import is_integer, wait_end
+from kvlink._arguments import integer, wait_end
 from kvlink.transfer.errors import TransferTimeout
 from kvlink.transfer.region import Region
 from kvlink.transfer.reservation import Reservation
@@ -127,9 +126,7 @@ class Grant(Reservation):
 
     def _stored_layer(self, layer: int) -> int:
         layer_map = self.region.descriptor.layer_map
-        if not is_integer(layer) or not 0 <= layer < len(layer_map):
-            raise InvalidArgument(f"layer: expected 0 to {len(layer_map) - 1}; got {layer!r}")
-        return layer_map[layer]
+        return layer_map[integer("layer", layer, 0, len(layer_map) - 1)]
 
     def _settle(self, status: _C.TransferStatus) -> None:
         if status == _OK:

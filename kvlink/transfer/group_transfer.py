@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvlink import _C
+from kvlink._arguments import wait_end
 from kvlink.errors import InvalidArgument
-from kvlink.transfer.arguments import wait_end
 from kvlink.transfer.errors import (
     GrantRevoked,
     TransferCancelled,

@@ -14,9 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from kvlink import _C
-from kvlink._check import function, optional
+from kvlink._arguments import function, optional, wait_end
 from kvlink.errors import InvalidArgument
-from kvlink.transfer.arguments import wait_end
 from kvlink.transfer.errors import TransferError, TransferTimeout, status_error
 from kvlink.transfer.grant import Arrival, Grant
 from kvlink.transfer.group_descriptor import GroupDescriptor

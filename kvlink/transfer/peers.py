@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from kvlink._check import one_of
+from kvlink._arguments import one_of
 from kvlink.transfer import wire
 from kvlink.transfer.accepting import Acceptor
 from kvlink.transfer.connecting import Joined, OwnSide

@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kvlink._arguments import integer
 from kvlink.errors import InvalidArgument
 from kvlink.layout import KVLayout, Shard
 from kvlink.transfer import runs
@@ -112,7 +113,7 @@ class TransferPlan:
     ) -> PlanSummary:
         """What moving `num_tokens` tokens takes. O(pages). With the page ids of both sides, pieces
         are counted over page boundaries. Raises InvalidArgument."""
-        _check_tokens(num_tokens)
+        num_tokens = integer("num_tokens", num_tokens, 1)
         src, dst, num_heads = self.src.layout, self.dst.layout, self.heads[0]
         rows_per_plane = len(self.parts) * num_heads * num_tokens
         run_bytes = num_runs = 0
@@ -149,7 +150,7 @@ class TransferPlan:
         bytes. Runs that follow each other on both sides are one. Raises InvalidArgument, and
         Unconvertible where values are not copied but converted.
         """
-        _check_tokens(num_tokens)
+        num_tokens = integer("num_tokens", num_tokens, 1)
         if self.verbatim is False:
             raise Unconvertible("plan: the values are converted, not copied; there are no runs")
         ids, sizes = [], []
@@ -235,11 +236,6 @@ def _check_sharing(dst: PoolShape, stored_of: dict[int, int], moved: set[int]) -
                 f"shards: model layers {layers} share memory at the destination, but not at the "
                 "source"
             )
-
-
-def _check_tokens(num_tokens: int) -> None:
-    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
-        raise InvalidArgument(f"num_tokens: expected a positive integer; got {num_tokens!r}")
 
 
 def _unique(values: Any) -> tuple[list[int], list[int]]:

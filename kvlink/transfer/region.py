@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvlink._check import wrong
+from kvlink._arguments import wrong
 from kvlink.errors import InvalidArgument
 from kvlink.layout import KVLayout, Shard
 from kvlink.pool import KVPool

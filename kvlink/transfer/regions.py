@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from kvlink._check import shown
+from kvlink._arguments import a, optional, shown
 from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.layout import Shard
 from kvlink.pool import KVPool
@@ -24,10 +24,8 @@ class Regions:
 
     def add(self, pool: KVPool, shard: Shard | None, generations: Any) -> Region:
         """See `Endpoint.register`."""
-        if not isinstance(pool, KVPool):
-            raise InvalidArgument(f"pool: expected a KVPool; got {pool!r}")
-        if shard is not None and not isinstance(shard, Shard):
-            raise InvalidArgument(f"shard: expected a Shard; got {shard!r}")
+        a(KVPool)("pool", pool)
+        optional(a(Shard))("shard", shard)
         if pool.device[0] != 1:
             raise Unsupported(f"pool: expected CPU memory; got device {pool.device}")
         if shard is None:

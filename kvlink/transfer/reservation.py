@@ -9,9 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvlink import _C
-from kvlink._check import flag, function, integer, optional
-from kvlink.errors import InvalidArgument
-from kvlink.transfer.arguments import is_number, wait_end
+from kvlink._arguments import flag, function, integer, number_of, optional, wait_end, wrong
 from kvlink.transfer.descriptor import Descriptor
 from kvlink.transfer.errors import TransferTimeout, status_error
 from kvlink.transfer.forking import PARENTS, keep
@@ -201,6 +199,7 @@ class Reservation:
 
 
 def _ttl_ns(ttl: float) -> int:
-    if not is_number(ttl) or not 0 < ttl <= 7 * 24 * 3600:
-        raise InvalidArgument(f"ttl: expected seconds in (0, 604800]; got {ttl!r}")
-    return int(ttl * 1e9)
+    seconds = number_of(ttl)
+    if seconds is None or not 0 < seconds <= 7 * 24 * 3600:
+        raise wrong("ttl", "seconds in (0, 604800]", ttl)
+    return int(seconds * 1e9)

@@ -8,7 +8,7 @@ from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
 from kvlink import _C
-from kvlink._check import integer
+from kvlink._arguments import integer
 from kvlink.transfer.errors import LinkClosed, LinkRefused, OutOfSlots
 
 if TYPE_CHECKING:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvlink import _C
-from kvlink._check import checked, integer, optional
+from kvlink._arguments import checked, integer, optional, wait_end
 from kvlink.errors import InvalidArgument
-from kvlink.transfer.arguments import is_integer, wait_end
 from kvlink.transfer.errors import (
     StaleTransfer,
     TransferError,
@@ -167,8 +166,7 @@ class Transfer:
         InvalidArgument for pushes (`Grant.readiness` tells their receiver) and for layers that
         this transfer does not move."""
         layer_map = self.plan.dst.layers
-        if not is_integer(layer) or not 0 <= layer < len(layer_map):
-            raise InvalidArgument(f"layer: expected 0 to {len(layer_map) - 1}; got {layer!r}")
+        layer = integer("layer", layer, 0, len(layer_map) - 1)
         for idx, (_, stored, _) in enumerate(self.plan.parts):
             if stored == layer_map[layer]:
                 name = f"transfer {self.transfer_id.hex()}, layer {layer}"

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvlink._arguments import index_of, wrong
 from kvlink.errors import InvalidArgument, PageTableError, Unsupported
 from kvlink.triton.arguments import as_tensor, short_name
 from kvlink.triton.tensor_pool import TensorPool
@@ -84,8 +85,8 @@ def _read_ids(pages: Any, name: str, device: torch.device) -> torch.Tensor:
     if not hasattr(pages, "__dlpack__"):
         listed = list(pages)
         for i, page in enumerate(listed):
-            if isinstance(page, bool) or not hasattr(page, "__index__"):
-                raise InvalidArgument(f"{name}[{i}]: expected an integer; got {page!r}")
+            if index_of(page) is None:
+                raise wrong(f"{name}[{i}]", "an integer", page)
         clamped = [max(_INT32.min, min(int(page), _INT32.max)) for page in listed]
         return torch.tensor(clamped, dtype=torch.int32, device=device)
     ids = as_tensor(pages, name)

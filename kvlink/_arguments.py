@@ -1,10 +1,14 @@
-"""What arguments may be. A check raises InvalidArgument: name, what was expected, what came."""
+"""What arguments of callers may be, for the whole package: checks of types and of ranges.
+
+A check takes a name and a value and raises InvalidArgument: name, what was expected, what came.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import operator
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -14,7 +18,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Check = Callable[[str, Any], Any]
 _TEXTS = (str, bytes, bytearray)
+_FLAGS = ("bool", "bool_")  # names of types, numpy's too
 _LONGEST = 120  # characters of a value in a message
+_LONGEST_WAIT = 1e9  # s
+_INT32_MAX, _INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
 def shown(value: Any) -> str:
@@ -36,17 +43,35 @@ def index_of(value: Any) -> int | None:
         return None
 
 
-def integer(name: str, value: Any, low: int = -(2**63), high: int = 2**63 - 1) -> int:
+def number_of(value: Any) -> float | None:
+    """A real number of Python, numpy or torch as a float; None for anything else, and for bool."""
+    try:
+        if type(value).__name__ in _FLAGS or getattr(value, "ndim", 0) != 0:
+            return None
+        return float(operator.truediv(value, 1))
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
+def integer(name: str, value: Any, low: int = -_INT64_MAX - 1, high: int = _INT64_MAX) -> int:
     """An integer in [low, high]."""
     number = index_of(value)
     if number is None or not low <= number <= high:
-        if low == -(2**63):
-            raise wrong(name, "an integer", value)
-        if high >= 2**31 - 1:
-            what = "a positive integer" if low == 1 else f"an integer >= {low}"
-            raise wrong(name, what, value)
-        raise wrong(name, f"{low} to {high}", value)
+        if high < _INT32_MAX:
+            expected = f"{low} to {high}"
+        elif number is not None and number > high:
+            expected = "at most 2^31 - 1" if high == _INT32_MAX else "at most 2^63 - 1"
+        elif low < -_INT32_MAX:
+            expected = "an integer"
+        else:
+            expected = "a positive integer" if low == 1 else f"an integer >= {low}"
+        raise wrong(name, expected, value)
     return number
+
+
+def positive(**values: Any) -> list[int]:
+    """Integers in [1, 2^31 - 1], as plain ones."""
+    return [integer(name, value, 1, _INT32_MAX) for name, value in values.items()]
 
 
 def integers(name: str, value: Any) -> list[int]:
@@ -60,17 +85,25 @@ def integers(name: str, value: Any) -> list[int]:
     return [each for each in found if each is not None]
 
 
-def number(name: str, value: Any) -> None:
+def number(name: str, value: Any) -> float:
     """A real number."""
-    try:
-        float(operator.truediv(value, 1))
-    except (TypeError, ValueError, OverflowError):
-        raise wrong(name, "a number", value) from None
+    found = number_of(value)
+    if found is None:
+        raise wrong(name, "a number", value)
+    return found
+
+
+def wait_end(timeout: Any, name: str = "timeout") -> float:
+    """When a wait of so many seconds ends (time.monotonic): now, if there are none."""
+    seconds = number_of(timeout)
+    if seconds is None or not seconds <= _LONGEST_WAIT:
+        raise wrong(name, f"seconds, at most {_LONGEST_WAIT:g}", timeout)
+    return time.monotonic() + max(0.0, seconds)
 
 
 def flag(name: str, value: Any) -> bool:
     """True or False, Python's or numpy's."""
-    if type(value).__name__ not in ("bool", "bool_"):
+    if type(value).__name__ not in _FLAGS:
         raise wrong(name, "True or False", value)
     return bool(value)
 
