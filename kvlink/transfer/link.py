@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from kvlink.transfer.session import Session
 
 _WAIT_SLICE = 0.1  # s, so that signals are handled
+_SEARCH_TIMEOUT = 1.0  # s, for a thread that looks for the peer
 
 
 class Link(LinkFacts, MovesGroups):
@@ -177,7 +178,15 @@ class Link(LinkFacts, MovesGroups):
 
     def close(self) -> None:
         """Cancels what is under way, gives leases back, tells the peer, and connects no more.
-        Idempotent. When it returns, this side touches no page of the peer any more."""
+        Idempotent. When it returns, this side touches no page of the peer any more, and an attempt
+        to connect again that was under way has ended (a resolver that does not return is waited for
+        1 s): a link made later is the newest at the peer, too."""
+        self.end()
+        if self._reconnector is not None:
+            self._reconnector.join(_SEARCH_TIMEOUT)
+
+    def end(self) -> None:
+        """For `Peers`: `close`, but an attempt to connect again may go on for a moment."""
         with self._changed:
             if self._closed:
                 return

@@ -91,12 +91,16 @@ class Peers:
 
     def accept(self, timeout: float) -> Link:
         """See `Endpoint.accept`."""
+        end = time.monotonic() + timeout
         with self._arrived:
-            if not self._arrived.wait_for(lambda: self._accepted, max(timeout, 0.0)):
-                raise TransferTimeout(f"nobody connected within {timeout} s")
-            link = next(iter(self._accepted))
-            del self._accepted[link]
-            return link
+            while True:
+                left = max(end - time.monotonic(), 0.0)
+                if not self._arrived.wait_for(lambda: self._accepted, left):
+                    raise TransferTimeout(f"nobody connected within {timeout} s")
+                link = next(iter(self._accepted))
+                del self._accepted[link]
+                if link.state == "connected":  # else it has just ended
+                    return link
 
     @property
     def links(self) -> tuple[Link, ...]:
@@ -138,7 +142,7 @@ class Peers:
             self._acceptor.shut()
             links, sessions = dict(self._links), list(self._sessions)
         for link in links:
-            link.close()
+            link.end()
         for session in sessions:
             session.close()
         for reconnector in links.values():

@@ -19,9 +19,14 @@ from kvlink.transfer import (
     TransferTimeout,
     UnknownRegion,
     reconnecting,
+    wire,
 )
+from kvlink.transfer import link as link_module
+from kvlink.transfer.channel import Channel
 
 pytestmark = [pytest.mark.two_process, pytest.mark.timeout(60)]
+
+SEARCHING = "kvlink-connect"  # the thread
 
 
 @pytest.fixture
@@ -34,7 +39,7 @@ def prefill() -> Iterator[Endpoint]:
 
 
 def threads() -> int:
-    return sum(1 for thread in threading.enumerate() if thread.name == "kvlink-connect")
+    return sum(1 for thread in threading.enumerate() if thread.name == SEARCHING)
 
 
 def arrives(link: Link, peer: Peer) -> None:
@@ -160,6 +165,62 @@ def test_closing_ends_the_search_at_once(which: str) -> None:
     prefill.close()
     with pytest.raises(LinkClosed):
         prefill.connect(b"kvlink:2;unix=nobody")
+
+
+@pytest.mark.parametrize("path", ["host_shm", "ucx"])
+def test_a_closed_link_leaves_no_session_behind(
+    prefill: Endpoint, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """It is closed while it connects again, when the peer is about to believe in the session: the
+    peer's next link is the one that is made afterwards, and no other follows it."""
+    monkeypatch.setattr(link_module, "_SEARCH_TIMEOUT", 30.0)
+    send = Channel.send
+    connecting = threading.Event()
+
+    def send_late(channel: Channel, frame: wire.Frame, fds: tuple[int, ...] = ()) -> None:
+        if isinstance(frame, wire.Describe) and threading.current_thread().name == SEARCHING:
+            connecting.set()
+            eventually(lambda: link.closed)
+        send(channel, frame, fds)
+
+    with Endpoint("decode", secret=SECRET) as decode:
+        link = prefill.connect(decode.address, require=path)
+        monkeypatch.setattr(Channel, "send", send_late)
+        decode.accept(20).close()
+        assert connecting.wait(20)
+        link.close()
+        assert threads() == 0
+        again = prefill.connect(decode.address, require=path)
+        theirs = decode.accept(20)
+        assert theirs.query(bytes(16)) is None
+        with pytest.raises(TransferTimeout):
+            decode.accept(0.1)
+        assert (again.state, theirs.state) == ("connected", "connected")
+
+
+def test_a_link_that_is_ending_is_not_given(prefill: Endpoint) -> None:
+    """Its end was seen, but what the path has to clean up takes a while."""
+    let_go = threading.Event()
+    with Endpoint("decode", secret=SECRET) as decode:
+        first = prefill.connect(decode.address)
+        eventually(lambda: decode._peers._accepted)
+        session = next(iter(decode._peers._accepted))._last
+        close = session.path_link.close
+
+        def close_late(status: object) -> None:
+            assert let_go.wait(30)
+            close(status)
+
+        session.path_link.close = close_late
+        first.close()
+        try:
+            eventually(lambda: session.gone)
+            with pytest.raises(TransferTimeout):
+                decode.accept(0)
+        finally:
+            let_go.set()
+        prefill.connect(decode.address)
+        assert decode.accept(20).state == "connected"
 
 
 def test_refusals_are_told_once_and_waited_out(
