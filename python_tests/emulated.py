@@ -57,6 +57,10 @@ class Emulation:
         """Of the device's compute capability: 9 at first."""
         self._library.kvlink_emulation_major_version(value)
 
+    def lock_pages(self, tensor: torch.Tensor) -> None:
+        """Its memory, and no other, is page-locked and mapped."""
+        self._library.kvlink_emulation_lock_pages(ctypes.c_void_p(tensor.data_ptr()))
+
     def check_errors(self) -> None:
         """Raises what kernels recorded."""
         self.module.check_errors(0)

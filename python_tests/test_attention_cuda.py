@@ -241,12 +241,13 @@ def test_readiness_is_waited_for_by_a_kernel(kind: str) -> None:
     with pytest.raises(NotReady, match=r"ready\[0\] had not reached"):
         _cuda.check_errors(0)
     assert bool((out == 0).all())
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.empty_like(counter).fill_(3)  # CUDA may load no kernel while one waits
+    torch.cuda.synchronize()
     out = kvlink.paged_attention(*args, **kwargs, ready=[(counter, 3)], ready_timeout=5.0)
-    if kind == "host":
+    with torch.cuda.stream(side):
         counter.fill_(3)
-    else:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            counter.fill_(3)
     _cuda.check_errors(0)
     assert_same_bits(out.cpu(), expected.cpu())
 

@@ -295,6 +295,13 @@ def test_readiness_is_waited_for_on_the_device(
     emulated_cuda.check_errors()
     assert_same_bits(out, expected)
     assert_same_bits(lse, expected_lse, "lse")
+    # Page-locked memory of the host, which torch exports as any other.
+    emulated_cuda.lock_pages(counters[1])
+    out, lse = attend(inputs.args, inputs.kwargs, ready=[(counters[1], 12)], ready_timeout=0.0)
+    emulated_cuda.check_errors()
+    assert_same_bits(out, expected)
+    with pytest.raises(InvalidArgument, match=r"page-locked host memory; got.*on device type 1"):
+        attend(inputs.args, inputs.kwargs, ready=[(counters[0], 5)])
     with pytest.raises(InvalidArgument, match=r"ready: expected one int64.*2 x int64"):
         attend(inputs.args, inputs.kwargs, ready=[(DeviceArray(torch.zeros(2).long()), 1)])
 

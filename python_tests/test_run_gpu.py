@@ -46,9 +46,10 @@ def test_dry_run(tmp_path: Path) -> None:
         "grid on cuda",
         "grid on triton",
         "memcheck",
+        "synccheck",
         "rows from decode_1x32k",
     ]
-    for at in (0, 3):
+    for at in (0, 3, 4):
         assert "test_attention_cuda.py" in report["steps"][at]["output"]
     assert "test_every_rope.py" in report["steps"][1]["output"]
     listed = [sys.executable, "benchmarks/gpu_rows.py", "--list"]
@@ -108,6 +109,61 @@ def test_a_row_that_ends_its_process_costs_itself(
         "rows from first", "rows from second", "rows from third",
     ]  # fmt: skip
     assert report.failed()
+
+
+TESTS = """
+import os, time
+import pytest
+import told_tests
+
+def test_passes():
+    pass
+
+def test_hangs():
+    time.sleep(1000)
+
+@pytest.mark.parametrize("n", range(5))
+def test_ends(n):
+    if n > 0:
+        os._exit(3)
+
+def test_fails():
+    assert 1 == 2
+
+def test_loses_the_device():
+    told_tests._device_is_there = lambda: False
+    assert 3 == 4
+
+def test_is_last():
+    pass
+"""
+
+
+def test_a_test_that_ends_its_process_costs_itself(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those behind it run in a new process, but for a function that ends one again and again."""
+    file = tmp_path / "some_tests.py"
+    file.write_text(TESTS)
+    monkeypatch.setattr(tool, "TEST_SILENCE_S", 12)
+    report = tool.Report(tmp_path / "report.json", {})
+    options = argparse.Namespace(quick=False, dry_run=False, flashinfer=[])
+    run = tool.Run(report, options, time.monotonic(), str(tmp_path))
+    run.tests("some", [str(file)], 200)
+    found = json.loads((tmp_path / "report.json").read_text())
+    failed = {each["test"].partition("::")[2]: each["why"] for each in found["failed_tests"]}
+    assert list(failed) == [
+        "test_hangs", "test_ends[1]", "test_ends[2]", "test_fails", "test_loses_the_device",
+    ]  # fmt: skip
+    assert "hung" in failed["test_hangs"]
+    assert "ended with 3" in failed["test_ends[2]"]
+    assert "assert 1 == 2" in failed["test_fails"]
+    assert "assert 3 == 4" in failed["test_loses_the_device"]
+    assert [step["exit_code"] for step in found["steps"]] == [124, 3, 3, tool.DEVICE_LOST, 0]
+    assert "1 passed" in found["steps"][-1]["output"]
+    assert '{"test"' not in found["steps"][0]["output"]
+    run.tests("none", [str(tmp_path / "absent.py")], 200)
+    assert [step["exit_code"] for step in report.found["steps"][5:]] == [4]
 
 
 def test_a_step_without_time_is_said_to_be_one(tool: Any, tmp_path: Path) -> None:

@@ -5,8 +5,9 @@
 Uses the Python that runs it (torch with CUDA, pybind11, setuptools, pytest) and nvcc; no network.
 All together ends within nine minutes, or two with --quick. In this order, a failure of one stopping
 no other: the build; tests against the reference; compute-sanitizer on a few; the rows of
-benchmarks/gpu_rows.py, the time for which is kept back from what comes before. A row that loses the
-device, or says nothing for long, costs itself: the next ones get a new process.
+benchmarks/gpu_rows.py, the time for which is kept back from what comes before. A test or row that
+loses the device, or says nothing for long, costs itself: the next ones get a new process. After two
+such of a test function, or of a kind of rows, the others of it are left out.
 
 DIR/gpu-DATE-COMMIT.json (device, versions, outcome of each step, figures) is written anew after
 every step and figure, so that it is there however this ends. KVLINK_COMMIT names the commit where
@@ -19,6 +20,7 @@ with 1 when a step failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -32,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,14 +42,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
 # Collected alone: the other test files need more than such a machine may have.
-TESTS = sorted(str(path) for path in (ROOT / "python_tests").glob("test_*_cuda.py"))
+FILES = (ROOT / "python_tests").glob("test_*_cuda.py")
+TESTS = sorted(map(str, FILES), reverse=True)  # those of attention, which may hang, last
 GRID = str(ROOT / "python_tests" / "operators")  # each test for each backend
 ARCHS = {(8, 0): "80", (9, 0): "90a", (10, 0): "100"}
 LIMIT_S, QUICK_LIMIT_S = 530, 115
 KEPT_FOR_ROWS_S, QUICK_KEPT_S = 170, 45
-SILENCE_S = 60  # of a row
+SILENCE_S = 40  # of a row
+TEST_SILENCE_S = 35
+DEVICE_LOST = 70  # told_tests.py ends its process with it
+MOST_ENDS = 2  # of processes, by tests of one function or rows of one kind
 # Memory checks run long: a kernel of each kind.
-CHECKED = "bad_ids or merge or (one_part and (plain or everything or float16))"
+CHECKED = {
+    "memcheck": "bad_ids or merge or (one_part and (plain or everything or float16))",
+    "synccheck": "one_part and plain",
+}
 # Compiling Triton kernels takes long: some of each operator.
 TRITON = "triton and (feature or group_sizes or latent or copy_pages or rope)"
 ROWS_SCRIPT = "benchmarks/gpu_rows.py"
@@ -60,7 +70,9 @@ class Report:
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path = path
-        self.found: dict[str, Any] = {**about, "steps": [], "limits": [], "figures": []}
+        self.found: dict[str, Any] = {
+            **about, "steps": [], "failed_tests": [], "limits": [], "figures": [],
+        }  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         self.write()
 
@@ -79,13 +91,16 @@ class Report:
             print(step["output"][-4000:], flush=True)
         return step
 
+    def failed_test(self, step: str, test: str, why: str) -> None:
+        """One that has failed, or ended its process."""
+        self.found["failed_tests"].append({"step": step, "test": test, "why": why})
+        self.write()
+        print(f"{step}: {test} failed", flush=True)
+
     def line(self, text: str) -> dict[str, Any]:
         """A line of gpu_rows.py: kept if it is a figure; as an object, or {}."""
-        if not text.startswith("{"):
-            return {}
-        try:
-            found: dict[str, Any] = json.loads(text)
-        except ValueError:
+        found = as_object(text)
+        if not found:
             return {}
         if "ms" in found:
             self.found["figures"].append(found)
@@ -97,6 +112,59 @@ class Report:
     def failed(self) -> bool:
         """A step failed."""
         return any(step["exit_code"] != 0 for step in self.found["steps"])
+
+
+def as_object(line: str) -> dict[str, Any]:
+    """What a line of JSON says; {} of others."""
+    if not line.startswith("{"):
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return {}
+    return found
+
+
+class ToldTests:
+    """What told_tests.py says of the tests of a step."""
+
+    def __init__(self, report: Report, step: str) -> None:
+        self._report, self._step = report, step
+        self._running: list[str] = []
+        self._ends: Counter[str] = Counter()  # of processes, by a function's tests
+        self.done: list[str] = []  # tests; functions of which no more are wanted
+        self.more = True
+
+    def line(self, text: str) -> None:
+        """One of a process's."""
+        found = as_object(text)
+        test = found.get("test", "")
+        if "session" in found:
+            self.more = False
+        elif test and "outcome" not in found:
+            self._running.append(test)
+        elif test:
+            if test in self._running:
+                self._running.remove(test)
+            self.done.append(test)
+            if found["outcome"] == "failed":
+                self._report.failed_test(self._step, test, found["why"])
+
+    def process_ended(self, exit_code: int) -> None:
+        """Before a session's end that is the fault of what was running, or has just failed."""
+        if not self.more:
+            return
+        for test in self._running:
+            why = "hung, or had no more time" if exit_code == 124 else f"ended with {exit_code}"
+            self._report.failed_test(self._step, test, f"its process {why}")
+        guilty = self._running or (self.done[-1:] if exit_code == DEVICE_LOST else [])
+        self.done += self._running
+        self._running = []
+        self.more = bool(guilty)
+        for function in {test.partition("[")[0] for test in guilty}:
+            self._ends[function] += 1
+            if self._ends[function] == MOST_ENDS:
+                self.done.append(function)
 
 
 class Command:
@@ -134,9 +202,11 @@ class Command:
                     self.output.append(line)
                     each(line)
             except (queue.Empty, subprocess.TimeoutExpired):
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
                 exit_code = 124
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(timeout=20)  # a device may hold it for long
         seconds = round(time.monotonic() - self.begin, 1)
         output = "".join(self.output)[-20000:]
         return {"name": self.name, "exit_code": exit_code, "seconds": seconds, "output": output}
@@ -198,10 +268,27 @@ class Run:
         """One of those before the rows; 124: it had no time, or not enough."""
         limit_s = min(limit_s, self.end_of_tests - time.monotonic())
         if limit_s < 1:
-            skipped = {"name": name, "exit_code": 124, "seconds": 0.0, "output": "no time left\n"}
-            return int(self.report.add(skipped)["exit_code"])
+            return int(self.report.add(no_time(name))["exit_code"])
         done = Command(name, [sys.executable, *command], **self.path, **environment)
         return int(self.report.add(done.finish(limit_s))["exit_code"])
+
+    def tests(self, name: str, arguments: list[str], limit_s: float) -> None:
+        """A run of pytest, in new processes behind tests that hang or lose the device."""
+        end = min(time.monotonic() + limit_s, self.end_of_tests)
+        told, done = ToldTests(self.report, name), Path(self.folder) / "tests_done"
+        command = [sys.executable, *PYTEST, "-p", "told_tests", *arguments]
+        while told.more:
+            limit_s = end - time.monotonic()
+            if limit_s < 1:
+                self.report.add(no_time(name))
+                return
+            done.write_text("\n".join(told.done))
+            process = Command(name, command, **self.path, KVLINK_TESTS_DONE=str(done))
+            step = process.finish(limit_s, TEST_SILENCE_S, told.line)
+            lines = step["output"].splitlines(keepends=True)
+            step["output"] = "".join(line for line in lines if line.strip() and not as_object(line))
+            self.report.add(step)
+            told.process_ended(step["exit_code"])
 
     def build(self, arch: str) -> None:
         """The extension for the device; without its CUDA part, for the others, where that fails."""
@@ -215,24 +302,32 @@ class Run:
         quick, dry = self.options.quick, self.options.dry_run
         extra = ["--collect-only"] if dry else []
         many = ["-n", "8"] if importlib.util.find_spec("xdist") and not dry else []
-        self.step("tests", [*PYTEST, "-m", "gpu", *TESTS, *extra], 120)
+        self.tests("tests", ["-m", "gpu", *TESTS, *extra], 120)
         if quick:
             return
         on_cuda = [] if dry else ["-k", "cuda"]
         on_triton = [] if dry else ["-k", TRITON]
-        self.step("grid on cuda", [*PYTEST, GRID, *on_cuda, *extra], 90)
-        self.step("grid on triton", [*PYTEST, GRID, *on_triton, *many, *extra], 70)
+        self.tests("grid on cuda", [GRID, *on_cuda, *extra], 90)
+        self.tests("grid on triton", [GRID, *on_triton, *many, *extra], 70)
+        for tool, limit_s in (("memcheck", 80.0), ("synccheck", 45.0)):
+            self.sanitize(
+                tool, [*PYTEST, "-m", "gpu", *TESTS, "-k", CHECKED[tool], *extra], limit_s
+            )
+
+    def sanitize(self, tool: str, tests: list[str], limit_s: float) -> None:
+        """One of compute-sanitizer's tools on some tests."""
+        if self.options.dry_run:
+            self.step(tool, tests, limit_s)
+            return
         sanitizer = shutil.which("compute-sanitizer", path=search_path())
-        small = [*PYTEST, "-m", "gpu", *TESTS, "-k", CHECKED, *extra]
-        if dry:
-            self.step("memcheck", small, 60)
-        elif sanitizer:
-            tool = [sanitizer, "--error-exitcode", "9", sys.executable, *small]
-            limit_s = min(80.0, self.end_of_tests - time.monotonic())
-            # Each tensor an allocation of its own, so that its end is one, too.
-            apart = {**self.path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            if limit_s > 1:
-                self.report.add(Command("memcheck", tool, **apart).finish(limit_s))
+        limit_s = min(limit_s, self.end_of_tests - time.monotonic())
+        if not sanitizer or limit_s < 1:
+            self.report.add(no_time(tool, "no time left\n" if sanitizer else "no program\n"))
+            return
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, *tests]
+        # Each tensor an allocation of its own, so that its end is one, too.
+        apart = {**self.path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        self.report.add(Command(tool, command, **apart).finish(limit_s))
 
     def start_flashinfer(self) -> dict[str, Command]:
         """Installs the wheels, and compiles its kernels beside what comes next."""
@@ -262,6 +357,8 @@ class Run:
         script += ["--dry-run"] if self.options.dry_run else []
         rows = QUICK_ROWS if self.options.quick else self.all_rows()
         environment = {**self.path, "KVLINK_FLASHINFER": ",".join(flashinfer)}
+        left_out: list[str] = []
+        ends: Counter[str] = Counter()  # of processes, by rows of a kind
         while rows and time.monotonic() < self.end - 5:
             begun: list[str] = []
 
@@ -271,13 +368,17 @@ class Run:
                     begun.append(found["row"])
 
             command = Command(f"rows from {rows[0]}", [*script, "--row", *rows], **environment)
-            self.report.add(command.finish(self.end - time.monotonic(), SILENCE_S, each))
+            step = self.report.add(command.finish(self.end - time.monotonic(), SILENCE_S, each))
             if not begun:
                 break  # it does not even start
             rows = rows[len(begun) :]
-        if rows:
-            left = {"name": "rows left out", "exit_code": 124, "seconds": 0.0, "output": str(rows)}
-            self.report.add(left)
+            kind = begun[-1].partition("_")[0]
+            ends[kind] += step["exit_code"] != 0
+            if ends[kind] >= MOST_ENDS:
+                left_out += [row for row in rows if row.partition("_")[0] == kind]
+                rows = [row for row in rows if row not in left_out]
+        if rows or left_out:
+            self.report.add(no_time("rows left out", f"{left_out + rows}\n"))
 
     def all_rows(self) -> list[str]:
         """Their names, in order."""
@@ -289,10 +390,20 @@ class Run:
         return found.stdout.split()
 
 
+def no_time(name: str, output: str = "no time left\n") -> dict[str, Any]:
+    """A step that was not begun."""
+    return {"name": name, "exit_code": 124, "seconds": 0.0, "output": output}
+
+
 def search_path() -> str:
     """Where programs are, those of the toolkit included."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return os.pathsep.join([os.environ.get("PATH", ""), os.path.join(home, "bin")])
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        homes.append(str(Path(nvcc).resolve().parent.parent))
+    inside = [os.path.join(home, at) for home in homes if home
+              for at in ("bin", "compute-sanitizer")]  # fmt: skip
+    return os.pathsep.join([os.environ.get("PATH", ""), *inside])
 
 
 def commit() -> str:

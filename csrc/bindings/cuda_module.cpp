@@ -17,19 +17,36 @@ namespace py = pybind11;
 
 namespace {
 
-// An array of one 64-bit integer.
-Tensor counter_of(const py::object& counter, const std::string& name, const dlpack::Device& device,
-                  bool may_be_mapped) {
+// Where devices see page-locked host memory; null: it is not such memory. CUDA is asked, because
+// torch exports all of the host's memory as kDeviceCpu.
+uint64_t* mapped_address(const Tensor& array) {
+  if (!array.on_host()) return nullptr;
+  cudaPointerAttributes found{};
+  if (cudaPointerGetAttributes(&found, array.data<void>()) != cudaSuccess) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  return found.type == cudaMemoryTypeHost ? static_cast<uint64_t*>(found.devicePointer) : nullptr;
+}
+
+struct CounterUse {
+  bool may_be_mapped, writes;
+};
+
+// An array of one 64-bit integer: its address on the device.
+uint64_t* counter_of(const py::object& counter, const std::string& name,
+                     const dlpack::Device& device, CounterUse use) {
   const Tensor array(counter, name);
   const bool there = array.device().type == device.type && array.device().id == device.id;
-  const bool mapped = may_be_mapped && array.device().type == dlpack::kDeviceCudaHost;
+  uint64_t* const mapped = use.may_be_mapped ? mapped_address(array) : nullptr;
   KVLINK_CHECK((there || mapped) && array.num_elements() == 1 &&
                    (array.type_name() == "int64" || array.type_name() == "uint64"),
                name, ": expected one int64 on the pool's device",
-               may_be_mapped ? " or in page-locked host memory" : "", "; got ",
+               use.may_be_mapped ? " or in page-locked host memory" : "", "; got ",
                array.num_elements(), " x ", array.type_name(), " on device type ",
                array.device().type);
-  return array;
+  KVLINK_CHECK(!use.writes || !array.read_only(), name, ": is written to, but is read-only");
+  return there ? array.data<uint64_t>() : mapped;
 }
 
 // Page ids on the device: the caller's own array, or a copy of what is on the host.
@@ -101,14 +118,12 @@ struct DeviceArgs {
     KVLINK_CHECK(raises.size() <= cuda::kMaxReady, "raises: expected at most ", cuda::kMaxReady,
                  " counters; got ", raises.size());
     for (const py::object& counter : raises) {
-      const Tensor array = counter_of(counter, "raises", pool.device, true);
-      KVLINK_CHECK(!array.read_only(), "raises: is written to, but is read-only");
-      options.raised.items[options.raised.num_items++] = array.data<uint64_t>();
+      options.raised.items[options.raised.num_items++] =
+          counter_of(counter, "raises", pool.device, {.may_be_mapped = true, .writes = true});
     }
     if (digest_into.is_none()) return;
-    const Tensor array = counter_of(digest_into, "digest_into", pool.device, false);
-    KVLINK_CHECK(!array.read_only(), "digest_into: is written to, but is read-only");
-    options.digest_into = array.data<uint64_t>();
+    options.digest_into = counter_of(digest_into, "digest_into", pool.device,
+                                     {.may_be_mapped = false, .writes = true});
   }
 
   cuda::DeviceOptions options = {};
@@ -205,8 +220,9 @@ cuda::ReadyCounters ready_counters(const ReadyItems& ready, double timeout,
   cuda::ReadyCounters counters;
   counters.timeout_ns = static_cast<uint64_t>(std::min(timeout, kLongest) * 1e9);
   for (const auto& [counter, target] : ready) {
-    const Tensor array = counter_of(counter, "ready", device, true);
-    counters.items[counters.num_items++] = {array.data<uint64_t>(), target};
+    const uint64_t* const at =
+        counter_of(counter, "ready", device, {.may_be_mapped = true, .writes = false});
+    counters.items[counters.num_items++] = {at, target};
   }
   return counters;
 }

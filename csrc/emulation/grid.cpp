@@ -271,6 +271,7 @@ Thread* Grid::running = nullptr;
 Grid* current = nullptr;
 uint64_t next_seed = 0;
 int current_major_version = 9;
+const void* page_locked = nullptr;
 
 Thread& self() { return *Grid::running; }
 
@@ -291,6 +292,7 @@ void do_copy(const Copy& copy) {
 
 void set_seed(uint64_t seed) { next_seed = seed; }
 int major_version() { return current_major_version; }
+bool is_page_locked(const void* at) { return at == page_locked; }
 
 void run_grid(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
   static std::mutex mutex;
@@ -466,4 +468,8 @@ extern "C" __attribute__((visibility("default"))) void kvlink_emulation_seed(uin
 
 extern "C" __attribute__((visibility("default"))) void kvlink_emulation_major_version(int major) {
   kvlink::emulation::current_major_version = major;
+}
+
+extern "C" __attribute__((visibility("default"))) void kvlink_emulation_lock_pages(const void* at) {
+  kvlink::emulation::page_locked = at;
 }

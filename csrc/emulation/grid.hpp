@@ -32,6 +32,8 @@ void set_seed(uint64_t seed);
 
 // The device's compute capability: 9 at first, or what a test has set.
 int major_version();
+// Host memory that a test has said is page-locked.
+bool is_page_locked(const void* at);
 
 // --- for the thread that runs --------------------------------------------------------------------
 

@@ -176,7 +176,17 @@ enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
+enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost };
+struct cudaPointerAttributes {
+  cudaMemoryType type;
+  void* devicePointer;
+};
+struct cudaFuncAttributes {};
 using cudaStream_t = struct CUstream_st*;
 #define cudaStreamPerThread (reinterpret_cast<cudaStream_t>(uintptr_t{2}))
 
@@ -209,7 +219,14 @@ inline cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) 
   return *id = reinterpret_cast<uintptr_t>(stream), cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : kvlink::emulation::major_version();
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? 2
+           : attribute == cudaDevAttrComputeCapabilityMajor ? kvlink::emulation::major_version()
+                                                            : 227 << 10;
+  return cudaSuccess;
+}
+inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* found, const void* at) {
+  const bool locked = kvlink::emulation::is_page_locked(at);
+  *found = {locked ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered, const_cast<void*>(at)};
   return cudaSuccess;
 }
 
@@ -233,6 +250,10 @@ inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t num_bytes, cu
   return std::memset(memory, value, num_bytes), cudaSuccess;
 }
 
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return cudaSuccess;
+}
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaSuccess;

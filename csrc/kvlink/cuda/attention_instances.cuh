@@ -81,5 +81,6 @@ std::span<const Instance> latent_float_instances();
 // The one whose extend is latent_attention_sm90.
 const Instance& latent_sm90_instance();
 void latent_attention_sm90(const Args& args, dim3 grid, cudaStream_t stream);
+void load_latent_attention_sm90(const PagedAttentionParams& params);
 
 }  // namespace kvlink::cuda

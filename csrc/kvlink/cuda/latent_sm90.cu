@@ -31,6 +31,13 @@ __global__ void __launch_bounds__(kThreeGroupThreads, 1)
 #endif
 }
 
+auto* kernel_for(const PagedAttentionParams& p) {
+  const bool general = p.softcap > 0.0f || p.alibi_slopes || !(p.scale > 0.0f);
+  constexpr auto kBF16 = DType::kBFloat16, kFP16 = DType::kFloat16;
+  return p.q_dtype == kBF16 ? (general ? attend_latent<kBF16, true> : attend_latent<kBF16, false>)
+                            : (general ? attend_latent<kFP16, true> : attend_latent<kFP16, false>);
+}
+
 }  // namespace
 
 const Instance& latent_sm90_instance() {
@@ -59,13 +66,12 @@ void latent_attention_sm90(const Args& all, dim3 grid, cudaStream_t stream) {
       .map = page_map(layout, layout.k, p.kv.k, layout.head_dim, p.kv.num_pages, box),
       .all = all,
       .box_tokens = box};
-  const bool general = p.softcap > 0.0f || p.alibi_slopes || !(p.scale > 0.0f);
-  constexpr auto kBF16 = DType::kBFloat16, kFP16 = DType::kFloat16;
-  const auto kernel = p.q_dtype == kBF16
-                          ? (general ? attend_latent<kBF16, true> : attend_latent<kBF16, false>)
-                          : (general ? attend_latent<kFP16, true> : attend_latent<kFP16, false>);
-  launch("paged_attention: latent, sm_90a", kernel, grid, kThreeGroupThreads,
+  launch("paged_attention: latent, sm_90a", kernel_for(p), grid, kThreeGroupThreads,
          LatentRing::kSharedBytes, stream, args);
+}
+
+void load_latent_attention_sm90(const PagedAttentionParams& params) {
+  load("paged_attention: latent, sm_90a", kernel_for(params));
 }
 
 }  // namespace kvlink::cuda

@@ -20,4 +20,10 @@ void launch(const char* what, void (*kernel)(Args), dim3 grid, unsigned num_thre
   check_cuda(cudaGetLastError(), what);
 }
 
+// Loads it, so that a launch behind a kernel that waits need not (device_facts.hpp).
+template <typename Args>
+void load(const char* what, void (*kernel)(Args)) {
+  load_kernel(what, reinterpret_cast<const void*>(kernel));
+}
+
 }  // namespace kvlink::cuda

@@ -109,6 +109,7 @@ void run_decode(const Instance& with, Args args, int64_t max_items, cudaStream_t
   args.states = reinterpret_cast<State*>(workspace.data() + outs_bytes);
   if (args.ready.num_items > 0) {
     args.verdict = reinterpret_cast<int*>(workspace.data() + outs_bytes + states_bytes);
+    load("paged_attention: decode", with.decode);
     launch("paged_attention: ready", await_ready, dim3(1), 1, 0, stream, args);
   }
   launch("paged_attention: decode", with.decode,
@@ -149,6 +150,11 @@ void run_extend(const Instance& with, Args args, int64_t max_splits, cudaStream_
   args.states = reinterpret_cast<State*>(at += plans_bytes + prefill_bytes);
   args.outs = reinterpret_cast<float*>(at + slots * state_bytes);
   args.max_slots = static_cast<int>(slots);
+  if (args.ready.num_items > 0) {  // what is launched behind the plan, which waits
+    if (args.prefill) load_paged_attention_sm90(p, prefill.parts);
+    with.extend ? load("paged_attention: extend", with.extend) : load_latent_attention_sm90(p);
+    load("paged_attention: fold", fold_splits);
+  }
   launch("paged_attention: plan", make_plans, dim3(1), kPlanThreads,
          (2 * kPlanThreads + 1) * sizeof(int), stream, args);
   if (args.prefill) {

@@ -125,6 +125,16 @@ constexpr Setting kSettings[] = {{"auto", false, kMostRows, WeightParts::kOne},
                                  {"wgmma", false, 0, WeightParts::kOne},
                                  {"wgmma, two parts", false, 0, WeightParts::kTwo}};
 
+const Instance& instance_for(const PagedAttentionParams& p, WeightParts parts) {
+  const KVLayout& layout = p.kv.layout;
+  const int num_parts = static_cast<int>(parts);
+  const bool general = num_parts == 2 || p.softcap > 0.0f || p.alibi_slopes || !(p.scale > 0.0f);
+  return *std::find_if(std::begin(kInstances), std::end(kInstances), [&](const Instance& each) {
+    return each.dtype == p.q_dtype && layout.head_dim <= each.dim &&
+           layout.head_dim_v <= each.dim_v && each.general == general && each.parts == num_parts;
+  });
+}
+
 std::atomic<const Setting*> setting = &kSettings[0];
 thread_local const char* last_lack = "there was no call";
 
@@ -163,16 +173,8 @@ void paged_attention_sm90(const PagedAttentionParams& params, const SequencePlan
                           const PrefillTile* tiles, int64_t max_tiles, ErrorRecord* errors,
                           WeightParts parts, cudaStream_t stream) {
   const KVLayout& layout = params.kv.layout;
-  const int num_parts = static_cast<int>(parts);
-  const bool general =
-      num_parts == 2 || params.softcap > 0.0f || params.alibi_slopes || !(params.scale > 0.0f);
-  const auto* with =
-      std::find_if(std::begin(kInstances), std::end(kInstances), [&](const Instance& each) {
-        return each.dtype == params.q_dtype && layout.head_dim <= each.dim &&
-               layout.head_dim_v <= each.dim_v && each.general == general &&
-               each.parts == num_parts;
-      });
-  const int block_tokens = with->dim_v > 128 ? 64 : 128;
+  const Instance& with = instance_for(params, parts);
+  const int block_tokens = with.dim_v > 128 ? 64 : 128;
   const int box = std::gcd(layout.page_size, block_tokens);
   const PrefillArgs args{
       .k_map = page_map(layout, layout.k, params.kv.k, layout.head_dim, params.kv.num_pages, box),
@@ -184,8 +186,12 @@ void paged_attention_sm90(const PagedAttentionParams& params, const SequencePlan
       .box_tokens = box};
   const int64_t blocks =
       std::min<int64_t>(attribute(cudaDevAttrMultiProcessorCount), max_tiles * layout.num_kv_heads);
-  launch("paged_attention: prefill, sm_90a", with->kernel, dim3(static_cast<unsigned>(blocks)),
-         kThreeGroupThreads, with->shared_bytes, stream, args);
+  launch("paged_attention: prefill, sm_90a", with.kernel, dim3(static_cast<unsigned>(blocks)),
+         kThreeGroupThreads, with.shared_bytes, stream, args);
+}
+
+void load_paged_attention_sm90(const PagedAttentionParams& params, WeightParts parts) {
+  load("paged_attention: prefill, sm_90a", instance_for(params, parts).kernel);
 }
 
 }  // namespace kvlink::cuda

@@ -41,5 +41,7 @@ std::string last_prefill();
 void paged_attention_sm90(const PagedAttentionParams& params, const SequencePlan* plans,
                           const PrefillTile* tiles, int64_t max_tiles, ErrorRecord* errors,
                           WeightParts parts, cudaStream_t stream);
+// Loads the kernel that it would launch.
+void load_paged_attention_sm90(const PagedAttentionParams& params, WeightParts parts);
 
 }  // namespace kvlink::cuda

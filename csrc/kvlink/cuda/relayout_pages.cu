@@ -128,11 +128,6 @@ RelayoutResult run(const std::vector<RowMove>& moves, int num_planes, MoveArgs a
   }
   args.errors = error_record();
   ReadyArgs ready{options.ready, options.raised, nullptr, nullptr, args.errors};
-  if (counts) {
-    args.go = ready.go = reinterpret_cast<int*>(scratch->data() + 8);
-    args.skipped = ready.skipped = ready.go + 1;
-    launch("relayout_pages: wait", wait_for_rows, dim3(1), 1, 0, stream, ready);
-  }
   args.num_heads = moves[0].num_heads;
   args.num_rows = num_tokens * args.num_heads;
   int64_t row_bytes = 0;
@@ -142,6 +137,13 @@ RelayoutResult run(const std::vector<RowMove>& moves, int num_planes, MoveArgs a
   const int lanes = group_lanes(row_bytes);
   const int64_t blocks = std::min<int64_t>(ceil_div(args.num_rows, kThreads / lanes), 1 << 16);
   const auto kernel = with_source ? kernel_for<true>(lanes) : kernel_for<false>(lanes);
+  if (counts) {
+    args.go = ready.go = reinterpret_cast<int*>(scratch->data() + 8);
+    args.skipped = ready.skipped = ready.go + 1;
+    load("relayout_pages", kernel);
+    load("relayout_pages: raise", raise_counters);
+    launch("relayout_pages: wait", wait_for_rows, dim3(1), 1, 0, stream, ready);
+  }
   size_t end = 0;
   for (size_t begin = 0; begin < moves.size(); begin = end) {
     args.moves = take_layers(moves, num_planes, begin, &end);

@@ -13,4 +13,8 @@ void launch(const char*, void (*kernel)(Args), dim3 grid, unsigned num_threads, 
   emulation::run_grid(grid, dim3(num_threads), shared_bytes, [&] { kernel(args); });
 }
 
+// There is nothing to load.
+template <typename Args>
+void load(const char*, void (*)(Args)) {}
+
 }  // namespace kvlink::cuda
