@@ -27,6 +27,7 @@ from kvlink.transfer import (
     wire,
 )
 from kvlink.transfer.address import Address
+from kvlink.transfer.paths.ucx import Ucx
 
 pytestmark = pytest.mark.timeout(60)
 OTHER_SECRET = b"not the secret of the others"
@@ -242,6 +243,32 @@ def test_a_path_that_the_client_does_not_take(client: Endpoint, server: Endpoint
 def test_host_shm_needs_one_host(client: Endpoint, server: Endpoint) -> None:
     with pytest.raises(PathUnavailable, match=r"host_shm: .*reached over TCP"):
         client.connect(tcp_only(server), require="host_shm")
+
+
+@pytest.mark.parametrize("which", ["client", "server"])
+def test_ucx_of_another_release(
+    client: Endpoint, server: Endpoint, caplog: pytest.LogCaptureFixture, which: str
+) -> None:
+    """Links between some releases come up and carry nothing: there is no link then. The client
+    hears of the server's first; where it does not look, the server does."""
+    other = client if which == "client" else server
+    path = other._peers.own.paths["ucx"]
+    assert isinstance(path, Ucx)
+    major, minor = path._release
+    assert (major, minor) >= (1, 13)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(path, "_release", (major, minor + 1))
+        if which == "client":
+            patched.setattr(path, "_check_release", lambda peer, told: None)
+        expected = f"one release of UCX at both ends; got {major}.{minor} here and "
+        if which == "server":
+            expected = f"one release of UCX .* {major}.{minor + 1} at 'server'"
+        with pytest.raises(PathUnavailable, match=expected):
+            client.connect(tcp_only(server))
+        lines = refusals(caplog, 1)
+    assert len(lines) == 1
+    assert "PathUnavailable" in lines[0]
+    assert client.connect(tcp_only(server)).path == "ucx"
 
 
 def test_a_peer_that_shares_no_path_is_told_why(server: Endpoint) -> None:

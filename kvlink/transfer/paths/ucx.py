@@ -6,6 +6,7 @@ import errno
 import hashlib
 import importlib.util
 import os
+import struct
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _BEGIN_TIMEOUT_NS = 5_000_000_000
 _CHECKSUM_BYTES = 8
+_RELEASE = struct.Struct("<HH")  # major and minor of UCX
 # A context and its workers open about 20; UCX ends the process where it cannot have them.
 _DESCRIPTORS = 64
 _VERBS = ("rc_verbs", "rc_mlx5", "dc_mlx5", "ud_verbs", "ud_mlx5", "gga_mlx5", "srd")
@@ -84,6 +86,7 @@ class Ucx(BasePath):
         self._lock = threading.Lock()
         self._hub: Any = None
         self._described: dict[int, Any] = {}  # sessions that wait for their peer, by its bit
+        self._release = (0, 0)
         self._missing = self._why_missing()
 
     def missing(self) -> str | None:
@@ -104,7 +107,7 @@ class Ucx(BasePath):
             stale, self._described[bit] = self._described.get(bit), link
         if stale is not None:
             stale.close(_C.TransferStatus.CANCELLED)
-        blob = link.describe()
+        blob = _RELEASE.pack(*self._release) + link.describe()
         return _checksum(blob) + blob, ()
 
     def undescribe(self, bit: int) -> None:
@@ -122,7 +125,8 @@ class Ucx(BasePath):
             hub.forget(region.pool.view)
 
     def connect(self, peer: Peer, bit: int, peer_bit: int, blob: bytes, fds: list[int]) -> UcxLink:
-        """Connects the worker that was described to the peer's."""
+        """Connects the worker that was described to the peer's. Raises PathUnavailable where the
+        two ends have different releases of UCX, which need not understand each other."""
         with self._lock:
             link = self._described.pop(peer_bit, None)
         if link is None:
@@ -132,8 +136,9 @@ class Ucx(BasePath):
             checksum, blob = blob[:_CHECKSUM_BYTES], blob[_CHECKSUM_BYTES:]
             if checksum != _checksum(blob):  # UCX does not survive every address
                 raise ProtocolError("describe: not the address that the peer sent")
-            link.connect(blob, peer.same_host)
-        except ProtocolError:
+            self._check_release(peer, blob[: _RELEASE.size])
+            link.connect(blob[_RELEASE.size :], peer.same_host)
+        except (ProtocolError, PathUnavailable):
             link.close(_C.TransferStatus.CANCELLED)
             raise
         except (InvalidArgument, RuntimeError) as error:
@@ -149,13 +154,25 @@ class Ucx(BasePath):
         if hub is not None:
             hub.close()
 
-    @staticmethod
-    def _why_missing() -> str | None:
+    def _why_missing(self) -> str | None:
         try:
-            load()
+            _, version = load()
         except Unsupported as error:
             return str(error)
+        major, minor, *_ = map(int, version.split("."))
+        self._release = (major, minor)
         return None
+
+    def _check_release(self, peer: Peer, told: bytes) -> None:
+        if len(told) != _RELEASE.size:
+            raise ProtocolError("describe: no release of UCX")
+        theirs = _RELEASE.unpack(told)
+        if theirs != self._release:
+            ours, other = (".".join(map(str, release)) for release in (self._release, theirs))
+            raise PathUnavailable(
+                f"ucx: expected one release of UCX at both ends; got {ours} here and {other} at "
+                f"{peer.name!r} (KVLINK_UCX_LIBRARY chooses)"
+            )
 
 
 class UcxLink(BaseLink[RegionDescriptor]):
