@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import os
 import random
+import re
 import secrets
 import select
 import struct
@@ -117,6 +118,16 @@ class TwoHosts:
         for idx in range(2):
             self._wait_until_up(idx)
 
+    def num_lost(self) -> int:
+        """Packets that the wire has swallowed so far, of those that `loss` was to take."""
+        if self._relay is not None:
+            return self._relay.num_lost
+        told = [
+            _run([*self.prefix(idx), "tc", "-s", "qdisc", "show", "dev", end]).decode()
+            for idx, end in enumerate(self._ends)
+        ]
+        return sum(int(number) for each in told for number in re.findall(r"dropped (\d+)", each))
+
     @contextlib.contextmanager
     def executable(self, idx: int) -> Iterator[None]:
         """Processes that multiprocessing spawns meanwhile run on that host."""
@@ -167,6 +178,7 @@ class SlowWire:
     def __init__(self, pids: list[str], delay_s: float, loss: float) -> None:
         self._tuns = [_tun_in(pid) for pid in pids]
         self._delay_s, self._loss = delay_s, loss
+        self.num_lost = 0
         self._stop_read, self._stop_write = os.pipe()
         self._thread = threading.Thread(target=self._carry, name="slow-wire", daemon=True)
         self._thread.start()
@@ -189,9 +201,11 @@ class SlowWire:
             for idx, tun in enumerate(self._tuns):
                 if tun in ready:
                     packet = os.read(tun, 1 << 16)
-                    if choose.random() >= self._loss:
-                        due = time.monotonic() + self._delay_s
-                        under_way.append((due, self._tuns[1 - idx], packet))
+                    if choose.random() < self._loss:
+                        self.num_lost += 1
+                        continue
+                    due = time.monotonic() + self._delay_s
+                    under_way.append((due, self._tuns[1 - idx], packet))
             while under_way and under_way[0][0] <= time.monotonic():
                 _, to, packet = under_way.popleft()
                 with contextlib.suppress(OSError):  # a device that is down drops it

@@ -87,9 +87,10 @@ class Endpoint(LendsGroups):
         """Makes a pool usable for transfers. Costs the same for any number of pages.
 
         `shard` says which of the model's layers and KV heads it holds (default: all, from 0).
-        Peers can only reach pools made with `shared=True`; any CPU pool can be the near side of a
-        push or a pull. `generations`: a live uint32 array [num_pages] that changes where a page is
-        freed (`PageAllocator.generations`); without it, `Region.bump_generations` tells of reuse.
+        Over `host_shm` peers reach only pools made with `shared=True`, over `ucx` any CPU pool; any
+        can be the near side of a push or a pull. `generations`: a live uint32 array [num_pages]
+        that changes where a page is freed (`PageAllocator.generations`); without it,
+        `Region.bump_generations` tells of reuse.
         Raises InvalidArgument, Unsupported (not CPU memory), LinkClosed.
         """
         if self._closed:

@@ -70,6 +70,40 @@ def test_logits(family: str, checkpoint: Callable[[str], tuple[Any, Path]]) -> N
         check([(i, n + step, n + step + 1) for i, n in enumerate(lengths)])
 
 
+def test_a_step_has_one_plan_and_reads_a_shared_prefix_once(
+    checkpoint: Callable[[str], tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = checkpoint("llama2")
+    config = ModelConfig.from_dir(path)
+    own = load_model(path, config, "float32")
+    layout = kvlink.KVLayout.nhd(num_kv_heads=4, head_dim=32, page_size=PAGE_SIZE, dtype="float32")
+    pool = kvlink.KVPool.create(layout, num_layers=config.num_layers, num_pages=110)
+    draw = np.random.default_rng(1)
+    common, *tails = (draw.integers(0, 256, size).tolist() for size in (540, 3, 7))
+    sequences = [common + tail for tail in tails]
+    order = draw.permutation(110).astype(np.int32)
+    pages = [np.concatenate([order[:90], order[first : first + 3]]) for first in (90, 100)]
+    plans: list[Any] = []
+
+    def plan_attention(*args: Any, **options: Any) -> Any:
+        plans.append(plan(*args, **options))
+        return plans[-1]
+
+    plan = kvlink.plan_attention
+    monkeypatch.setattr(kvlink, "plan_attention", plan_attention)
+    run(own, pool, [Chunk(common, 0, pages[0], False)])
+    run(own, pool, [Chunk(s[540:-1], 540, p, False) for s, p in zip(sequences, pages, strict=True)])
+    plans.clear()
+    chunks = [Chunk(s[-1:], len(s) - 1, p, True) for s, p in zip(sequences, pages, strict=True)]
+    logits = run(own, pool, chunks)
+    assert [each.shared_prefixes for each in plans] == [[([0, 1], 512)]]
+    with torch.inference_mode():
+        for row, sequence in zip(logits, sequences, strict=True):
+            expected = model(torch.tensor([sequence])).logits[0, -1]
+            bound = RELATIVE_TOLERANCE * expected.abs().max().item()
+            torch.testing.assert_close(row, expected, rtol=0, atol=bound)
+
+
 def test_layers_are_announced_in_order(checkpoint: Callable[[str], tuple[Any, Path]]) -> None:
     _, path = checkpoint("llama2")
     config = ModelConfig.from_dir(path)

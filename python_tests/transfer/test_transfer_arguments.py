@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 
 from kvlink.errors import InvalidArgument, Unsupported
@@ -11,7 +16,14 @@ from kvlink.layout import KVLayout, Shard
 from kvlink.pool import KVPool
 from kvlink.testing.transfer_peer import SECRET
 from kvlink.testing.transfer_pool import PoolSpec
-from kvlink.transfer import Endpoint, InvalidDescriptor, LinkClosed, TransferError
+from kvlink.transfer import (
+    Endpoint,
+    InvalidDescriptor,
+    LinkClosed,
+    Transfer,
+    TransferError,
+    UnknownRegion,
+)
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -39,16 +51,44 @@ UNCONVERTIBLE = {
 
 
 @pytest.mark.parametrize("name", UNCONVERTIBLE)
-def test_pools_that_do_not_convert(client: Endpoint, server: Endpoint, name: str) -> None:
+def test_pools_that_do_not_convert(
+    client: Endpoint, server: Endpoint, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
     src, dst, reason = UNCONVERTIBLE[name]
     region = client.register(src.build(), src.shard)
     server.register(dst.build(), dst.shard)
     link = client.connect(server.address)
     grant = server.grant([1, 2, 3], 10)
-    with pytest.raises(TransferError, match=reason) as raised:
-        link.begin([1, 2, 3], grant.to_bytes(), region=region)
-    assert type(raised.value).__name__ == "Unconvertible"
+    for _ in range(2):
+        with pytest.raises(TransferError, match=reason) as raised:
+            link.begin([1, 2, 3], grant.to_bytes(), region=region)
+        assert type(raised.value).__name__ == "Unconvertible"
+    (told,) = [each for each in caplog.records if each.levelno >= logging.WARNING]
+    assert "push refused: Unconvertible: " in told.getMessage()
     assert link.query(bytes(16)) is None
+    assert grant.poll() is None  # still open, for who can fill it
+
+
+@pytest.mark.parametrize("path", ["host_shm", "ucx"])
+def test_a_private_pool(client: Endpoint, server: Endpoint, path: str) -> None:
+    """Only its owner can map it; over ucx its owner moves what comes."""
+    spec = PoolSpec()
+    near, far = spec.build(), KVPool.create(spec.build().layout, num_layers=4, num_pages=8)
+    spec.fill(near, [1, 2, 3], 40)
+    region = client.register(near)
+    server.register(far)
+    link = client.connect(server.address, require=path)
+    grant = server.grant([7, 2, 4], 40)
+    if path == "host_shm":
+        with pytest.raises(UnknownRegion, match="no region 0 that this link reaches"):
+            link.push([1, 2, 3], grant.to_bytes(), region=region)
+        return
+    link.push([1, 2, 3], grant.to_bytes(), region=region)
+    grant.wait(10)
+    for layer in range(4):
+        sent, got = (np.from_dlpack(pool.k(layer)) for pool in (near, far))
+        assert (got[[7, 2]] == sent[[1, 2]]).all()
+        assert (got[4, :8] == sent[3, :8]).all()
 
 
 def test_wrong_arguments_are_named(client: Endpoint, server: Endpoint) -> None:
@@ -173,3 +213,53 @@ def test_both_sides_count_the_bytes_that_are_stored_scales_included() -> None:
             (transfer, "to 'a'"),
         ):
             assert words in repr(thing)
+
+
+def calls_of(work: Callable[[], None]) -> int:
+    """Calls that Python makes in this thread, its own functions and others."""
+    count = 0
+
+    def note(_frame: Any, event: str, _arg: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    gc.disable()
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+        gc.enable()
+    return count
+
+
+def test_what_python_does_does_not_grow_with_the_request(
+    client: Endpoint, server: Endpoint
+) -> None:
+    """Posting a layer is one call into C++, and beginning a few: for one page, or for a thousand.
+    Descriptors name a list of pages, and do not hold it."""
+    spec = PoolSpec(num_pages=1000, head_dim=4, layers=(0, 1))
+    region = client.register(spec.build(), spec.shard)
+    server.register(spec.build(), spec.shard)
+    link = client.connect(server.address)
+    kept: list[Transfer] = []
+
+    def costs(num_pages: int) -> tuple[int, int, int]:
+        pages = np.arange(num_pages)
+        grant = server.grant(pages, num_pages * spec.page_size)
+        token = grant.to_bytes()
+        begun = calls_of(lambda: kept.append(link.begin(pages, token, region=region)))
+        posted = calls_of(lambda: kept[-1].push_layer(0))
+        kept[-1].push_layer(1)
+        kept[-1].finish()
+        grant.wait(20)
+        kept[-1].wait_arrived(20)
+        return begun, posted, len(token)
+
+    # The least of a few: the first one fills caches.
+    one, thousand = (
+        [min(each) for each in zip(*(costs(num_pages) for _ in range(4)), strict=True)]
+        for num_pages in (1, 1000)
+    )
+    assert one == thousand
+    assert one[2] == 116

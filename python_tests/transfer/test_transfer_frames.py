@@ -108,6 +108,24 @@ GARBAGE = {
 }
 
 
+REASONS = {
+    "random": "not one of this protocol",
+    "other type": "unknown type 200",
+    "frame of later": "expected Hello; got Query",
+    "describe first": "expected Hello; got Describe",
+    "sequence": "expected sequence number 0; got 7",
+    "oversized": "expected at most 262144 bytes and 4 descriptors; got 262164 and 0",
+    "huge": "expected at most 262144 bytes and 4 descriptors; got 4294967315 and 0",
+    "short body": "expected 2 more bytes; got 1",
+    "altered": "it was altered",
+    "versions": "versions 3 to 2 are no range",
+    "text": "text is not UTF-8",
+    "paths": "expected at most 16 texts; got 17",
+    "descriptors": "expected 2 descriptors; got 0",
+    "more descriptors than there can be": "and 4 descriptors; got 60 and 200",
+}
+
+
 @pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
 @pytest.mark.parametrize("name", GARBAGE)
 def test_garbage_is_refused(
@@ -117,9 +135,10 @@ def test_garbage_is_refused(
     channel.send_bytes(GARBAGE[name])
     refuse = wire.expect(receive(channel), wire.Refuse)
     assert refuse.code == wire.RefuseCode.MALFORMED
+    assert REASONS[name] in refuse.message
     assert ended(channel)
     channel.close()
-    told_once(caplog, "ProtocolError: ")
+    told_once(caplog, f"ProtocolError: {refuse.message}")
     works(server)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -126,9 +127,14 @@ def test_a_cut_wire(pair: Pair, at: str) -> None:
 def test_latency_and_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     with ExitStack() as stack:
         pair = make(stack, monkeypatch, delay_s=0.02, loss=0.01)
+        assert pair.hosts.wire.startswith(("veth with netem", "tun, "))
+        began = time.monotonic()
         for request in range(3):
             pair.push("large", request)
             pair.pull("large", 100 + request)
+        # Six transfers, each answered at least twice: the wire was as slow as was asked.
+        assert time.monotonic() - began > 6 * 2 * 0.04
+        assert pair.hosts.num_lost() > 0
 
 
 def test_a_narrow_wire(monkeypatch: pytest.MonkeyPatch) -> None:

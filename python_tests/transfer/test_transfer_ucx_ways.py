@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -90,6 +91,45 @@ def test_pull(source: tuple[PoolSpec, Peer], setting: str, path: str) -> None:
         assert pool_bytes(pool).tobytes() == pool_bytes(want).tobytes()
         counters = link.path_link.counters()
         assert (counters["direct_chunks"] >= LAYERS) == setting.endswith("puts")
+
+
+WINDOW = 4  # chunks of a transfer that may be under way
+
+
+def test_a_receiver_that_stands_still_holds_the_sender_up(path: str) -> None:
+    """Credits: no more chunks than the window has leave before the first is answered."""
+    spec = PoolSpec(layers=tuple(range(3 * WINDOW)))  # a chunk a layer
+    with (
+        open_endpoint("prefill", path) as endpoint,
+        Peer(spec, path=path) as peer,
+    ):
+        pool = spec.build()
+        endpoint.register(pool, spec.shard)
+        spec.fill(pool, PAGES, 40)
+        link = endpoint.connect(peer.address)
+        grant = peer.call("grant", OTHERS, 40)
+        transfer = link.begin(PAGES, grant)
+
+        def left() -> int:
+            counters = link.path_link.counters()
+            return sum(count for name, count in counters.items() if name.endswith("_chunks"))
+
+        peer.signal(signal.SIGSTOP)
+        for layer in spec.layers:
+            transfer.push_layer(layer)
+        transfer.finish()
+        eventually(lambda: link.path_link.counters()["credit_waits"])
+        assert left() == WINDOW
+        with pytest.raises(TransferTimeout):
+            transfer.wait_source_reusable(0.3)
+        assert left() == WINDOW
+        peer.signal(signal.SIGCONT)
+        assert peer.call("wait", grant) == OTHERS
+        transfer.wait_arrived(10)
+        assert left() == len(spec.layers)
+        want = spec.build()
+        spec.fill(want, OTHERS, 40)
+        assert peer.call("content") == pool_bytes(want).tobytes()
 
 
 def test_a_put_that_was_begun_before_the_revocation(
