@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -138,6 +139,8 @@ class BuildExtensions(build_ext):
         headers = [path for path in CSRC.rglob("*") if path.suffix in suffixes] + [Path(__file__)]
         newest_header = max(path.stat().st_mtime for path in headers)
 
+        seconds: dict[str, float] = {}
+
         def compile_one(job: tuple[Path, Path, list[str]]) -> str:
             source, target, command = job
             flags = target.with_suffix(".flags")
@@ -146,6 +149,7 @@ class BuildExtensions(build_ext):
             fresh = target.exists() and target.stat().st_mtime > newest
             if not (fresh and flags.exists() and flags.read_text() == text):
                 target.parent.mkdir(parents=True, exist_ok=True)
+                begin = time.monotonic()
                 if source.suffix == ".cu" and on_device:  # ptxas reports on every kernel
                     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
                     sys.stderr.write(without_resources(done.stderr))
@@ -154,6 +158,7 @@ class BuildExtensions(build_ext):
                 else:
                     subprocess.run(command, check=True)
                 flags.write_text(text)
+                seconds[target.stem] = time.monotonic() - begin
             return str(target)
 
         jobs = int(os.environ.get("MAX_JOBS", 0)) or len(os.sched_getaffinity(0))
@@ -168,6 +173,13 @@ class BuildExtensions(build_ext):
         elif not SANITIZE:
             link += ["-Wl,-s"]
         subprocess.run(link, check=True)
+        if sum(seconds.values()) > 10:  # what it costs, for whoever reads the log
+            slowest = max(seconds, key=lambda name: seconds[name])
+            print(
+                f"{ext.name}: {len(seconds)} sources in {sum(seconds.values()):.0f} s of {jobs} "
+                f"jobs ({slowest}: {seconds[slowest]:.0f} s); {output.stat().st_size / 1e6:.1f} MB",
+                file=sys.stderr,
+            )
 
     @property
     def nvcc(self) -> str:

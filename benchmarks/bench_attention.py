@@ -115,7 +115,8 @@ class Problem:
         table = torch.full((len(used), max(used)), -1, dtype=torch.int32)
         for row, pages in enumerate(self.pages):
             table[row, : len(pages)] = pages
-        q_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
+        own = {"float32": torch.float32, "float16": torch.float16}
+        q_dtype = own.get(dtype, torch.bfloat16)
         q_shape = (sum(case.q_lens), case.num_q_heads, case.head_dim)
         self.q = torch.randn(q_shape, generator=generator).to(device, q_dtype)
         self.out = self.q.new_empty((*q_shape[:2], case.head_dim_v))

@@ -6,12 +6,14 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import kvlink
 
 LIMIT_S = 0.3
+LIMIT_BYTES = 6 << 20  # of kvlink._C, all types and SIMD levels: 4.2 MB in November 2026
 
 
 def run(code: str) -> str:
@@ -35,6 +37,11 @@ def start_cpu_s(code: str) -> float:
 def test_import_is_quick() -> None:
     extra = start_cpu_s("import kvlink") - start_cpu_s("pass")
     assert extra < LIMIT_S, f"import kvlink takes {extra:.3f} s of CPU time"
+
+
+def test_the_extension_stays_small() -> None:
+    """Another type or level must not cost another copy of everything."""
+    assert Path(kvlink._C.__file__).stat().st_size < LIMIT_BYTES
 
 
 def test_import_loads_no_heavy_library() -> None:
