@@ -17,6 +17,7 @@ from kvlink.serving.scheduler import PrefillJob, PrefillScheduler
 from kvlink.serving.worker import BUSY_S, IDLE_S, Worker
 
 Step = list[tuple[PrefillJob, Chunk]]
+_ALIVE_S = 10.0  # between two signs of life, at most
 
 
 class PrefillWorker(Worker):
@@ -30,6 +31,8 @@ class PrefillWorker(Worker):
         self.link: Any = None
         self.migrations: list[Migration] = []  # whose source pages may still be read
         self.totals: Counter[str] = Counter()
+        self.alive_at = 0.0  # time.monotonic() of the last sign of life
+        self.num_moved = 0.0  # bytes of `migrations` by then
 
     def serve(self) -> None:
         """Works until the router says stop."""
@@ -49,11 +52,11 @@ class PrefillWorker(Worker):
         def push_layer(layer: int) -> None:
             for migration in migrations:
                 migration.push_layer(layer)
+            self.tell_alive()
 
         batch = Batch.of([chunk for _, chunk in step], size)
         logits = self.model(batch, self.pool, on_layer=push_layer)
         computed_ns = time.monotonic_ns()
-        self.channel.send("alive", rank=self.rank)
         for migration, row in zip(migrations, logits, strict=True):
             migration.finish(computed_ns)
             job = migration.job
@@ -67,6 +70,17 @@ class PrefillWorker(Worker):
                 self.channel.send("not_sent", **names, failure=migration.failure)
         return migrations
 
+    def tell_alive(self) -> None:
+        """Often enough that no grant expires during a step, however long that takes."""
+        if self.alive_is_due():
+            self.alive_at = time.monotonic()
+            self.channel.send("alive", rank=self.rank)
+
+    def alive_is_due(self) -> bool:
+        """The last sign of life is not new."""
+        every_s = min(_ALIVE_S, self.options.grant_ttl_s / 16)
+        return time.monotonic() - self.alive_at > every_s
+
     def collect(self, started: list[Migration]) -> None:
         """Frees the pages that migrations no longer read."""
         pending = []
@@ -77,6 +91,12 @@ class PrefillWorker(Worker):
             else:
                 pending.append(migration)
         self.migrations = pending
+        if pending and self.alive_is_due():
+            # Transfers that go on after the step are a sign of life, too, as long as they move.
+            num_moved = sum(migration.account()["num_bytes"] for migration in pending)
+            if num_moved != self.num_moved:
+                self.num_moved = num_moved
+                self.tell_alive()
 
     def receive(self, timeout: float) -> None:
         """Takes what the router sent; waits up to `timeout` seconds for something."""

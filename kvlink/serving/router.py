@@ -22,7 +22,7 @@ from kvlink.serving.workers import WorkerFailed, WorkerProcess
 
 _START_S = 600.0  # to load a model
 _POLL_S = 1.0
-_STOP_S = 10.0
+_STOP_S = 60.0
 _STALLED_S = 600.0  # workers tell of every step they make
 
 

@@ -58,7 +58,10 @@ class PrefillScheduler:
         self.running: list[PrefillJob] = []  # admitted, prompt not complete
 
     def add(self, job: PrefillJob) -> None:
-        """Queues a job."""
+        """Queues a job, in place of an earlier attempt that still waits: nobody waits for that."""
+        earlier = [each for each in self.waiting if each.request.index == job.request.index]
+        for each in earlier:
+            self.waiting.remove(each)
         job.keys = self.cache.keys(job.request.prompt)
         self.waiting.append(job)
 

@@ -19,6 +19,7 @@ from kvlink.serving.options import Options
 _PR_SET_PDEATHSIG = 1
 _FAILED_STATUS = 1
 IDLE_S = 1.0  # bound of a wait for the router
+_SETUP_S = 600.0  # for the router to say what to load
 BUSY_S = 0.0005  # between two looks at transfers that are under way
 
 
@@ -92,7 +93,7 @@ def main(role: str, fd: int, parent: int, rank: int) -> None:
     logging.getLogger("kvlink").setLevel(logging.ERROR)
     channel = Channel(Connection(fd), on_close=lambda: os._exit(_FAILED_STATUS))
     try:
-        (setup,) = channel.take(timeout=60.0)
+        (setup,) = channel.take(_SETUP_S)
         worker = _make(role, rank, setup, channel)
         channel.send("ready", address=worker.endpoint.address.hex())
         worker.serve()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
 from kvlink.errors import KVLinkError
 from kvlink.serving.channel import Message, receive, send
 
-_EXIT_S = 5.0  # given to a worker to end by itself
+_EXIT_S = 30.0  # for a worker that ends to be gone: it may have much memory to give back
+_SEND_S = 600.0  # for a worker to take a message
 _CHILD = "import sys; sys.path[:] = {path!r}; from kvlink.serving.worker import main; main({args})"
 
 
@@ -47,6 +50,9 @@ class WorkerProcess:
                 stdout=sys.stderr.fileno() if _has_fd(sys.stderr) else subprocess.DEVNULL,
                 start_new_session=True,
             )
+        seconds, part = divmod(_SEND_S, 1)
+        timeout = struct.pack("ll", int(seconds), int(part * 1e6))
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
         self.connection = Connection(ours.detach())
 
     @property
@@ -58,6 +64,10 @@ class WorkerProcess:
         """Sends a message. Raises WorkerFailed."""
         try:
             send(self.connection, kind, **fields)
+        except BlockingIOError:
+            raise WorkerFailed(
+                f"{self.name} worker (pid {self.pid}) took no message for {_SEND_S:g} s"
+            ) from None
         except OSError:
             raise self._gone() from None
 
@@ -77,7 +87,8 @@ class WorkerProcess:
             self.process.wait(grace)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait(_EXIT_S)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(_EXIT_S)
         self.connection.close()
 
     def _gone(self) -> WorkerFailed:

@@ -44,6 +44,13 @@ def steps(scheduler: PrefillScheduler) -> list[list[tuple[int, int, int, bool]]]
     return seen
 
 
+def test_a_later_attempt_takes_the_place_of_one_that_waits() -> None:
+    scheduler = prefill(10, 100, [3, 2])
+    scheduler.add(PrefillJob(request(0, 3), 2, b""))
+    assert [(job.request.index, job.attempt) for job, _ in scheduler.schedule()] == [(1, 1), (0, 2)]
+    assert not scheduler.waiting
+
+
 def test_prompts_share_a_step() -> None:
     assert steps(prefill(10, 100, [3, 9, 1])) == [
         [(0, 0, 3, True), (1, 0, 9, True), (2, 0, 1, True)]

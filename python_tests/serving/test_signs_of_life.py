@@ -1,0 +1,73 @@
+"""What tells a worker that is slow from one that is stuck."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from stepping import SECRET, Wire
+
+from kvlink.serving.options import Options, SideOptions
+from kvlink.serving.prefill import PrefillWorker
+from kvlink.serving.request import Request
+from kvlink.serving.sampling import Sampling
+from kvlink.serving.scheduler import PrefillJob
+from kvlink.serving.workers import WorkerFailed, WorkerProcess
+
+
+@pytest.fixture
+def worker(checkpoint: Callable[[str], tuple[Any, Path]]) -> Iterator[PrefillWorker]:
+    """In this process; its prompts are longer than a step."""
+    side = SideOptions(page_size=16, num_pages=64)
+    options = Options(
+        str(checkpoint("llama3")[1]), "float32", side, side, max_batch_tokens=8, grant_ttl_s=0.0
+    )
+    setup = {"options": options.to_message(), "secret": SECRET.hex()}
+    wire: Any = Wire()
+    worker = PrefillWorker("prefill", 0, setup, wire)
+    yield worker
+    worker.endpoint.close()
+
+
+def signs(worker: PrefillWorker) -> int:
+    wire: Any = worker.channel
+    return [message["type"] for message in wire.sent].count("alive")
+
+
+def test_each_layer_of_a_step_tells(worker: PrefillWorker) -> None:
+    """A step may take longer than a grant lives."""
+    worker.scheduler.add(PrefillJob(Request(0, list(range(20)), 3, Sampling()), 1, b""))
+    worker.run_and_migrate(worker.scheduler.schedule())
+    assert signs(worker) == worker.pool.num_layers
+
+
+def test_a_transfer_that_moves_tells(worker: PrefillWorker) -> None:
+    account = {"num_bytes": 10.0}
+    moving: Any = SimpleNamespace(source_reusable=lambda: False, account=lambda: account)
+    worker.collect([moving])
+    assert signs(worker) == 1
+    worker.collect([])
+    assert signs(worker) == 1  # nothing moved
+    account["num_bytes"] = 20.0
+    worker.collect([])
+    assert signs(worker) == 2
+    assert worker.migrations == [moving]
+
+
+@pytest.mark.two_process
+def test_a_worker_that_takes_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there, but stopped: what it is sent must not hold the router up forever."""
+    monkeypatch.setattr("kvlink.serving.workers._SEND_S", 0.2)
+    worker = WorkerProcess("decode", 1)
+    try:
+        os.kill(worker.pid, signal.SIGSTOP)
+        with pytest.raises(WorkerFailed, match=rf"decode worker \(pid {worker.pid}\) took no mess"):
+            worker.send("admit", request="x" * 10_000_000)
+    finally:
+        worker.end()
+    assert worker.process.returncode == -signal.SIGKILL
