@@ -20,8 +20,7 @@ STAMP := $(VENV)/installed
 CXX_SOURCES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.cpp' 'csrc/*.hpp' \
 	'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.inl' 'csrc/*.h')
 
-.PHONY: build demo test lint pytest sanitize sanitize-address sanitize-thread sanitized faults fuzz \
-	stubs bench gpu clean
+.PHONY: build demo test lint pytest sanitize sanitize-objects faults fuzz stubs bench gpu clean
 
 build: $(STAMP)
 	@$(BIN)/python setup.py -q build_ext --inplace
@@ -40,7 +39,7 @@ demo: build
 
 # What the sanitizers need is compiled with the time that the tests leave idle.
 test: build lint
-	@$(MAKE) --no-print-directory -j2 pytest sanitized
+	@$(MAKE) --no-print-directory -j2 pytest sanitize-objects
 	@$(MAKE) --no-print-directory sanitize
 
 lint: build
@@ -65,22 +64,20 @@ SANITIZED_TRANSPORT_TESTS ?= $(filter-out $(patsubst %,%.py,$(addprefix \
 	python_tests/transfer/test_transfer_,two_hosts doctor no_ucx ucx_address process)),$(wildcard $(patsubst \
 	%,python_tests/transfer/test_transfer_%.py,$(SANITIZED_TRANSPORT))))
 
+SANITIZED := $(BIN)/python python_tests/run_sanitized.py
 ADDRESS := address,undefined build/sanitized
 THREAD := thread build/sanitized-thread
 
-sanitize: sanitize-address sanitize-thread
+sanitize: build
+	@$(SANITIZED) build $(ADDRESS) $(SANITIZED_TESTS)
+	@$(SANITIZED) build $(THREAD)
+	@$(SANITIZED) test $(ADDRESS) $(SANITIZED_TESTS) $(SANITIZED_TRANSPORT_TESTS)
+	@$(SANITIZED) test $(THREAD) $(SANITIZED_TRANSPORT_TESTS)
 
-sanitize-address: build
-	@$(BIN)/python python_tests/run_sanitized.py $(ADDRESS) \
-		$(SANITIZED_TESTS) $(SANITIZED_TRANSPORT_TESTS)
-
-sanitize-thread: build
-	@$(BIN)/python python_tests/run_sanitized.py $(THREAD) $(SANITIZED_TRANSPORT_TESTS)
-
-# Only compiles for them.
-sanitized: build
-	@$(BIN)/python python_tests/run_sanitized.py --build $(ADDRESS) $(SANITIZED_TESTS)
-	@$(BIN)/python python_tests/run_sanitized.py --build $(THREAD)
+# One compiler, with time that nobody else wants.
+sanitize-objects: build
+	@$(SANITIZED) objects $(ADDRESS) $(SANITIZED_TESTS)
+	@$(SANITIZED) objects $(THREAD)
 
 KVLINK_FAULTS ?= 1000
 KVLINK_FAULT_SEED ?= 0

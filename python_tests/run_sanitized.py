@@ -1,9 +1,9 @@
 """Builds the extension with sanitizers beside the normal one and runs tests with it.
 
-    python python_tests/run_sanitized.py [--build] address,undefined|thread BUILD_DIR TEST_FILE...
+    python python_tests/run_sanitized.py STEP address,undefined|thread BUILD_DIR TEST_FILE...
 
-With --build it only compiles, which the next call need not do then, and only with processor time
-that nobody else wants.
+STEP: `build`; `test`, which runs the files on what was built; `objects` compiles ahead what `build`
+then finds, one file at a time and with processor time that nobody else wants.
 
 The first report of a sanitizer ends its process with a non-zero status, also that of a peer that a
 test started. Where the compiler comes without the sanitizers' libraries, this says so and succeeds.
@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 # libstdc++ comes along because ASan looks up __cxa_throw when it starts.
@@ -48,33 +49,37 @@ def find_libraries(names: tuple[str, ...]) -> list[str]:
     ]
 
 
-def build(sanitizer: str, build_dir: str, command: str, *, emulation: bool) -> None:
+def build(sanitizer: str, build_dir: str, command: str, *, emulation: bool) -> int:
     """`command`: that of setup.py; build_ext only compiles, and so disturbs no other build."""
     environment = os.environ | {"KVLINK_SANITIZE": sanitizer}
+    shutil.rmtree(build_dir, ignore_errors=True)
     setup = [sys.executable, "setup.py", "-q"]
     subprocess.run([*setup, command, "--build-lib", build_dir], check=True, env=environment)
     if emulation:
         setup += ["build_ext", "--build-lib", f"{build_dir}/emulation"]
         subprocess.run(setup, check=True, env=environment | {"KVLINK_EMULATION": "1"})
+    return 0
 
 
-def main(*arguments: str) -> int:
+def main(step: str, sanitizer: str, build_dir: str, *tests: str) -> int:
     # As an error it ends also the process that is waited for.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    only_build = arguments[0] == "--build"
-    sanitizer, build_dir, *tests = arguments[only_build:]
     libraries = find_libraries(LIBRARIES[sanitizer])
     missing = [path for path in libraries if not os.path.isabs(path)]
     if missing:
         print(f"sanitize: left out, the compiler has no {', '.join(missing)}")
         return 0
-    if only_build:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    shutil.rmtree(build_dir, ignore_errors=True)
     emulation = any("emulated" in test for test in tests)
-    build(sanitizer, build_dir, "build_ext" if only_build else "build", emulation=emulation)
-    if only_build:
-        return 0
+    if step == "objects":
+        os.environ["MAX_JOBS"] = "1"
+        os.nice(19)
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        return build(sanitizer, build_dir, "build_ext", emulation=emulation)
+    if step == "build":
+        return build(sanitizer, build_dir, "build", emulation=emulation)
+    if not tests:
+        sys.exit("test: expected files")
     environment = os.environ | OPTIONS
     environment |= {
         "LD_PRELOAD": ":".join(libraries),
