@@ -75,8 +75,9 @@ def append(
     name: str, device: str, seconds: float, num_tokens: int, num_layers: int = APPEND_LAYERS,
     turned: bool = False,
 ) -> Iterator[harness.Figure]:  # fmt: skip
-    """`num_tokens` of bfloat16 K and V into each layer, all in one call; beside FlashInfer's append
-    (to successive slots), and torch's indexing, a layer a call."""
+    """`num_tokens` of bfloat16 K and V into each layer, all in one call, K `turned` on the way;
+    beside FlashInfer's append (to successive slots, of K as it is), and torch's arithmetic and
+    indexing, a layer a call."""
     heads, page_size = 8, 16
     rows = torch.randn(num_layers, 2, num_tokens, heads, HEAD_DIM, device=device).bfloat16()
     shape = (2, -(-num_tokens // page_size), page_size, heads, HEAD_DIM)
@@ -86,8 +87,9 @@ def append(
     pages = shuffled(pool, random, "cpu").long()
     slots = (pages[:, None] * page_size + torch.arange(page_size)).flatten()[:num_tokens]
     slots = slots.to(device)
-    rope = None
+    rope, note = None, ""
     if turned:
+        note = "without rope"
         table = rope_table(
             10000.0 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM).numpy(), num_tokens
         )
@@ -100,14 +102,15 @@ def append(
 
     def theirs() -> None:
         for layer, cache in enumerate(memory):
-            for plane, values in zip(cache, rows[layer], strict=True):
+            keys = rows[layer, 0] if rope is None else turned_by_torch(rows[layer, 0], rope)
+            for plane, values in zip(cache, (keys, rows[layer, 1]), strict=True):
                 plane.view(-1, heads, HEAD_DIM)[slots] = values
 
     planes = [(cache[0], cache[1]) for cache in memory]
-    works: list[tuple[str, Callable[[], object] | None, str]] = [("kvlink", ours, "")]
-    if not turned:
-        flashinfer = flashinfer_call.append(rows[0, 0], rows[0, 1], planes, page_size)
-        works += [("flashinfer", flashinfer, ""), ("torch_index", theirs, "")]
+    flashinfer = flashinfer_call.append(rows[0, 0], rows[0, 1], planes, page_size)
+    works: list[tuple[str, Callable[[], object] | None, str]] = [
+        ("kvlink", ours, ""), ("flashinfer", flashinfer, note), ("torch_index", theirs, ""),
+    ]  # fmt: skip
     for peer, work, note in works:
         if work is not None:
             taken = harness.measure(work, seconds, 3, device)
@@ -115,3 +118,12 @@ def append(
                 "append_kv", name, device, "bfloat16", page_size, taken, needs, peer, device
             )
             yield dataclasses.replace(made, note=note)
+
+
+def turned_by_torch(keys: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Rows [token, head, dim] of which dim i and its half's partner turn, in float32."""
+    angles = rope.cos_sin[rope.positions][:, None]
+    cos, sin = angles.chunk(2, -1)
+    first, second = keys.float().chunk(2, -1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    return turned.to(keys.dtype)

@@ -59,7 +59,7 @@ def test_every_goal_has_a_row(rows: Any, emulated_cuda: Emulation) -> None:
         begun, *figures = lines_of(rows, name)
         assert begun == {"row": name}
         assert [figure["peer"] for figure in figures[:1]] == ["kvlink"]
-        assert any(figure["peer"].startswith("torch_") for figure in figures) or "rope" in name
+        assert any(figure["peer"].startswith("torch_") for figure in figures)
         assert all(figure["case"] == name and figure["ms"] > 0 for figure in figures)
         assert figures[0]["note"].endswith(f"of the goal, {GOALS[name]}" if name in GOALS else "")
         kernels = [figure["note"] for figure in figures if figure["peer"] == "kvlink"][1:]
@@ -84,8 +84,7 @@ def test_every_row_as_on_a_device(
             emulated_cuda.check_errors()
             peers = [line["peer"] for line in lines if "peer" in line]
             assert peers[0] == "kvlink"
-            with_flashinfer = "relayout" not in name and "rope" not in name
-            assert ("flashinfer" in peers) == with_flashinfer
+            assert ("flashinfer" in peers) == ("relayout" not in name)
             assert all(line["backend"] == "cuda" for line in lines if "peer" in line)
         for kind in rows.WARM:
             flashinfer.clear()
@@ -314,3 +313,25 @@ def test_torch_moves_the_same(rows: Any, dtype: str, monkeypatch: pytest.MonkeyP
         assert torch.equal(seen[0], seen[1])
     else:  # each is rounded to float8 by itself, torch's without a scale: by a sixteenth at most
         torch.testing.assert_close(seen[0] * 0.05, seen[1], rtol=0.13, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["append_8k", "append_8k_rope"])
+def test_torch_appends_the_same(rows: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moves = rows.gpu_cache_ops
+    pools: list[Any] = []
+    wrap = moves.KVPool.wrap
+    monkeypatch.setattr(
+        moves.KVPool, "wrap", lambda *args: (pools.append(wrap(*args)), pools[-1])[1]
+    )
+    seen: list[torch.Tensor] = []
+
+    def shown() -> None:
+        planes = [torch.from_dlpack(plane(1)) for plane in (pools[0].k, pools[0].v)]
+        seen.append(torch.stack(planes).clone())
+        for plane in planes:
+            plane.zero_()
+
+    monkeypatch.setattr(moves.harness, "measure", lambda work, *_: (work(), shown(), 1.0)[-1])
+    list(rows.ROWS[name].dry(name, "cpu", 0.0))
+    assert float(seen[0].abs().max()) > 0
+    assert torch.equal(seen[0], seen[1])

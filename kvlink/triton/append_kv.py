@@ -37,7 +37,7 @@ def _store_rows(
     tl.store(dst + at, from_float32(row, KIND), mask=wanted[:, None] & (dim < num_dims)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_slots", "num_positions"])
 def append_kv_kernel(
     k,  # [num_tokens, num_heads, head_dim]
     v,  # [num_tokens, num_heads, head_dim_v] or None

@@ -38,7 +38,7 @@ def turn(row, src, from_row, inside, cos_sin, at_angles, first_dim, DIMS: tl.con
     return tl.where(turning, turned, row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_positions"])
 def apply_rope_kernel(
     x, out,  # [num_tokens, num_heads, head_dim]; may be the same
     cos_sin,  # float32 [num_positions, ROTARY]

@@ -17,7 +17,7 @@ from kvlink.triton.values import from_float32, to_float32
 _UNSEEN = tl.constexpr(float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def merge_states_kernel(
     outs,  # tuple of [num_rows, head_dim]
     lses,  # tuple of [num_rows]

@@ -17,8 +17,12 @@ from kvlink.triton.attention_tile import (
 from kvlink.triton.error_record import PAGE_TABLE, record_error
 from kvlink.triton.values import from_float32
 
+# Counts that differ from call to call: no kernels of their own for those that are 1 or even.
+_COUNTS = ["table_stride", "expected_stride", "mask_stride", "mask_bytes", "num_entries",
+           "num_pages", "num_seqs", "num_tokens", "num_splits", "window"]  # fmt: skip
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_COUNTS)
 def attention_kernel(
     q,  # [num_tokens, num_q_heads, head_dim]
     out,  # [num_tokens, num_q_heads, head_dim_v]; in splits: float32 [state, ...]
@@ -124,6 +128,7 @@ def attention_kernel(
 
     # --- what all tiles share -------------------------------------------------------------------
     head = kv_head * GROUP + row % GROUP
+    kv_head = kv_head.to(tl.int64)  # heads may lie as far apart as a pool is large
     main = tl.arange(0, MAIN)
     inside = row_exists[:, None] & (main < HEAD_DIM)[None, :]
     at_q = (first_token + token).to(tl.int64) * q_strides[0] + head * q_strides[1]
@@ -219,7 +224,7 @@ def attention_kernel(
             tl.store(lse + out_row * NUM_Q_HEADS + head, lse2 * LN_2, mask=row_exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries", "num_splits", "window"])
 def join_splits_kernel(
     states,  # float32 [state, num_q_heads, head_dim_v]
     state_lses,  # float32 [state, num_q_heads], base 2

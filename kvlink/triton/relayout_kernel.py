@@ -56,7 +56,12 @@ def _converted(bits, src_scale, dst_scale, SRC_KIND: tl.constexpr, DST_KIND: tl.
     return stored
 
 
-@triton.jit
+# Counts that differ from call to call: no kernels of their own for those that are 1 or even.
+_COUNTS = ["num_rows", "num_heads", "src_head", "dst_head", "model_head", "token_position",
+           "src_start", "dst_start", "src_num_pages", "dst_num_pages"]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_COUNTS)
 def relayout_kernel(
     layers,  # int32 [num_layers, 3]: the stored layer of the source and of the destination, model's
     src_rows, dst_rows,  # int64 [stored layer]: addresses of a plane; src_rows is None to digest
