@@ -3,6 +3,7 @@
 
 #include "kvlink/base/check.hpp"
 #include "kvlink/cuda/append_kv.hpp"
+#include "kvlink/cuda/copy_rows.cuh"
 #include "kvlink/cuda/error_record.cuh"
 #include "kvlink/cuda/launch.cuh"
 #include "kvlink/cuda/move_rows.cuh"
@@ -57,6 +58,39 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
+struct CopyArgs {
+  LayerMoves moves;
+  CopyShape shape;
+  Divisor page_size;
+  const int64_t* slots;
+  uint32_t num_slots;
+  ErrorRecord* errors;
+};
+
+struct FindSlot {
+  using Ids = int64_t;
+  const CopyArgs& args;
+
+  __device__ Ids ids(uint32_t token) const { return args.slots[token]; }
+  __device__ bool place(Ids slot, uint32_t token, uint32_t head, bool reports,
+                        RowPlace* place) const {
+    if (slot < 0 || slot >= args.num_slots) {
+      if (slot != -1 && reports) record_error(args.errors, BadEntry::kSlots, token, slot);
+      return false;
+    }
+    const auto at = static_cast<uint32_t>(slot);
+    const uint32_t page = args.page_size.divide(at);
+    *place = {0, token, head, page, at - page * args.page_size.value, head};
+    return true;
+  }
+};
+
+// The same of rows that keep their bytes.
+__global__ void __launch_bounds__(kCopyThreads, kCopyResident)
+    copy_appended(const __grid_constant__ CopyArgs args) {
+  copy_rows(args.moves, args.shape, FindSlot{args});
+}
+
 template <bool kTurns>
 auto* kernel_for(int lanes) {
   return lanes == 8    ? append_rows<8, kTurns>
@@ -83,13 +117,27 @@ void append_kv(const std::vector<AppendKVParams>& layers, cudaStream_t stream) {
   }
   const int lanes = group_lanes(row_bytes);
   const auto kernel = first.rope ? kernel_for<true>(lanes) : kernel_for<false>(lanes);
+  const int64_t num_rows = first.num_tokens * layout.num_kv_heads;
+  const int64_t num_slots = first.kv.num_pages * layout.page_size;
+  const bool copies = !first.rope && num_slots <= INT32_MAX && copied_by_chunks(moves);
   size_t end = 0;
   for (size_t begin = 0; begin < moves.size(); begin = end) {
-    const AppendArgs args{.moves = take_layers(moves, num_planes(layout), begin, &end),
+    CopyArgs copy{.moves = take_layers(moves, num_planes(layout), begin, &end),
+                  .shape = {},
+                  .page_size = Divisor::of(layout.page_size),
+                  .slots = first.slots,
+                  .num_slots = static_cast<uint32_t>(num_slots),
+                  .errors = error_record()};
+    if (copies && make_copy_shape(copy.moves, num_rows, layout.num_kv_heads, &copy.shape)) {
+      const dim3 grid(num_copy_blocks(copy.shape), static_cast<unsigned>(end - begin));
+      launch("append_kv", copy_appended, grid, kCopyThreads, 0, stream, copy);
+      continue;
+    }
+    const AppendArgs args{.moves = copy.moves,
                           .rope = first.rope ? *first.rope : RopeParams{},
                           .slots = first.slots,
-                          .num_rows = first.num_tokens * layout.num_kv_heads,
-                          .num_slots = first.kv.num_pages * layout.page_size,
+                          .num_rows = num_rows,
+                          .num_slots = num_slots,
                           .page_size = layout.page_size,
                           .errors = error_record()};
     const int64_t blocks = std::min<int64_t>(ceil_div(args.num_rows, kThreads / lanes), 1 << 16);

@@ -2,6 +2,7 @@
 #include <optional>
 #include <vector>
 
+#include "kvlink/cuda/copy_rows.cuh"
 #include "kvlink/cuda/error_record.cuh"
 #include "kvlink/cuda/launch.cuh"
 #include "kvlink/cuda/move_rows.cuh"
@@ -89,6 +90,76 @@ auto* kernel_for(int lanes) {
                        : move_rows<32, kMove>;
 }
 
+// One side of rows that keep their bytes, of which all counts have 31 bits.
+struct CopySide {
+  const int32_t* pages;
+  uint32_t first_slot;
+  int32_t num_pages, first_head;
+  Divisor page_size;
+  BadEntry name;
+
+  __device__ uint32_t entry(uint32_t token) const { return page_size.divide(first_slot + token); }
+  __device__ bool locate(int32_t id, uint32_t token, bool reports, ErrorRecord* errors,
+                         int64_t* page, int64_t* slot) const {
+    if (id < 0 || id >= num_pages) {
+      if (reports) record_error(errors, name, entry(token), id);
+      return false;
+    }
+    *page = id;
+    *slot = first_slot + token - entry(token) * page_size.value;
+    return true;
+  }
+};
+
+struct CopyArgs {
+  LayerMoves moves;
+  CopyShape shape;
+  CopySide src, dst;
+  const int* go;  // as those of MoveArgs
+  int* skipped;
+  ErrorRecord* errors;
+};
+
+struct FindPages {
+  struct Ids {
+    int32_t src, dst;
+  };
+  const CopyArgs& args;
+
+  __device__ Ids ids(uint32_t token) const {
+    return {args.src.pages[args.src.entry(token)], args.dst.pages[args.dst.entry(token)]};
+  }
+  __device__ bool place(const Ids& ids, uint32_t token, uint32_t head, bool reports,
+                        RowPlace* place) const {
+    place->src_head = args.src.first_head + static_cast<int32_t>(head);
+    place->dst_head = args.dst.first_head + static_cast<int32_t>(head);
+    const bool there =
+        args.dst.locate(ids.dst, token, reports, args.errors, &place->dst_page, &place->dst_slot) &&
+        args.src.locate(ids.src, token, reports, args.errors, &place->src_page, &place->src_slot);
+    if (!there && reports && args.skipped) *args.skipped = 1;
+    return there;
+  }
+};
+
+// The same of rows that keep their bytes, without a digest.
+__global__ void __launch_bounds__(kCopyThreads, kCopyResident)
+    copy_moved(const __grid_constant__ CopyArgs args) {
+  if (args.go && *args.go == 0) return;
+  copy_rows(args.moves, args.shape, FindPages{args});
+}
+
+// What has 31 bits of it has. `first_head`: of the rows.
+bool make_copy_side(const Side& side, int64_t num_tokens, int32_t first_head, CopySide* copy) {
+  if (side.first_slot > kMostCopies - num_tokens || side.num_pages > kMostCopies) return false;
+  *copy = {.pages = side.pages,
+           .first_slot = static_cast<uint32_t>(side.first_slot),
+           .num_pages = static_cast<int32_t>(side.num_pages),
+           .first_head = first_head,
+           .page_size = Divisor::of(side.page_size),
+           .name = side.name};
+  return true;
+}
+
 struct ReadyArgs {
   ReadyCounters ready;
   RaisedCounters raised;
@@ -137,16 +208,29 @@ RelayoutResult run(const std::vector<RowMove>& moves, int num_planes, MoveArgs a
   const int lanes = group_lanes(row_bytes);
   const int64_t blocks = std::min<int64_t>(ceil_div(args.num_rows, kThreads / lanes), 1 << 16);
   const auto kernel = with_source ? kernel_for<true>(lanes) : kernel_for<false>(lanes);
+  CopyArgs copy{};
+  copy.errors = args.errors;
+  const bool copies = with_source && !with_digest && copied_by_chunks(moves) &&
+                      make_copy_side(args.src, num_tokens, moves[0].src_head, &copy.src) &&
+                      make_copy_side(args.dst, num_tokens, moves[0].dst_head, &copy.dst);
   if (counts) {
     args.go = ready.go = reinterpret_cast<int*>(scratch->data() + 8);
     args.skipped = ready.skipped = ready.go + 1;
+    copy.go = args.go, copy.skipped = args.skipped;
     load("relayout_pages", kernel);
+    load("relayout_pages", copy_moved);
     load("relayout_pages: raise", raise_counters);
     launch("relayout_pages: wait", wait_for_rows, dim3(1), 1, 0, stream, ready);
   }
   size_t end = 0;
   for (size_t begin = 0; begin < moves.size(); begin = end) {
     args.moves = take_layers(moves, num_planes, begin, &end);
+    if (copies && make_copy_shape(args.moves, args.num_rows, args.num_heads, &copy.shape)) {
+      copy.moves = args.moves;
+      const dim3 grid(num_copy_blocks(copy.shape), static_cast<unsigned>(end - begin));
+      launch("relayout_pages", copy_moved, grid, kCopyThreads, 0, stream, copy);
+      continue;
+    }
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(end - begin));
     launch("relayout_pages", kernel, grid, kThreads, 0, stream, args);
   }
