@@ -29,19 +29,17 @@ struct TileContext {
   int64_t num_items, q_stride;  // of a query row
   int64_t out_stride;
   bool in_place;
-  int64_t key_step,
-      value_step;        // positions that all KV heads are done with before the next, in place
-  float* q;              // [num_rows, num_items], rows q_stride apart, zeros between
-  float* keys;           // [num_items, kBlockTokens]
-  float* values;         // [kBlockTokens / positions, out_stride]
-  float* edge;           // [out_stride] one of its rows, of which one position is left
-  float* scores;         // [num_rows, kBlockTokens]; becomes the weights
-  float* sums;           // [head_rows, 2, kLanes]
-  float* row_scale;      // [num_rows] factor of what a row has gathered so far
-  float* distances;      // [num_tokens] from a token to a block, with ALiBi
-  float* key_factors;    // [kBlockTokens] scale of the scores, times that of K
-  float* value_factors;  // [kBlockTokens] scale of V
-  char* gathered;        // [kBlockTokens] rows of K or V as stored
+  int64_t key_step, value_step;  // positions that all KV heads take their turn at, in place
+  float* q;                      // [num_rows, num_items], rows q_stride apart, zeros between
+  float* keys;                   // [num_items and zeros, kBlockTokens]
+  float* values;                 // [kBlockTokens / positions, out_stride]
+  float* edge;                   // [out_stride] one of its rows, of which one position is left
+  float* scores;                 // [num_rows, kBlockTokens]; becomes the weights
+  float* row_scale;              // [num_rows] factor of what a row has gathered so far
+  float* distances;              // [num_tokens] from a token to a block, with ALiBi
+  float* key_factors;            // [kBlockTokens] scale of the scores, times that of K
+  float* value_factors;          // [kBlockTokens] scale of V
+  char* gathered;                // [kBlockTokens] rows of K or V as stored
 
   TileContext(const AttentionTile& tile, float* scratch)
       : tile(tile),
@@ -58,22 +56,19 @@ struct TileContext {
         q_stride(padded_query(layout.head_dim) / scoring.item_dims),
         out_stride(padded_row(layout.head_dim_v)),
         in_place(attends_in_place(layout, head_rows)),
-        key_step(scoring.item_dims == 2 && element_bytes == 2
-                     ? kScoredRows
-                     : RowStream::step_of(row_bytes(layout.head_dim))),
+        key_step(RowStream::step_of(row_bytes(layout.head_dim))),
         value_step(RowStream::step_of(row_bytes(layout.head_dim_v))) {
     const auto take = [&scratch](int64_t num_floats) {
       float* taken = scratch;
       scratch += num_floats;
       return taken;
     };
-    keys = take(kBlockTokens * layout.head_dim);
+    keys = take(kBlockTokens * padded_row(layout.head_dim));
     values = take(kBlockTokens * out_stride);
     edge = take(out_stride);
     scores = take(num_rows * kBlockTokens);
     key_factors = take(kBlockTokens);
     value_factors = take(kBlockTokens);
-    sums = take(in_place ? head_rows * 2 * kLanes : 0);
     q = take(num_rows * padded_query(layout.head_dim));
     row_scale = take(num_rows);
     distances = take(tile.num_tokens);
@@ -287,7 +282,7 @@ void attend_panels(const TileContext& c, int64_t kv_head, int64_t block_begin, V
                      .stride_b = kBlockTokens,
                      .stride_c = kBlockTokens,
                      .num_rows = (last_token - first_token) * c.group,
-                     .depth = c.num_items,
+                     .depth = (c.num_items + c.scoring.items_of - 1) & -c.scoring.items_of,
                      .num_vecs = kBlockVecs});
   for_each_run(c, block_begin, [&](const TokenRun& run) {
     soften_run(c, kv_head, block_begin, run, state);
@@ -340,7 +335,6 @@ void attend_in_place(const TileContext& c, int64_t block_begin, VisibleRange ran
                      .stride_q = c.q_stride,
                      .num_rows = c.head_rows,
                      .step = c.key_step,
-                     .sums = c.sums,
                      .scores = c.scores + first,
                      .ahead = &ahead});
   }
@@ -419,19 +413,25 @@ void attend_split(const TileContext& c, int64_t split, const AttentionState& sta
 
 void load_queries(const TileContext& c) {
   const PagedAttentionParams& p = c.p;
-  const auto load =
-      c.scoring.item_dims == 2 ? copy_row : kQueryTypes[static_cast<int>(p.q_dtype)].load_row;
+  const int dtype = static_cast<int>(p.q_dtype);
+  const auto load = c.scoring.item_dims == 2 ? copy_row : kQueryTypes[dtype].load_row;
+  const auto store_parts = c.in_place ? c.scoring.store_query_parts : nullptr;
   const int64_t size = dtype_bytes(p.q_dtype);
   __builtin_memset(c.q, 0, c.num_rows * c.q_stride * sizeof(float));
   float* target = c.q;
   for (int64_t kv_head = 0; kv_head < c.tile.num_kv_heads; ++kv_head) {
-    for (int64_t row = 0; row < c.head_rows; ++row, target += c.q_stride) {
+    for (int64_t row = 0; row < c.head_rows; ++row) {
       const int64_t token = c.tile.tokens[row / c.group].row;
       const int64_t head = (c.tile.first_kv_head + kv_head) * c.group + row % c.group;
       const char* source = static_cast<const char*>(p.q) +
                            (token * p.q_stride_token + head * p.q_stride_head) * size;
-      load(source, c.layout.head_dim, target);
+      if (store_parts) {
+        store_parts(source, c.layout.head_dim * size, row, c.head_rows, c.q_stride, target);
+      } else {
+        load(source, c.layout.head_dim, target + row * c.q_stride);
+      }
     }
+    target += c.head_rows * c.q_stride;
   }
 }
 

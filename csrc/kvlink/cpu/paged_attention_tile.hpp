@@ -92,12 +92,11 @@ inline int64_t padded_query(int64_t dims) { return (dims + 63) / 64 * 64; }
 // Floats of scratch memory that attend_splits needs for a tile of num_rows rows.
 inline int64_t attention_scratch_floats(const KVLayout& layout, int64_t num_rows) {
   const int64_t v_row = padded_row(layout.head_dim_v);
-  const int64_t block_rows = layout.head_dim + v_row + 2;  // K, V and their factors
+  const int64_t block_rows = padded_row(layout.head_dim) + v_row + 2;  // K, V and their factors
   const bool gathers = layout.k.stride_dim != 1 || layout.v.stride_dim != 1;
   const int64_t gathered = gathers ? (layout.head_dim > v_row ? layout.head_dim : v_row) : 0;
   const int64_t row_floats = padded_query(layout.head_dim) + kBlockTokens + 2;
-  return kBlockTokens * (block_rows + gathered) + v_row + num_rows * row_floats +
-         kMaxRowsInPlace * 32;
+  return kBlockTokens * (block_rows + gathered) + v_row + num_rows * row_floats;
 }
 
 KVLINK_SIMD_DECLARE(

@@ -93,13 +93,19 @@ constexpr ValueType kValueTypes[] = {
 // bfloat16 side by side.
 struct ScoreType {
   int item_dims;
+  int items_of;  // a power of 2; a panel has a multiple of this many items
+  void (*store_query_parts)(const char*, int64_t, int64_t, int64_t, int64_t, float*);  // or null
   void (*score)(const ScoreRows&);
   void (*pack)(const PanelRows&, const PanelRows&, int64_t, float*);
   void (*product)(const FloatProduct&);
 };
 template <DType kDType>
-constexpr ScoreType kFloatScores = {1, score_keys<FloatKeys<kDType>>, pack_keys<FloatItems<kDType>>,
-                                    product_of<kLanes, FloatTerms>};
+constexpr ScoreType kFloatScores = {.item_dims = 1,
+                                    .items_of = 1,
+                                    .store_query_parts = nullptr,
+                                    .score = score_keys<FloatKeys<kDType>>,
+                                    .pack = pack_keys<FloatItems<kDType>>,
+                                    .product = product_of<kLanes, FloatTerms>};
 constexpr ScoreType kScoreTypes[] = {
     kFloatScores<DType::kFloat32>,    kFloatScores<DType::kFloat16>,
     kFloatScores<DType::kBFloat16>,   kFloatScores<DType::kFloat8E4M3>,
@@ -119,8 +125,18 @@ template <DType kDType>
 constexpr ValueType kPairValues = {2, add_values<PairValues<kDType>>, pack_value_pairs<kDType>,
                                    product_of<1, PairTerms>};
 template <DType kDType>
-constexpr ScoreType kPairScores = {2, score_keys<PairKeys<kDType>>, pack_keys<PairItems<kDType>>,
-                                   product_of<kLanes, PairTerms>};
+constexpr ScoreType kPairScores = {.item_dims = 2,
+                                   .items_of = kLanes,
+                                   .store_query_parts = nullptr,
+                                   .score = score_keys<PairKeys<kDType>>,
+                                   .pack = pack_keys<PairItems<kDType>>,
+                                   .product = product_of<kLanes, PairTerms>};
+constexpr ScoreType kPartScores = {.item_dims = 2,
+                                   .items_of = kPartChains,
+                                   .store_query_parts = store_query_parts,
+                                   .score = score_parts,
+                                   .pack = pack_keys<PairItems<DType::kBFloat16>>,
+                                   .product = product_of<kPartChains, PairTerms>};
 constexpr ValueType kPairValueTypes[] = {
     kPairValues<DType::kBFloat16>,
     kPairValues<DType::kFloat8E4M3>,
@@ -128,7 +144,7 @@ constexpr ValueType kPairValueTypes[] = {
     kPairValues<DType::kInt8>,
 };
 constexpr ScoreType kPairScoreTypes[] = {
-    {2, score_pairs, pack_keys<PairItems<DType::kBFloat16>>, product_of<2, PairTerms>},
+    kPartScores,
     kPairScores<DType::kFloat8E4M3>,
     kPairScores<DType::kFloat8E5M2>,
     kPairScores<DType::kInt8>,

@@ -38,7 +38,7 @@ struct PairItems {
 };
 #endif
 
-// Transposed: keys[item * kPanelRows + position].
+// Transposed: keys[item * kPanelRows + position], zeros from num_items to a multiple of kLanes.
 template <class Items>
 void pack_keys(const PanelRows& rows, const PanelRows& next, int64_t num_items, float* keys) {
   for (int64_t first = 0; first < kPanelRows; first += kLanes) {
@@ -63,9 +63,7 @@ void pack_keys(const PanelRows& rows, const PanelRows& next, int64_t num_items, 
     }
     transpose(block);
     KVLINK_UNROLL
-    for (int i = 0; i < kLanes; ++i) {
-      if (item + i < num_items) store(keys + (item + i) * kPanelRows + first, block[i]);
-    }
+    for (int i = 0; i < kLanes; ++i) store(keys + (item + i) * kPanelRows + first, block[i]);
   }
 }
 

@@ -2,10 +2,9 @@
 //
 // Scores: a few rows of K times a few query rows, lane by lane; then each sum's lanes are added,
 // those of kLanes sums at once. A lane is a float, or a pair of neighbouring dims. Pairs that are
-// stored as such go by squares instead, which need fewer chains (many query rows follow the same
-// order): kLanes rows of K meet in registers and are transposed there, then each pair of kLanes
-// positions is multiplied with the query rows' pairs, broadcast from memory, even and odd ones in
-// chains of their own.
+// stored as such meet queries by parts of four pairs, one of four query rows or of four rows of K
+// in every part of a vector, so that four lanes of a sum are left to be added, and many query rows,
+// which follow the same order, need four chains instead of kLanes.
 //
 // Values: a few vectors of the output stay in registers while a few rows of V pass, one by one or
 // two by two.
@@ -27,11 +26,11 @@ struct ScoreRows {
   const char* const* keys;         // [kScoredRows] rows of K
   int64_t num_bytes;               // of a row and head
   int64_t num_heads, stride_head;  // of K; bytes from one to the next in a row of K
-  const float* q;    // [num_heads, num_rows] of dims or pairs, padded with zeros to whole vectors
+  const float* q;    // [num_heads, num_rows] of dims or pairs, padded with zeros to whole vectors;
+                     // of score_parts as by store_query_parts
   int64_t stride_q;  // from row to row
   int64_t num_rows;  // of a head
   int64_t step;      // positions that all heads are done with before the next; 4, 8 or 16
-  float* sums;       // [num_rows, 2, kLanes] scratch of squares
   float* scores;     // [num_heads, num_rows, kScoredRows], rows kPanelRows apart
   ReadAhead* ahead;
 };
@@ -137,70 +136,181 @@ __attribute__((noinline)) void score_keys(const ScoreRows& rows) {
 }
 
 #if defined(__AVX512F__)
-// Adds one square of units to the sums of the query rows from `row` on; returns the next row.
-template <int kRows>
-KVLINK_INLINE int64_t add_square(const ScoreRows& s, const VecU* units, const uint32_t* q,
-                                 int64_t row) {
-  for (; row + kRows <= s.num_rows; row += kRows) {
-    Vec sum[kRows][2];
-    float* sums = s.sums + row * 2 * kLanes;
-    KVLINK_UNROLL
-    for (int i = 0; i < 2 * kRows; ++i) sum[i / 2][i % 2] = load(sums + i * kLanes);
-    const uint32_t* left = q + row * s.stride_q;
-    KVLINK_UNROLL
-    for (int i = 0; i < kLanes; ++i) {
+inline constexpr int64_t kPartBytes = 16;
+inline constexpr int kPartChains = 4;  // pairs in a part
+
+// Row `row` of a head's queries for score_parts: those of four rows part by part, the rows after
+// the last four as they are. Writes no padding.
+inline void store_query_parts(const char* source, int64_t num_bytes, int64_t row, int64_t num_rows,
+                              int64_t stride_q, float* q) {
+  const bool in_four = row / 4 * 4 + 4 <= num_rows;
+  const int64_t step = in_four ? 4 * kPartBytes : kPartBytes;
+  char* target = reinterpret_cast<char*>(q + (in_four ? row / 4 * 4 : row) * stride_q);
+  if (in_four) target += row % 4 * kPartBytes;
+  for (int64_t at = 0; at < num_bytes; at += kPartBytes, target += step) {
+    const int64_t left = num_bytes - at;
+    __builtin_memcpy(target, source + at, left < kPartBytes ? left : kPartBytes);
+  }
+}
+
+KVLINK_INLINE Vec repeat_part(const void* source) {
+  return (Vec)_mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(source)));
+}
+// The first `num_bytes` < kPartBytes, zeros after them.
+KVLINK_INLINE Vec repeat_some_part(const void* source, int64_t num_bytes) {
+  return (Vec)_mm512_broadcast_i32x4(_mm_maskz_loadu_epi8((1u << num_bytes) - 1, source));
+}
+
+// Every part: the sums of that part's four lanes of v[0] to v[3], added in the order of sums_of.
+KVLINK_INLINE Vec sums_of_parts(const Vec (&v)[4]) {
+  constexpr int b = kLanes;
+  Vec half[2];
+  KVLINK_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    half[i] = KVLINK_SHUFFLE(v[2 * i], v[2 * i + 1], 0, 1, b, b + 1) +
+              KVLINK_SHUFFLE(v[2 * i], v[2 * i + 1], 2, 3, b + 2, b + 3);
+  }
+  return KVLINK_SHUFFLE(half[0], half[1], 0, 2, b, b + 2) +
+         KVLINK_SHUFFLE(half[0], half[1], 1, 3, b + 1, b + 3);
+}
+
+// Four rows kFours times, from row `row` on: parts of K are repeated. Returns the next row.
+template <int kFours, int kPositions>
+KVLINK_INLINE int64_t score_fours(const ScoreRows& s, const char* const* keys, int64_t offset,
+                                  const float* q, int64_t row, float* scores) {
+  for (; row + 4 * kFours <= s.num_rows; row += 4 * kFours) {
+    const float* queries = q + row * s.stride_q;
+    for (int64_t first = 0; first < s.step; first += kPositions) {
+      if (row == 0) s.ahead->fetch(s.num_bytes * kPositions / 64);
+      Vec sum[kFours][kPositions] = {};
+      const char* key[kPositions];
       KVLINK_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        PairTerms::add(sum[r][i % 2], PairTerms::spread(left[r * s.stride_q + i]),
-                       from_bits(units[i]));
+      for (int p = 0; p < kPositions; ++p) key[p] = keys[first + p] + offset;
+      const float* left = queries;
+      const auto add = [&](const auto& load_key) __attribute__((always_inline)) {
+        Vec query[kFours];
+        KVLINK_UNROLL
+        for (int f = 0; f < kFours; ++f) query[f] = load(left + f * 4 * s.stride_q);
+        KVLINK_UNROLL
+        for (int p = 0; p < kPositions; ++p) {
+          const Vec right = load_key(key[p]);
+          KVLINK_UNROLL
+          for (int f = 0; f < kFours; ++f) PairTerms::add(sum[f][p], query[f], right);
+        }
+      };
+      int64_t at = 0;
+      KVLINK_UNROLL_BY(4)
+      for (; at + kPartBytes <= s.num_bytes; at += kPartBytes, left += kLanes) {
+        add([&](const char* key) __attribute__((always_inline)) { return repeat_part(key + at); });
+      }
+      if (at < s.num_bytes) {
+        add([&](const char* key) __attribute__((always_inline)) {
+          return repeat_some_part(key + at, s.num_bytes - at);
+        });
+      }
+      KVLINK_UNROLL
+      for (int i = 0; i < kFours * kPositions / 4; ++i) {
+        const int f = i / (kPositions / 4), p = i % (kPositions / 4) * 4;
+        const Vec total = sums_of_parts({sum[f][p], sum[f][p + 1], sum[f][p + 2], sum[f][p + 3]});
+        const auto parts = (__m512)total;
+        float* target = scores + (row + f * 4) * kPanelRows + first + p;
+        _mm_storeu_ps(target, _mm512_castps512_ps128(parts));
+        _mm_storeu_ps(target + kPanelRows, _mm512_extractf32x4_ps(parts, 1));
+        _mm_storeu_ps(target + 2 * kPanelRows, _mm512_extractf32x4_ps(parts, 2));
+        _mm_storeu_ps(target + 3 * kPanelRows, _mm512_extractf32x4_ps(parts, 3));
       }
     }
-    KVLINK_UNROLL
-    for (int i = 0; i < 2 * kRows; ++i) store(sums + i * kLanes, sum[i / 2][i % 2]);
   }
   return row;
 }
 
-KVLINK_INLINE void score_head(const ScoreRows& s, int64_t head) {
-  for (int64_t i = 0; i < s.num_rows * 2; ++i) store(s.sums + i * kLanes, Vec{});
-  const auto* q = reinterpret_cast<const uint32_t*>(s.q + head * s.num_rows * s.stride_q);
-  constexpr int64_t kSquareBytes = sizeof(VecU);
-  for (int64_t at = 0; at < s.num_bytes; at += kSquareBytes, q += kLanes) {
-    const int64_t offset = head * s.stride_head + at;
-    Vec square[kLanes];
-    if (at + kSquareBytes <= s.num_bytes) {
+// kRows <= 2 rows, from row `row` on: parts of queries are repeated, vectors of K have the same
+// part of four positions. Returns the next row.
+template <int kRows, int kPositions>
+KVLINK_INLINE int64_t score_few(const ScoreRows& s, const char* const* keys, int64_t offset,
+                                const float* q, int64_t row, float* scores) {
+  for (; row + kRows <= s.num_rows; row += kRows) {
+    const float* queries = q + row * s.stride_q;
+    for (int64_t first = 0; first < s.step; first += kPositions) {
+      if (row == 0) s.ahead->fetch(s.num_bytes * kPositions / 64);
+      constexpr int kSums = kPositions / 4;  // a row's: one of every kSums-th position, one a part
+      Vec sum[4] = {};
+      const char* key[kPositions];
       KVLINK_UNROLL
-      for (int i = 0; i < kLanes; ++i) square[i] = load_unaligned<Vec>(s.keys[i] + offset);
-    } else {
+      for (int p = 0; p < kPositions; ++p) key[p] = keys[first + p] + offset;
+      const auto add = [&](int64_t at, const auto& load_key) __attribute__((always_inline)) {
+        KVLINK_UNROLL
+        for (int n = 0; n < kSums; ++n) {
+          Vec right[4];
+          KVLINK_UNROLL
+          for (int i = 0; i < 4; ++i) right[i] = load_key(key[kSums * i + n]);
+          transpose_parts(right);
+          KVLINK_UNROLL
+          for (int r = 0; r < kRows; ++r) {
+            const char* left = reinterpret_cast<const char*>(queries + r * s.stride_q) + at;
+            KVLINK_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              PairTerms::add(sum[2 * r + n], repeat_part(left + i * kPartBytes), right[i]);
+            }
+          }
+        }
+      };
+      int64_t at = 0;
+      for (; at + 64 <= s.num_bytes; at += 64) {
+        add(at, [&](const char* key)
+                    __attribute__((always_inline)) { return load_unaligned<Vec>(key + at); });
+      }
+      if (at < s.num_bytes) {
+        add(at, [&](const char* key) __attribute__((always_inline)) {
+          return from_bits(load_some_bytes(key + at, s.num_bytes - at));
+        });
+      }
+      // In every part: kSums of each row, those of the next two lanes on.
+      const Vec sums = sums_of_parts(sum);
+      Vec total;
+      if constexpr (kSums == 2) {
+        total = __builtin_shufflevector(sums, sums, 0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11,
+                                        14, 15);
+      } else {
+        total = __builtin_shufflevector(sums, sums, 0, 4, 8, 12, 2, 6, 10, 14, 0, 4, 8, 12, 2, 6,
+                                        10, 14);
+      }
       KVLINK_UNROLL
-      for (int i = 0; i < kLanes; ++i) {
-        square[i] = from_bits(load_some_bytes(s.keys[i] + offset, s.num_bytes - at));
+      for (int r = 0; r < kRows; ++r) {
+        __builtin_memcpy(scores + (row + r) * kPanelRows + first,
+                         reinterpret_cast<const float*>(&total) + r * kPositions,
+                         kPositions * sizeof(float));
       }
     }
-    if (at % 64 == 0) {
-      const int64_t left = s.num_bytes - at;
-      s.ahead->fetch(kLanes * (left < 64 ? left : 64) / 64);
-    }
-    transpose(square);
-    // Through memory: registers are for the sums, however many rows there are.
-    VecU units[kLanes];
-    KVLINK_UNROLL
-    for (int i = 0; i < kLanes; ++i) units[i] = bits_of(square[i]);
-    __asm__ volatile("" : : "r"(units) : "memory");
-    int64_t row = add_square<4>(s, units, q, 0);
-    row = add_square<2>(s, units, q, row);
-    add_square<1>(s, units, q, row);
   }
-  float* scores = s.scores + head * s.num_rows * kPanelRows;
-  for (int64_t row = 0; row < s.num_rows; ++row) {
-    const float* sums = s.sums + row * 2 * kLanes;
-    store(scores + row * kPanelRows, load(sums) + load(sums + kLanes));
-  }
+  return row;
 }
 
-__attribute__((noinline)) inline void score_pairs(const ScoreRows& s) {
-  static_assert(kLanes == kScoredRows);
-  for (int64_t head = 0; head < s.num_heads; ++head) score_head(s, head);
+template <int kPositions>
+KVLINK_INLINE void score_head(const ScoreRows& s, const char* const* keys, int64_t offset,
+                              const float* q, float* scores) {
+  int64_t row = score_fours<2, kPositions>(s, keys, offset, q, 0, scores);
+  row = score_fours<1, kPositions>(s, keys, offset, q, row, scores);
+  row = score_few<2, kPositions>(s, keys, offset, q, row, scores);
+  score_few<1, kPositions>(s, keys, offset, q, row, scores);
+}
+
+__attribute__((noinline)) inline void score_parts(const ScoreRows& rows) {
+  const ScoreRows s = rows;  // which no store changes
+  const int64_t head_q = s.num_rows * s.stride_q, head_scores = s.num_rows * kPanelRows;
+  for (int64_t group = 0; group < kScoredRows; group += s.step) {
+    for (int64_t head = 0; head < s.num_heads; ++head) {
+      const char* const* keys = s.keys + group;
+      const int64_t offset = head * s.stride_head;
+      const float* q = s.q + head * head_q;
+      float* scores = s.scores + head * head_scores + group;
+      if (s.step >= 8) {
+        score_head<8>(s, keys, offset, q, scores);
+      } else {
+        score_head<4>(s, keys, offset, q, scores);
+      }
+    }
+  }
 }
 #endif
 
@@ -287,15 +397,23 @@ KVLINK_INLINE void value_block(const ValueRows& s, int64_t row, int64_t dim) {
     }
   };
   int64_t step = s.begin / Values::kPositions;
+  const int64_t last = (s.end + Values::kPositions - 1) / Values::kPositions;
   constexpr bool kLooksUp = Values::kPositions == 2 && Values::kElementBytes == 1;
-  if constexpr (kLooksUp) {  // so much of it that more steps at once lack registers
+  // By fours, so that a load's addresses are not a large stride apart: the CPU would fetch ahead in
+  // such strides. Where bytes are looked up, more steps at once lack registers.
+  if constexpr (kRows > 1 && !kLooksUp) {
+    // NOTE: unrolled by the compiler, these sums would go through the stack.
+    for (; step + 4 <= last; step += 4) {
+      KVLINK_UNROLL
+      for (int i = 0; i < 4; ++i) add(step + i);
+    }
+  }
+  if constexpr (kRows > 1 || kLooksUp) {
     KVLINK_UNROLL_BY(1)
-    for (; step * Values::kPositions < s.end; ++step) add(step);
+    for (; step < last; ++step) add(step);
   } else {
-    // Unrolled, so that a load's addresses are not a large stride apart: the CPU would fetch ahead
-    // in such strides.
     KVLINK_UNROLL_BY(4)
-    for (; step * Values::kPositions < s.end; ++step) add(step);
+    for (; step < last; ++step) add(step);
   }
   KVLINK_UNROLL
   for (int r = 0; r < kRows; ++r) {

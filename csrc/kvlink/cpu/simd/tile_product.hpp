@@ -2,8 +2,11 @@
 // order that depends on its depth alone, wherever it lies in its tile: that is what makes attention
 // independent of how rows are batched. Scores are summed in kChains chains, term i by chain
 // i % kChains, that are added at the end (see page_rows.hpp, which does the same): those half as
-// many as there are apart first, neighbours last.
+// many as there are apart first, neighbours last. Where chains go side by side (chains_together),
+// the depth is a multiple of kChains.
 #pragma once
+
+#include <type_traits>
 
 #include "kvlink/cpu/simd/vec.hpp"
 
@@ -40,22 +43,26 @@ struct TileProduct {
   int64_t num_rows, depth, num_vecs;
 };
 
-// Adds terms `first`, first + kStep, ...
-template <class Terms, int kStep, int kRows, int kVecs>
+// Adds terms `first`, first + kStep, ... to sum[0], those kApart later to sum[1], and so on.
+template <class Terms, int kStep, int kApart, int kTogether, int kRows, int kVecs>
 KVLINK_INLINE void add_terms(const TileProduct<Terms>& t, int64_t first, int64_t row, int64_t vec,
-                             Vec (&sum)[kRows][kVecs]) {
-  const auto* a = t.a + row * t.stride_a;
+                             Vec (&sum)[kTogether][kRows][kVecs]) {
+  const auto* a = t.a + row * t.stride_a + first;
   const float* b = t.b + vec * kLanes + first * t.stride_b;
-  for (int64_t d = first; d < t.depth; d += kStep, b += kStep * t.stride_b) {
+  const auto add = [&](int64_t ahead, auto& sums) __attribute__((always_inline)) {
     Vec right[kVecs];
     KVLINK_UNROLL
-    for (int v = 0; v < kVecs; ++v) right[v] = load(b + v * kLanes);
+    for (int v = 0; v < kVecs; ++v) right[v] = load(b + ahead * t.stride_b + v * kLanes);
     KVLINK_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Vec left = Terms::spread(a[r * t.stride_a + d]);
+      const Vec left = Terms::spread(a[r * t.stride_a + ahead]);
       KVLINK_UNROLL
-      for (int v = 0; v < kVecs; ++v) Terms::add(sum[r][v], left, right[v]);
+      for (int v = 0; v < kVecs; ++v) Terms::add(sums[r][v], left, right[v]);
     }
+  };
+  for (int64_t d = first; d < t.depth; d += kStep, a += kStep, b += kStep * t.stride_b) {
+    KVLINK_UNROLL
+    for (int k = 0; k < kTogether; ++k) add(k * kApart, sum[k]);
   }
 }
 
@@ -66,23 +73,41 @@ constexpr int chain_at(int i, int num_chains) {
   return chain;
 }
 
+// How many chains are summed side by side, in half as many rows: their sums are added to each other
+// in registers, so half as many wait in memory. Panels of floats are too long for it: their vectors
+// are loaded for each chain.
+template <class Terms, int kChains>
+constexpr int chains_together() {
+  return kLanes == 16 && kChains > 1 && std::is_same_v<Terms, PairTerms> ? 2 : 1;
+}
+
 template <class Terms, int kChains, int kRows, int kVecs>
 KVLINK_INLINE void product_block(const TileProduct<Terms>& t, int64_t row, int64_t vec) {
-  constexpr int kLevels = __builtin_ctz(kChains);
+  constexpr int kTogether = chains_together<Terms, kChains>();
+  constexpr int kTurns = kChains / kTogether, kLevels = __builtin_ctz(kTurns);
   float* c = t.c + row * t.stride_c + vec * kLanes;
   Vec waiting[kLevels + 1][kRows][kVecs];  // sums of as many chains that those after them will join
-  for (int i = 0; i < kChains; ++i) {
-    Vec sum[kRows][kVecs];
+  for (int i = 0; i < kTurns; ++i) {
+    Vec parts[kTogether][kRows][kVecs];
     KVLINK_UNROLL
-    for (int r = 0; r < kRows; ++r) {
+    for (int k = 0; k < kTogether; ++k) {
       KVLINK_UNROLL
-      for (int v = 0; v < kVecs; ++v) {
-        sum[r][v] = kChains == 1 && t.row_scale
-                        ? load(c + r * t.stride_c + v * kLanes) * t.row_scale[row + r]
-                        : Vec{};
+      for (int r = 0; r < kRows; ++r) {
+        KVLINK_UNROLL
+        for (int v = 0; v < kVecs; ++v) {
+          parts[k][r][v] = kChains == 1 && t.row_scale
+                               ? load(c + r * t.stride_c + v * kLanes) * t.row_scale[row + r]
+                               : Vec{};
+        }
       }
     }
-    add_terms<Terms, kChains>(t, chain_at(i, kChains), row, vec, sum);
+    add_terms<Terms, kChains, kTurns>(t, chain_at(i, kTurns), row, vec, parts);
+    auto& sum = parts[0];
+    KVLINK_UNROLL
+    for (int r = 0; kTogether == 2 && r < kRows; ++r) {
+      KVLINK_UNROLL
+      for (int v = 0; v < kVecs; ++v) sum[r][v] += parts[kTogether - 1][r][v];
+    }
     int level = 0;
     for (; i >> level & 1; ++level) {
       KVLINK_UNROLL
@@ -91,7 +116,7 @@ KVLINK_INLINE void product_block(const TileProduct<Terms>& t, int64_t row, int64
         for (int v = 0; v < kVecs; ++v) sum[r][v] += waiting[level][r][v];
       }
     }
-    const bool last = i + 1 == kChains;
+    const bool last = i + 1 == kTurns;
     float* target = last ? c : reinterpret_cast<float*>(waiting[level]);
     const int64_t stride = last ? t.stride_c : kVecs * kLanes;
     KVLINK_UNROLL
@@ -114,7 +139,7 @@ KVLINK_INLINE int64_t product_rows(const TileProduct<Terms>& t, int64_t row, int
 template <class Terms, int kChains, int kVecs>
 __attribute__((noinline)) void product_panel(const TileProduct<Terms>& t, int64_t vec) {
 #if defined(__AVX512F__)
-  constexpr int kRows = kVecs <= 4 ? 6 : 3;
+  constexpr int kRows = (kVecs <= 4 ? 6 : 3) / chains_together<Terms, kChains>();
 #else
   constexpr int kRows = kVecs <= 2 ? 4 : kVecs <= 4 ? 2 : 1;
 #endif
@@ -132,8 +157,10 @@ __attribute__((noinline)) void tile_product(const TileProduct<Terms>& t) {
   constexpr int kWide = 2;
 #endif
   int64_t vec = 0;
-  if (t.num_rows <= 2) {  // few rows: more vectors, so that additions do not wait for each other
-    for (; vec + 8 <= t.num_vecs; vec += 8) product_panel<Terms, kChains, 8>(t, vec);
+  if constexpr (chains_together<Terms, kChains>() == 1) {
+    if (t.num_rows <= 2) {  // few rows: more vectors, so that additions do not wait for each other
+      for (; vec + 8 <= t.num_vecs; vec += 8) product_panel<Terms, kChains, 8>(t, vec);
+    }
   }
   for (; vec + kWide <= t.num_vecs; vec += kWide) product_panel<Terms, kChains, kWide>(t, vec);
   for (; vec + 2 <= t.num_vecs; vec += 2) product_panel<Terms, kChains, 2>(t, vec);

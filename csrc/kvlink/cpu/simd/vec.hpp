@@ -153,6 +153,23 @@ KVLINK_INLINE Vec sums_of(const Vec (&v)[kLanes]) {
          KVLINK_SHUFFLE(part[0], part[1], 1, 3, b + 1, b + 3);
 }
 
+#if defined(__AVX512F__)
+// Transposes a 4 x 4 block of 128-bit parts.
+KVLINK_INLINE void transpose_parts(Vec (&rows)[4]) {
+  Vec half[4];
+  KVLINK_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const auto a = (__m512)rows[i / 2 * 2], b = (__m512)rows[i / 2 * 2 + 1];
+    half[i] = i % 2 ? (Vec)_mm512_shuffle_f32x4(a, b, 0xee) : (Vec)_mm512_shuffle_f32x4(a, b, 0x44);
+  }
+  KVLINK_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const auto a = (__m512)half[i / 2], b = (__m512)half[i / 2 + 2];
+    rows[i] = i % 2 ? (Vec)_mm512_shuffle_f32x4(a, b, 0xdd) : (Vec)_mm512_shuffle_f32x4(a, b, 0x88);
+  }
+}
+#endif
+
 // Transposes a kLanes x kLanes block held in registers.
 KVLINK_INLINE void transpose(Vec (&rows)[kLanes]) {
   constexpr int b = kLanes;
