@@ -6,12 +6,15 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from receiving import eventually
 
 from kvlink import KVPool
+from kvlink.testing.transfer_peer import SECRET, Peer
 from kvlink.testing.transfer_pool import PoolSpec, pool_bytes
 from kvlink.testing.waits import wait_outside
 from kvlink.transfer import Endpoint, GrantGroup, GroupTransfer, Link, OfferGroup, Region
@@ -78,6 +81,49 @@ def expected(specs: dict[str, PoolSpec], request: Request, seed: int = 0) -> dic
         fill(specs[name], pool, pages, num_tokens, seed)
         wanted[name] = pool_bytes(pool).tobytes()
     return wanted
+
+
+class Decode(Held):
+    """The receiver, and the groups that gave their pages back."""
+
+    path = "host_shm"
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__("decode", DECODE, SECRET, **arguments)
+        self.returned: list[GrantGroup] = []
+
+    def grant(self, ttl: float = 30.0) -> GrantGroup:
+        return self.endpoint.grant_group(
+            self.members(RECEIVED), ttl, on_release=self.returned.append
+        )
+
+    def check_arrived(self, seed: int = 0) -> None:
+        wanted = expected(DECODE, RECEIVED, seed)
+        for name in DECODE:
+            assert self.content(name) == wanted[name]
+
+    def check_returned(self, group: GrantGroup) -> None:
+        """Once, and nobody is inside any page; the pages serve another request."""
+        eventually(lambda: group.released and self.returned)
+        time.sleep(0.05)  # more than two looks of the reaper
+        assert self.returned == [group]
+        assert not group.revoke()
+        assert not group.extend(30)
+        assert all(member.released for member in group.members)
+
+    def clear(self) -> None:
+        for name, pool in self.pools.items():
+            pool_bytes(pool)[:] = pool_bytes(DECODE[name].build())
+
+
+def serves(decode: Decode, prefill: Peer) -> None:
+    """One more request, over the same pages."""
+    decode.clear()
+    group = decode.grant()
+    idx = prefill.call("push_group", SENT, group.to_bytes())
+    assert len(group.wait(10)) == 4
+    prefill.call("wait_arrived", idx)
+    decode.check_arrived()
 
 
 class HybridBody(Held):
