@@ -1,11 +1,10 @@
-"""Masks, query subsets, shared prefixes, plans and generations of paged_attention on the CPU.
+"""Masks, query subsets and generations of paged_attention on the CPU, and all features at once.
 
 KVLINK_ATTENTION_CASES sets how many random combinations of everything are tried.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -13,19 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attending import LEVELS, attend, check, make_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvlink
 from kvlink import _C
 from kvlink.errors import InvalidArgument, PageTableError
-from kvlink.reference.paged_attention import paged_attention as reference
-from kvlink.testing.cases import AttentionCase, AttentionInputs, cpu_slack, make_attention, starts
+from kvlink.testing.cases import AttentionCase, make_attention
 from kvlink.testing.tolerances import assert_close, assert_same_bits
 
 CASES = int(os.environ.get("KVLINK_ATTENTION_CASES", 0) or settings.default.max_examples)
-LEVELS = _C.supported_simd_levels()
-DECODE = dict(q_lens=(1,) * 6, seq_lens=(1100, 1537, 700, 1024, 1030, 2100), page_size=16)
 
 
 @pytest.fixture(autouse=True)
@@ -34,64 +31,6 @@ def _restore_settings() -> Iterator[None]:
     yield
     _C.set_simd_level(level)
     _C.set_num_threads(threads)
-
-
-def make_plan(inputs: AttentionInputs, growth: int = 0, **changes: Any) -> _C.AttentionPlan:
-    """A plan for the case's call, or for longer sequences."""
-    q, pool, _, page_table, seq_lens = inputs.args
-    arguments: dict[str, Any] = dict(
-        num_q_heads=q.shape[1],
-        causal=inputs.kwargs["causal"],
-        window=inputs.kwargs["window"],
-        q_indptr=inputs.kwargs.get("q_indptr"),
-        page_indptr=inputs.kwargs.get("page_indptr"),
-        max_seq_lens=seq_lens + growth,
-    )
-    arguments.update(changes)
-    return kvlink.plan_attention(pool, page_table, seq_lens, **arguments)
-
-
-def attend(inputs: AttentionInputs, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = kvlink.paged_attention(*inputs.args, **{**inputs.kwargs, **changes}, return_lse=True)
-    return out, lse
-
-
-def check(case: AttentionCase, plans: tuple[Any, ...] = ()) -> None:
-    """Against the reference; then with the plans, and without what is shared, bit for bit."""
-    inputs = make_attention(case)
-    out, lse = attend(inputs)
-    expected, expected_lse = reference(*inputs.args, **inputs.kwargs)
-    assert bool(expected.isfinite().all()), "the case leaks poison"
-    assert_close(out, expected, slack=cpu_slack(case))
-    assert_close(lse, expected_lse, "lse")
-    for plan in plans:
-        planned, planned_lse = attend(inputs, plan=plan(inputs))
-        assert_same_bits(planned, out)
-        assert_same_bits(planned_lse, lse, "lse")
-    if case.shared:
-        check_alone(inputs, out)
-
-
-def check_alone(inputs: AttentionInputs, out: torch.Tensor) -> None:
-    """Every sequence by itself, which shares nothing with anybody: the same bits."""
-    q, pool, layer, page_table, seq_lens = inputs.args
-    kwargs = dict(inputs.kwargs)
-    q_starts = kwargs.pop("q_indptr", torch.arange(len(seq_lens) + 1))
-    if kwargs.pop("page_indptr", None) is not None:
-        return
-    for seq in range(len(seq_lens)):
-        rows = slice(int(q_starts[seq]), int(q_starts[seq + 1]))
-        own = {
-            name: value[rows] if name in ("mask", "q_positions")
-            else value[seq : seq + 1] if name in ("mask_starts", "expected_generations")
-            else value
-            for name, value in kwargs.items()
-        }  # fmt: skip
-        alone = kvlink.paged_attention(
-            q[rows], pool, layer, page_table[seq : seq + 1], seq_lens[seq : seq + 1],
-            q_indptr=[0, rows.stop - rows.start], **own,
-        )  # fmt: skip
-        assert_same_bits(alone, out[rows])
 
 
 # --- masks and subsets ----------------------------------------------------------------------------
@@ -174,109 +113,6 @@ def test_a_subset_of_the_rows_gives_their_bits(level: str) -> None:
     )
     assert_same_bits(part, out[rows])
     assert_same_bits(part_lse, lse[rows], "lse")
-
-
-# --- shared prefixes and plans --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize(
-    "features",
-    [
-        {},
-        {"kv_dtype": "int8", "kv_scale": "token_head"},
-        {"num_q_heads": 3, "num_kv_heads": 1, "form": "latent", "head_dim_v": 16},
-        {"alibi": True, "softcap": 5.0, "sinks": True},
-        {"window": 600},
-        {"mask": "any"},
-        {"q_lens": (3, 1, 0, 5, 2, 7)},
-        {"q_lens": (2, 1, 4, 5, 2, 7), "subset": True, "mask": "tree"},
-        {"num_q_heads": 64},
-    ],
-    ids=lambda features: "-".join(features) or "plain",
-)
-def test_shared_prefixes(level: str, threads: int, features: dict[str, Any]) -> None:
-    _C.set_simd_level(level)
-    _C.set_num_threads(threads)
-    case = AttentionCase(**{**DECODE, "shared": 1040, "seed": 1, **features})
-    check(case, (make_plan, lambda inputs: make_plan(inputs, growth=900)))
-
-
-def test_a_plan_tells_what_is_shared() -> None:
-    inputs = make_attention(AttentionCase(**DECODE, shared=1040))
-    plan = make_plan(inputs)
-    assert plan.shared_prefixes == [([0, 1, 3, 4, 5], 1024)]  # saves more than 512 of all six
-    assert plan.num_tasks > 0
-    page_table = inputs.args[3].clone()
-    page_table[[1, 4], 1] = page_table[4, 66]
-    assert _prefixes(inputs, page_table) == [([0, 3, 5], 1024), ([1, 4], 1024)]
-    page_table[4, 40] = page_table[4, 66]  # 1 and 4 part after the first 512 tokens
-    assert _prefixes(inputs, page_table) == [([0, 3, 5], 1024), ([1, 4], 512)]
-    assert make_plan(make_attention(AttentionCase(**DECODE, shared=500))).shared_prefixes == []
-
-
-def _prefixes(inputs: AttentionInputs, page_table: torch.Tensor) -> list[tuple[list[int], int]]:
-    q, pool, _, _, seq_lens = inputs.args
-    plan = kvlink.plan_attention(pool, page_table, seq_lens, num_q_heads=q.shape[1])
-    return list(plan.shared_prefixes)
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_plan_outlives_growth_and_other_pages(threads: int) -> None:
-    """One plan for many steps, layers with other windows, pages that are no longer shared."""
-    _C.set_num_threads(threads)
-    case = AttentionCase(**DECODE, shared=1040, num_q_heads=8)
-    first = make_attention(case)
-    plan = make_plan(first, growth=700)
-    for grown in (0, 1, 411, 512, 700):
-        lens = tuple(length + grown for length in case.seq_lens)
-        for changes in ({}, {"window": 300}, {"causal": False}, {"shared": 520}, {"shared": 0}):
-            inputs = make_attention(dataclasses.replace(case, seq_lens=lens, **changes))
-            out, lse = attend(inputs)
-            planned, planned_lse = attend(inputs, plan=plan)
-            assert_same_bits(planned, out)
-            assert_same_bits(planned_lse, lse, "lse")
-    shorter = make_attention(dataclasses.replace(case, seq_lens=(1, 0, 30, 513, 2, 1029)))
-    assert_same_bits(attend(shorter, plan=plan)[0], attend(shorter)[0])
-
-
-def test_a_plan_for_a_window_serves_layers_without() -> None:
-    _C.set_num_threads(2)
-    inputs = make_attention(AttentionCase(**DECODE, shared=1040))
-    plan = make_plan(inputs, window=20)
-    assert_same_bits(attend(inputs, plan=plan)[0], attend(inputs)[0])
-
-
-def test_a_plan_for_something_else_is_refused() -> None:
-    inputs = make_attention(AttentionCase(q_lens=(2, 3), seq_lens=(40, 21)))
-
-    def refuses(match: str, plan: Any) -> None:
-        with pytest.raises(InvalidArgument, match=match):
-            attend(inputs, plan=plan)
-
-    def other(**changes: Any) -> _C.AttentionPlan:
-        return make_plan(make_attention(AttentionCase(**{**plain, **changes})))
-
-    plain: dict[str, Any] = dict(q_lens=(2, 3), seq_lens=(40, 21))
-    refuses("plan: made for sequence 1 up to length 20; got 21", other(seq_lens=(40, 20)))
-    refuses("plan: made for 3 sequences; got 2",
-            other(q_lens=(2, 2, 1), seq_lens=(40, 20, 9)))  # fmt: skip
-    refuses("plan: made for another q_indptr", other(q_lens=(3, 2)))
-    refuses("plan: made for 6 query rows; got 5", other(q_lens=(3, 3)))
-    refuses("plan: made for 8 query heads and 2 KV heads; got 4 and 2", other(num_q_heads=8))
-    refuses("plan: made for head_dim 64 and head_dim_v 64; got 32 and 32", other(head_dim=64))
-    refuses("plan: made for pages of 8; got 16", other(page_size=8))
-    refuses("plan: expected what plan_attention returns; got 3", 3)
-    decode = make_attention(AttentionCase(q_lens=(1, 1), seq_lens=(40, 21)))
-    with pytest.raises(InvalidArgument, match="plan: made without q_indptr"):
-        attend(decode, plan=make_plan(decode), q_indptr=[0, 1, 2])
-    with pytest.raises(InvalidArgument, match=r"max_seq_lens\[1\]: expected at least 21"):
-        make_plan(inputs, max_seq_lens=[40, 20])
-    with pytest.raises(InvalidArgument, match="multiple of the 2 KV heads; got 3"):
-        make_plan(inputs, num_q_heads=3)
-    with pytest.raises(InvalidArgument, match=r"window: expected >= 1 or None; got 0"):
-        make_plan(inputs, window=0)
 
 
 # --- generations ----------------------------------------------------------------------------------
@@ -418,13 +254,3 @@ def test_any_combination(case: AttentionCase, data: st.DataObject) -> None:
     growth = data.draw(st.sampled_from([None, 0, 1, 700]))
     plans = () if growth is None else (lambda inputs: make_plan(inputs, growth),)
     check(case, plans)
-
-
-def test_indptr_of_a_plan_without_sequences() -> None:
-    inputs = make_attention(AttentionCase())
-    pool = inputs.pool
-    empty = torch.empty(0, dtype=torch.int32)
-    plan = kvlink.plan_attention(pool, empty.view(0, 0), empty, num_q_heads=4)
-    out = kvlink.paged_attention(torch.empty(0, 4, 32), pool, 0, empty.view(0, 0), empty, plan=plan)
-    assert out.shape == (0, 4, 32)
-    assert starts([]).tolist() == [0]
