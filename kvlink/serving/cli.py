@@ -53,6 +53,12 @@ def _run(arguments: Namespace) -> None:
             output.flush()
         if report is not None:
             report.write(json.dumps(generation.report, indent=2) + "\n")
+    if generation.num_errors:
+        print(
+            f"kvlink generate: {generation.num_errors} of {len(lines)} lines were not served; "
+            'each has an "error" in the output',
+            file=sys.stderr,
+        )
     if arguments.report == "-":
         print(format_report(generation.report), file=sys.stderr)
 
