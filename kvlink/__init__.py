@@ -8,7 +8,8 @@ from kvlink.layout import KVLayout, Shard
 # Where nothing is compiled there are layouts and kvlink.triton; the rest says so when it is used.
 _COMPILED = importlib.util.find_spec("kvlink._C") is not None
 if TYPE_CHECKING or _COMPILED:
-    from kvlink.attention import merge_states, paged_attention
+    from kvlink.attention import paged_attention
+    from kvlink.attention_merge import merge_states
     from kvlink.attention_plan import plan_attention
     from kvlink.cache_ops import append_kv, copy_pages, digest_pages, relayout_pages
     from kvlink.pool import KVPool

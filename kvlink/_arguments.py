@@ -22,6 +22,10 @@ _FLAGS = ("bool", "bool_")  # names of types, numpy's too
 _LONGEST = 120  # characters of a value in a message
 _LONGEST_WAIT = 1e9  # s
 _INT32_MAX, _INT64_MAX = 2**31 - 1, 2**63 - 1
+# What Python, numpy and the bindings raise where an argument is of a wrong type.
+UNEXPLAINED = (
+    TypeError, AttributeError, ValueError, LookupError, ArithmeticError, RuntimeError, BufferError,
+)  # fmt: skip
 
 
 def shown(value: Any) -> str:
@@ -39,7 +43,7 @@ def index_of(value: Any) -> int | None:
     """An integer of Python, numpy or torch as an int; None for anything else, and for bool."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):
         return None
 
 
@@ -60,7 +64,8 @@ def integer(name: str, value: Any, low: int = -_INT64_MAX - 1, high: int = _INT6
         if high < _INT32_MAX:
             expected = f"{low} to {high}"
         elif number is not None and number > high:
-            expected = "at most 2^31 - 1" if high == _INT32_MAX else "at most 2^63 - 1"
+            power = (high + 1).bit_length() - 1
+            expected = f"at most 2^{power} - 1" if high + 1 == 1 << power else f"at most {high}"
         elif low < -_INT32_MAX:
             expected = "an integer"
         else:
@@ -77,12 +82,13 @@ def positive(**values: Any) -> list[int]:
 def integers(name: str, value: Any) -> list[int]:
     """Integers, of a sequence, an array or another iterable."""
     try:
-        found = [None] if isinstance(value, _TEXTS) else [index_of(each) for each in value]
-    except TypeError:
+        found = [None] if isinstance(value, _TEXTS) else [index_of(item) for item in value]
+    except (TypeError, RuntimeError):
         found = [None]
-    if None in found:
+    numbers = [item for item in found if item is not None and -_INT64_MAX <= item <= _INT64_MAX]
+    if len(numbers) != len(found):
         raise wrong(name, "integers", value)
-    return [each for each in found if each is not None]
+    return numbers
 
 
 def number(name: str, value: Any) -> float:
@@ -158,6 +164,8 @@ def array_or_integers(name: str, value: Any) -> None:
     if isinstance(value, list | tuple | range) and value and isinstance(value[0], list | tuple):
         for row in value:
             array_or_integers(name, row)
+    elif not hasattr(value, "__len__") or getattr(value, "ndim", 1) == 0:
+        raise wrong(name, "integers, in an array or a list", value)
     elif not hasattr(value, "__dlpack__"):
         integers(name, value)
 
@@ -168,6 +176,31 @@ def integer_or_integers(name: str, value: Any) -> None:
         integers(name, value)
     else:
         integer(name, value)
+
+
+def within(low: int, high: int) -> Check:
+    """An integer in [low, high]."""
+    return lambda name, value: integer(name, value, low, high)
+
+
+def each(check: Check) -> Check:
+    """A list or tuple of what a check takes."""
+
+    def check_each(name: str, value: Any) -> None:
+        if not isinstance(value, list | tuple):
+            raise wrong(name, "a list", value)
+        for i, item in enumerate(value):
+            check(f"{name}[{i}]", item)
+
+    return check_each
+
+
+def counter(name: str, value: Any) -> None:
+    """What a device waits for: a pair of an array and an integer."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise wrong(name, "(counter, target)", value)
+    array(f"counter of {name}", value[0])
+    integer(f"target of {name}", value[1])
 
 
 def optional(check: Check) -> Check:
@@ -184,10 +217,12 @@ def checked(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 return body(*args, **kwargs)
-            except (TypeError, AttributeError, ValueError, LookupError, ArithmeticError,
-                    RuntimeError) as error:  # fmt: skip
-                if not isinstance(error, KVLinkError):
-                    explain(body, checks, args, kwargs)
+            except UNEXPLAINED as error:
+                try:
+                    given = inspect.signature(body).bind(*args, **kwargs).arguments
+                except TypeError:
+                    given = {}  # arguments are missing, or unknown: Python says which
+                explain(error, checks, given)
                 raise
 
         return call
@@ -195,15 +230,14 @@ def checked(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def explain(body: Callable[..., Any], checks: dict[str, Check], args: Any, kwargs: Any) -> None:
-    """Raises InvalidArgument for the first argument that a check refuses."""
-    try:
-        given = inspect.signature(body).bind(*args, **kwargs).arguments
-    except TypeError:
-        return  # arguments are missing, or unknown: Python says which
+def explain(error: Exception, checks: dict[str, Check], given: dict[str, Any]) -> None:
+    """Raises InvalidArgument for the first given argument that a check refuses, unless `error` says
+    already what is wrong. `checked` calls it, and so do functions for which a call more is much."""
+    if isinstance(error, KVLinkError):
+        return
     for name, check in checks.items():
         try:
             if name in given:
                 check(name, given[name])
-        except InvalidArgument as error:
-            raise error from None
+        except InvalidArgument as named:
+            raise named from None

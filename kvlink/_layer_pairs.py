@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from kvlink._arguments import integers
 from kvlink._shard import Shard
 from kvlink.errors import InvalidArgument, Unsupported
 
@@ -24,7 +25,7 @@ def wanted_layers(held: Iterable[int], layers: Iterable[int] | None) -> list[int
     """Model layers, in the order of `held`, that `layers` lets through."""
     if layers is None:
         return list(held)
-    wanted = set(layers)
+    wanted = set(integers("layers", layers))
     missing = wanted - set(held)
     if missing:
         raise InvalidArgument(

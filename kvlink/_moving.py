@@ -41,9 +41,11 @@ class DeviceOptions(NamedTuple):
 
     def features(self) -> list[str]:
         """What a backend must have for them."""
-        counters = self.ready or self.raises or None
-        given = (("digest_into", self.digest_into), ("ready_counters", counters))
-        return [name for name, value in given if value is not None]
+        counted = (self.ready is not None and len(self.ready)) or (
+            self.raises is not None and len(self.raises)
+        )
+        given = (("digest_into", self.digest_into is not None), ("ready_counters", counted))
+        return [name for name, needed in given if needed]
 
     def arguments(self) -> dict[str, Any]:
         """As kvlink._cuda takes them."""

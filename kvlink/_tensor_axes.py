@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvlink import _C
-from kvlink._arguments import one_of, text
+from kvlink._arguments import one_of, shown, text
 from kvlink._planes import DTYPE_BYTES, Plane, dtype_name
 from kvlink._serialise import SCALES
 from kvlink.errors import InvalidArgument
@@ -139,7 +139,8 @@ def _split_dims(
 def _add_scales(layer: DescribedLayer, scale: str, scales: Any, name: str) -> DescribedLayer:
     if not isinstance(scales, tuple | list) or len(scales) != 2:
         raise InvalidArgument(
-            f"{name}: scale {scale!r} takes a (k_scale, v_scale) pair; got {scales!r}"
+            f"scales of {name}: scale {scale!r} takes a (k_scale, v_scale) pair; "
+            f"got {shown(scales)}"
         )
     layout = layer.layout
     shapes = {

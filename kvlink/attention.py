@@ -1,4 +1,4 @@
-"""`paged_attention` and `merge_states`, and how a backend is chosen for them."""
+"""`paged_attention`, and how a backend is chosen for it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,33 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvlink import _C
+from kvlink._arguments import (
+    UNEXPLAINED,
+    Check,
+    a,
+    array,
+    array_or_integers,
+    each,
+    explain,
+    flag,
+    integer,
+    number,
+    optional,
+    text,
+    wrong,
+)  # fmt: skip
 from kvlink._arrays import (
     as_int32,
+    as_page_table,
     as_reference,
-    device_of,
     dtype_of,
     empty_like,
     from_reference,
     writable_or_copy,
-)
+)  # fmt: skip
 from kvlink._attention_choice import choose_for, with_implied
 from kvlink._cuda_part import cuda_ops, stream_of
-from kvlink._readiness import ready_feature, ready_items
+from kvlink._readiness import ready_feature, ready_items, waitable
 from kvlink.backends import (
     FLOATS,
     STORED,
@@ -26,7 +41,6 @@ from kvlink.backends import (
     Capabilities,
     Choice,
     choose,
-    choose_name,
 )
 from kvlink.errors import InvalidArgument
 from kvlink.pool import KVPool
@@ -44,6 +58,7 @@ _ON_CUDA = (_FEATURES | _SELECTING | {"ready_counters"}) - {
 }  # fmt: skip
 _ON_TRITON = (_FEATURES - {"ready"}) | _SELECTING
 _CUDA_PART = ("kvlink._cuda",)
+_INTEGERS = optional(array_or_integers)
 
 # In order of preference.
 BACKENDS = (
@@ -56,12 +71,16 @@ BACKENDS = (
         "reference", frozenset({"cpu"}), FLOATS, STORED, _FEATURES | _SELECTING, automatic=False
     ),
 )
-MERGE_BACKENDS = (
-    Capabilities("cpu", frozenset({"cpu"}), FLOATS, FLOATS, frozenset()),
-    Capabilities("cuda", frozenset({"cuda"}), FLOATS, FLOATS, frozenset(), packages=_CUDA_PART),
-    Capabilities("triton", TRITON_DEVICES, FLOATS, FLOATS, frozenset(), packages=TRITON_PACKAGES),
-    Capabilities("reference", frozenset({"cpu"}), FLOATS, FLOATS, frozenset(), automatic=False),
-)
+
+# Of what no other check has refused.
+_CHECKS: dict[str, Check] = {
+    "q": array, "pool": a(KVPool), "layer": integer, "page_table": array_or_integers,
+    "seq_lens": array_or_integers, "q_indptr": _INTEGERS, "page_indptr": _INTEGERS, "causal": flag,
+    "scale": optional(number), "window": optional(integer), "softcap": optional(number),
+    "page_generations": optional(array), "expected_generations": optional(array),
+    "ready_timeout": number, "backend": text, "ready": optional(waitable),
+    "stream": optional(integer),
+}  # fmt: skip
 
 
 def choose_backend(
@@ -73,6 +92,9 @@ def choose_backend(
     "mask", ... Raises Unsupported naming what is missing when no backend (or not the one asked
     for) can do it, InvalidArgument when there is no such backend.
     """
+    text("q_dtype", q_dtype)
+    a(KVPool)("pool", pool)
+    each(text)("features", features)
     features = with_implied(features, pool, q_dtype)
     return choose(BACKENDS, backend, pool.device, q_dtype, pool.layout.dtype, features)
 
@@ -153,69 +175,78 @@ def paged_attention(
     page of another generation), Unsupported, NotReady (`ready_timeout` has passed), NeverReady (the
     transfer has failed). Nothing is written then.
     """
-    q_dtype, layout = dtype_of(q, "q"), pool.layout
-    asked = (
-        q_dtype, backend, None if ready is None else ready_feature(ready),
-        mask is None, plan is None, sinks is None, alibi_slopes is None, window is None,
-        softcap is None, page_indptr is None, q_positions is None, expected_generations is None,
-    )  # fmt: skip
-    chosen = pool.choices.get(asked) or choose_for(BACKENDS, pool, asked)
-    if window is not None and window < 1:
-        raise InvalidArgument(f"window: expected >= 1 or None; got {window}")
-    if softcap is not None and not softcap > 0:
-        raise InvalidArgument(f"softcap: expected > 0 or None; got {softcap}")
-    q_shape = q.shape
-    if len(q_shape) != 3:
-        raise InvalidArgument(f"q: expected shape [T, Hq, head_dim]; got {tuple(q_shape)}")
-    if (page_generations is None) != (expected_generations is None):
-        raise InvalidArgument("expected_generations: comes with page_generations, and vice versa")
-    if mask is None and mask_starts is not None:
-        raise InvalidArgument("mask_starts: expected None without a mask")
-    if mask is not None and mask_starts is None and q_positions is not None:
-        raise InvalidArgument("mask_starts: expected, since q_positions are given")
-    if plan is not None and not isinstance(plan, _C.AttentionPlan):
-        raise InvalidArgument(f"plan: expected what plan_attention returns; got {plan!r}")
-    if out is None:
-        out = empty_like(q, (q_shape[0], q_shape[1], layout.head_dim_v))
-    lse = empty_like(q, (q_shape[0], q_shape[1]), "float32") if return_lse else None
-    if expected_generations is not None:
-        page_generations = writable_or_copy(page_generations)
-        expected_generations = writable_or_copy(expected_generations)
-    if chosen == "triton":
-        _triton_ops().paged_attention(
-            q, pool, layer, page_table, seq_lens, q_indptr=q_indptr, page_indptr=page_indptr,
-            causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
-            alibi_slopes=alibi_slopes, q_positions=q_positions, mask=mask, mask_starts=mask_starts,
-            page_generations=page_generations, expected_generations=expected_generations,
-            out=out, lse=lse,
+    try:
+        q_dtype, layout = dtype_of(q, "q"), pool.layout
+        asked = (
+            q_dtype, backend, None if ready is None else ready_feature(ready),
+            mask is None, plan is None, sinks is None, alibi_slopes is None, window is None,
+            softcap is None, page_indptr is None, q_positions is None, expected_generations is None,
         )  # fmt: skip
-        return (out, lse) if return_lse else out
-    # NOTE: by position, which is twice as fast into C++ as by name.
-    arguments = (
-        q, pool.view, layer, as_int32(page_table, -1), as_int32(seq_lens),
-        None if q_indptr is None else as_int32(q_indptr),
-        None if page_indptr is None else as_int32(page_indptr),
-        causal, layout.head_dim**-0.5 if scale is None else scale, window or 0, softcap or 0.0,
-        sinks, alibi_slopes, out, lse,
-    )  # fmt: skip
-    selecting = (None, None, None, None, None)
-    if q_positions is not None or mask is not None or expected_generations is not None:
-        selecting = (
-            as_int32(q_positions), mask, as_int32(mask_starts), page_generations,
-            expected_generations,
+        chosen = pool.choices.get(asked) or choose_for(BACKENDS, pool, asked)
+        if window is not None and window < 1:
+            raise InvalidArgument(f"window: expected >= 1 or None; got {window}")
+        if softcap is not None and not softcap > 0:
+            raise InvalidArgument(f"softcap: expected > 0 or None; got {softcap}")
+        q_shape = q.shape
+        if len(q_shape) != 3:
+            raise InvalidArgument(f"q: expected shape [T, Hq, head_dim]; got {tuple(q_shape)}")
+        if (page_generations is None) != (expected_generations is None):
+            raise InvalidArgument(
+                "expected_generations: comes with page_generations, and vice versa"
+            )
+        if mask is None and mask_starts is not None:
+            raise InvalidArgument("mask_starts: expected None without a mask")
+        if mask is not None and mask_starts is None and q_positions is not None:
+            raise InvalidArgument("mask_starts: expected, since q_positions are given")
+        if plan is not None and not isinstance(plan, _C.AttentionPlan):
+            raise wrong("plan", "what plan_attention returns", plan)
+        if return_lse is not False and return_lse is not True:
+            flag("return_lse", return_lse)
+        if out is None:
+            out = empty_like(q, (q_shape[0], q_shape[1], layout.head_dim_v))
+        lse = empty_like(q, (q_shape[0], q_shape[1]), "float32") if return_lse else None
+        if expected_generations is not None:
+            page_generations = writable_or_copy(page_generations)
+            expected_generations = writable_or_copy(expected_generations)
+        if chosen == "triton":
+            _triton_ops().paged_attention(
+                q, pool, layer, page_table, seq_lens, q_indptr=q_indptr, page_indptr=page_indptr,
+                causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
+                alibi_slopes=alibi_slopes, q_positions=q_positions, mask=mask,
+                mask_starts=mask_starts, page_generations=page_generations,
+                expected_generations=expected_generations, out=out, lse=lse,
+            )  # fmt: skip
+            return (out, lse) if return_lse else out
+        # NOTE: by position, which is twice as fast into C++ as by name.
+        arguments = (
+            q, pool.view, layer, as_page_table(page_table),
+            as_int32(seq_lens, "seq_lens"),
+            None if q_indptr is None else as_int32(q_indptr, "q_indptr"),
+            None if page_indptr is None else as_int32(page_indptr, "page_indptr"),
+            causal, layout.head_dim**-0.5 if scale is None else scale, window or 0, softcap or 0.0,
+            sinks, alibi_slopes, out, lse,
         )  # fmt: skip
-    if chosen == "cuda":
-        stream = stream_of(pool.device, stream)
-        counters = [] if ready is None else list(ready)
-        cuda_ops().paged_attention(*arguments, *selecting, counters, ready_timeout, stream)
+        selecting = (None, None, None, None, None)
+        if q_positions is not None or mask is not None or expected_generations is not None:
+            selecting = (
+                as_int32(q_positions, "q_positions"), mask, as_int32(mask_starts, "mask_starts"),
+                page_generations, expected_generations,
+            )  # fmt: skip
+        if chosen == "cuda":
+            stream = stream_of(pool.device, stream)
+            counters = [] if ready is None else list(ready)
+            cuda_ops().paged_attention(*arguments, *selecting, counters, ready_timeout, stream)
+            return (out, lse) if return_lse else out
+        awaited = [] if ready is None else ready_items(ready)
+        if chosen == "reference":
+            _C.wait_ready(awaited, ready_timeout)
+            _run_reference(pool, arguments, selecting)
+        else:
+            _C.paged_attention(*arguments, awaited, ready_timeout, *selecting, plan)
         return (out, lse) if return_lse else out
-    awaited = [] if ready is None else ready_items(ready)
-    if chosen == "reference":
-        _C.wait_ready(awaited, ready_timeout)
-        _run_reference(pool, arguments, selecting)
-    else:
-        _C.paged_attention(*arguments, awaited, ready_timeout, *selecting, plan)
-    return (out, lse) if return_lse else out
+    except UNEXPLAINED as error:
+        explain(error, _CHECKS, locals())
+        raise
 
 
 def _run_reference(pool: KVPool, arguments: tuple[Any, ...], selecting: tuple[Any, ...]) -> None:
@@ -236,52 +267,6 @@ def _run_reference(pool: KVPool, arguments: tuple[Any, ...], selecting: tuple[An
     from_reference(result, out)
     if lse is not None:
         from_reference(result_lse, lse)
-
-
-def merge_states(
-    out_a: Any,
-    lse_a: Any,
-    out_b: Any = None,
-    lse_b: Any = None,
-    *,
-    backend: str = "auto",
-    stream: int | None = None,
-) -> tuple[Any, Any]:
-    """Joins attention results over disjoint sets of positions into the result over all of them.
-
-    Two states: `merge_states(out_a, lse_a, out_b, lse_b)`; many: `merge_states(outs, lses)` with
-    lists. Each out is [T, H, D] float32, float16 or bfloat16, each lse float32 [T, H] (natural
-    log), all contiguous. Returns (out, lse) in the dtype and library of the first out. The same
-    states in the same order give the same bits. A state whose lse is -inf has seen nothing and is
-    not read. Give sinks to one of the partial calls only. `backend` is "auto" or the name of one in
-    MERGE_BACKENDS; "cuda" queues the work on `stream`, as `append_kv` does. Raises InvalidArgument,
-    Unsupported.
-    """
-    if out_b is None and lse_b is None:
-        outs, lses = list(out_a), list(lse_a)
-    else:
-        outs, lses = [out_a, out_b], [lse_a, lse_b]
-    if not outs:
-        raise InvalidArgument("outs: expected at least one state; got none")
-    out = empty_like(outs[0], tuple(outs[0].shape))
-    lse = empty_like(outs[0], tuple(outs[0].shape)[:2], "float32")
-    device, dtype = device_of(outs[0]), dtype_of(outs[0], "outs[0]")
-    chosen = choose_name(MERGE_BACKENDS, backend, device, dtype, dtype)
-    if chosen == "triton":
-        _triton_ops().merge_states(outs, lses, into=(out, lse))
-    elif chosen == "reference":
-        from kvlink.reference.merge_states import merge_states as reference
-
-        merged = reference(
-            [as_reference(each) for each in outs], [as_reference(each) for each in lses]
-        )
-        from_reference(merged[0], out)
-        from_reference(merged[1], lse)
-    elif chosen == "cuda":
-        cuda_ops().merge_states(outs, lses, out, lse, stream=stream_of(device, stream))
-    else:
-        _C.merge_states(outs, lses, out, lse)
-    return out, lse
 
 
 def _triton_ops() -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kvlink import _C
-from kvlink._arguments import a, array_or_integers, checked, flag, integer, optional
-from kvlink._arrays import as_int32
+from kvlink._arguments import a, array_or_integers, checked, flag, integer, optional, within, wrong
+from kvlink._arrays import as_int32, as_page_table
 from kvlink.errors import InvalidArgument
 from kvlink.pool import KVPool
 
@@ -14,7 +14,7 @@ _INTEGERS = optional(array_or_integers)
 
 
 @checked(pool=a(KVPool), page_table=array_or_integers, seq_lens=array_or_integers,
-         num_q_heads=integer, q_indptr=_INTEGERS, page_indptr=_INTEGERS, causal=flag,
+         num_q_heads=within(1, 2**31 - 1), q_indptr=_INTEGERS, page_indptr=_INTEGERS, causal=flag,
          window=optional(integer), max_seq_lens=_INTEGERS)  # fmt: skip
 def plan_attention(
     pool: KVPool,
@@ -42,7 +42,11 @@ def plan_attention(
     """
     if window is not None and window < 1:
         raise InvalidArgument(f"window: expected >= 1 or None; got {window}")
+    if num_q_heads < 1 or num_q_heads % pool.layout.num_kv_heads:
+        expected = f"a multiple of the {pool.layout.num_kv_heads} KV heads"
+        raise wrong("num_q_heads", expected, num_q_heads)
     return _C.plan_attention(
-        pool.view, as_int32(page_table, -1), as_int32(seq_lens), as_int32(q_indptr),
-        as_int32(page_indptr), num_q_heads, causal, window or 0, as_int32(max_seq_lens),
+        pool.view, as_page_table(page_table), as_int32(seq_lens, "seq_lens"),
+        as_int32(q_indptr, "q_indptr"), as_int32(page_indptr, "page_indptr"), num_q_heads, causal,
+        window or 0, as_int32(max_seq_lens, "max_seq_lens"),
     )  # fmt: skip

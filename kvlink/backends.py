@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from kvlink.errors import InvalidArgument, Unsupported
+from kvlink._arguments import wrong
+from kvlink.errors import Unsupported
 
 FLOATS = frozenset({"float32", "float16", "bfloat16"})
 STORED = FLOATS | {"float8_e4m3", "float8_e5m2", "int8"}
@@ -46,14 +47,14 @@ class Capabilities:
         )
 
     def missing(
-        self, device: str, q_dtype: str, kv_dtype: str, features: Iterable[str]
+        self, device: str, q_dtype: str, kv_dtype: str, features: Iterable[str], of: str = "q"
     ) -> list[str]:
         """What a call needs and this backend lacks, in words."""
         lacks = [f"feature {name!r}" for name in features if name not in self.features]
         lacks += [f"package {name!r}" for name in self.packages if not _importable(name)]
         for what, value, supported in (
             ("device", device, self.devices),
-            ("q dtype", q_dtype, self.q_dtypes),
+            (f"{of} dtype", q_dtype, self.q_dtypes),
             ("KV dtype", kv_dtype, self.kv_dtypes),
         ):
             if value not in supported:
@@ -107,6 +108,7 @@ def choose_name(
     q_dtype: str,
     kv_dtype: str,
     features: Iterable[str] = (),
+    of: str = "q",
 ) -> str:
     """The name that `choose` gives, without the reason: operators need no more, call by call."""
     features = tuple(features)
@@ -114,7 +116,7 @@ def choose_name(
     for backend in backends:
         if backend.meant(wanted) and backend.able(device_name, q_dtype, kv_dtype, needed):
             return backend.name
-    return choose(backends, wanted, device, q_dtype, kv_dtype, features).name
+    return choose(backends, wanted, device, q_dtype, kv_dtype, features, of).name
 
 
 def choose(
@@ -124,23 +126,22 @@ def choose(
     q_dtype: str,
     kv_dtype: str,
     features: Iterable[str] = (),
+    of: str = "q",
 ) -> Choice:
-    """The first automatic backend that can, or the one that is `wanted`.
+    """The first automatic backend that can, or the one that is `wanted`. `of`: whose `q_dtype` is.
 
     Raises InvalidArgument (no backend of that name), Unsupported (what is missing, by backend).
     """
     names = [backend.name for backend in backends]
-    if wanted != "auto" and wanted not in names:
-        raise InvalidArgument(
-            f"backend: expected auto or one of {', '.join(names)}; got {wanted!r}"
-        )
+    if not isinstance(wanted, str) or wanted not in ("auto", *names):
+        raise wrong("backend", f"auto or one of {', '.join(names)}", wanted)
     device_name = _DEVICES.get(device[0], f"DLPack device type {device[0]}")
     features = tuple(features)
     refusals: list[str] = []
     for backend in backends:
         if not backend.meant(wanted):
             continue
-        lacks = backend.missing(device_name, q_dtype, kv_dtype, features)
+        lacks = backend.missing(device_name, q_dtype, kv_dtype, features, of)
         if not lacks:
             if wanted == backend.name:
                 return Choice(backend.name, "asked for")

@@ -7,11 +7,15 @@ from typing import Any
 
 from kvlink import _C
 from kvlink._arguments import (
+    Check,
     a,
     array,
     array_or_integers,
     checked,
+    counter,
+    each,
     flag,
+    index_of,
     integer,
     integer_or_integers,
     integers,
@@ -60,7 +64,10 @@ APPEND_BACKENDS = (
 
 _LAYERS = optional(integers)
 _SHARD = optional(a(Shard))
-_ON_DEVICE = {"ready_timeout": number, "stream": optional(integer), "backend": text}
+_ON_DEVICE: dict[str, Check] = {
+    "digest_into": optional(array), "ready": optional(each(counter)), "ready_timeout": number,
+    "stream": optional(integer), "backend": text,
+}  # fmt: skip
 
 
 @checked(k=array, v=optional(array), pool=a(KVPool), layer=integer_or_integers, slots=array,
@@ -94,12 +101,13 @@ def append_kv(
     "auto" or the name of one in APPEND_BACKENDS.
     """
     if not isinstance(layer, int):
-        layer = _distinct_layers(pool, layer)
+        number = index_of(layer)
+        layer = _distinct_layers(pool, layer) if number is None else number
     name = "cpu"
     if backend != "auto" or rope is not None or _on_cuda(pool):
         needed = [] if rope is None else ["rope"]
         dtypes = dtype_of(k, "k"), pool.layout.dtype
-        name = choose_name(APPEND_BACKENDS, backend, pool.device, *dtypes, needed)
+        name = choose_name(APPEND_BACKENDS, backend, pool.device, *dtypes, needed, of="k")
     if name == "triton":
         _triton_ops().append_kv(k, v, pool, layer, slots, rope=rope, stream=stream)
     elif name == "cuda":
@@ -124,7 +132,7 @@ def _append_by_definition(
 @checked(src_pool=a(KVPool), src_pages=array_or_integers, dst_pool=a(KVPool),
          dst_pages=array_or_integers, num_tokens=integer, src_start=integer, dst_start=integer,
          src_shard=_SHARD, dst_shard=_SHARD, layers=_LAYERS, token_position=integer, digest=flag,
-         **_ON_DEVICE)  # fmt: skip
+         raises=optional(each(array)), **_ON_DEVICE)  # fmt: skip
 def relayout_pages(
     src_pool: KVPool,
     src_pages: Any,

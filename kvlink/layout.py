@@ -13,7 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvlink._arguments import a, checked, integer, integers, one_of, positive
+from kvlink._arguments import (
+    a,
+    checked,
+    index_of,
+    integer,
+    integers,
+    one_of,
+    optional,
+    positive,
+    wrong,
+)  # fmt: skip
 from kvlink._planes import (
     DTYPE_BYTES,
     DTYPES,
@@ -69,18 +79,15 @@ class KVLayout:
             if self.dtype == "uint8":
                 raise InvalidArgument("dtype: uint8 is for opaque pages; name the value type")
         if self.form == "latent" and self.head_dim_v > self.head_dim:
-            raise InvalidArgument(
-                f"head_dim_v: V is the first part of K, at most {self.head_dim}; "
-                f"got {self.head_dim_v}"
-            )
+            expected = f"at most {self.head_dim}: V is the first part of K"
+            raise wrong("head_dim_v", expected, self.head_dim_v)
         for name in ("k", "v", "k_scale", "v_scale"):
             plane = getattr(self, name)
+            a(Plane)(name, plane)
             for field in PLANE_FIELDS:
-                value = getattr(plane, field)
-                if not 0 <= value < _MAX_STRIDE:
-                    raise InvalidArgument(
-                        f"{name}.{field}: expected 0 <= value < 2^48; got {value}"
-                    )
+                stride = index_of(given := getattr(plane, field))
+                if stride is None or not 0 <= stride < _MAX_STRIDE:
+                    raise wrong(f"{name}.{field}", "0 <= value < 2^48", given)
 
     # --- making one -------------------------------------------------------------------------
 
@@ -163,6 +170,7 @@ class KVLayout:
         return cls("opaque", name, "none", num_heads, dims, 0, 1, k, Plane())
 
     @classmethod
+    @checked(head_dim=optional(integer), head_dim_v=optional(integer))
     def from_tensor(
         cls,
         tensor: Any,

@@ -141,6 +141,8 @@ class PageAllocator:
             )
         first = start // size
         end = -(-stop // size) if stop > start else first
+        if end - len(ids) > self.num_pages:
+            raise OutOfPages(f"asked for {end - len(ids)} pages; the pool has {self.num_pages}")
         result = np.empty(max(len(ids), end), np.int32)
         result[: len(ids)] = ids
         with self._lock:
@@ -170,13 +172,14 @@ class PageAllocator:
         return ids[positions // self.page_size] * self.page_size + positions % self.page_size
 
     def _ids(self, pages: PageIds) -> npt.NDArray[np.int64]:
-        ids = np.asarray(pages)
-        if ids.size == 0:
+        try:
+            ids = np.asarray(pages)
+        except (TypeError, ValueError, RuntimeError):  # lists of different lengths, ...
+            raise wrong("pages", "a flat list of integers", pages) from None
+        if ids.ndim == 1 and ids.size == 0:
             return np.empty(0, np.int64)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise InvalidArgument(
-                f"pages: expected a flat list of integers; got {ids.dtype} {list(ids.shape)}"
-            )
+            raise wrong("pages", "a flat list of integers", pages)
         foreign = (ids < 0) | (ids >= self.num_pages)
         if foreign.any():
             index = int(foreign.argmax())

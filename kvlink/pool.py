@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvlink import _C
-from kvlink._arguments import a, flag, integer, integers, positive, shown, wrong
+from kvlink._arguments import a, checked, flag, integer, integers, optional, positive, shown, wrong
 from kvlink._planes import Plane
 from kvlink._tensor_axes import describe_layer
 from kvlink.errors import InvalidArgument, Unsupported
@@ -95,11 +95,15 @@ class KVPool:
         cls, layout: KVLayout, *, num_pages: int, layer_map: Sequence[int], fd: int
     ) -> KVPool:
         """Maps a shared pool that another process created; `fd` is its segment's descriptor."""
+        a(KVLayout)("layout", layout)
+        layer_map = integers("layer_map", layer_map)
         layer_map = _check_layer_map(layer_map, len(layer_map))
+        fd = integer("fd", fd, -1, 2**31 - 1)
         num_bytes = pool_bytes(layout, max(layer_map) + 1, num_pages)
         return cls._in_segment(layout, num_pages, layer_map, _C.Segment.attach(fd, num_bytes))
 
     @classmethod
+    @checked(head_dim=optional(integer), head_dim_v=optional(integer))
     def wrap(
         cls,
         tensors: Sequence[Any],
@@ -121,9 +125,9 @@ class KVPool:
         The tensors stay alive as long as the pool. Raises InvalidArgument when they differ in
         shape, strides, dtype or device.
         """
-        if not isinstance(tensors, Sequence) or not len(tensors):
+        if not isinstance(tensors, list | tuple) or not tensors:
             raise wrong("tensors", "a list of tensors, of at least one layer", tensors)
-        if scales is not None and not isinstance(scales, Sequence):
+        if scales is not None and not isinstance(scales, list | tuple):
             raise wrong("scales", "a pair of tensors for each layer", scales)
         if scales is not None and len(scales) != len(tensors):
             raise InvalidArgument(f"scales: expected {len(tensors)} pairs; got {len(scales)}")
@@ -236,7 +240,7 @@ class KVPool:
         num = self.layout.num_kv_heads if self.layout.scale == "head" else 1
         try:
             values = np.atleast_1d(np.asarray(value, dtype=np.float32))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             raise wrong(name, f"{num} finite positive floats", value) from None
         if values.shape != (num,) or not (np.isfinite(values).all() and (values > 0).all()):
             raise InvalidArgument(f"{name}: expected {num} finite positive floats; got {value!r}")
@@ -289,7 +293,7 @@ def _check_layer_map(layer_map: Sequence[int] | None, num_layers: int) -> list[i
     checked = integers("layer_map", layer_map)
     if len(checked) != num_layers or not checked:
         raise InvalidArgument(f"layer_map: expected {num_layers} entries; got {len(checked)}")
-    if sorted(set(checked)) != list(range(max(checked) + 1)):
+    if max(checked) >= len(checked) or sorted(set(checked)) != list(range(max(checked) + 1)):
         raise InvalidArgument(
             f"layer_map: expected stored layers 0 to n-1, each used; got {checked}"
         )

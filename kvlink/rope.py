@@ -56,7 +56,7 @@ def rope_table(inv_freq: Any, num_positions: int, factor: float = 1.0) -> Any:
 
     try:
         frequencies = np.asarray(inv_freq, dtype=np.float32)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise wrong("inv_freq", "floats [pairs]", inv_freq) from None
     if frequencies.ndim != 1:
         raise wrong("inv_freq", "floats [pairs]", inv_freq)
@@ -86,12 +86,12 @@ def apply_rope(
     arrays are on it and the work is queued on `stream` as for `append_kv`; a token whose position
     is outside the table is not written, and raised by a later call.
     """
-    dtype, device = dtype_of(x, "x"), device_of(x)
+    dtype, device = dtype_of(x, "x"), device_of(x, "x")
     if dtype not in FLOATS:
         raise Unsupported(f"x: supported dtypes are {', '.join(sorted(FLOATS))}; got {dtype}")
     name = choose_name(ROPE_BACKENDS, backend, device, dtype, dtype)
     if out is None:
-        out = empty_like(x, tuple(x.shape))
+        out = empty_like(x, tuple(x.shape), name="x")
     if name == "triton":
         import kvlink.triton
 

@@ -50,6 +50,7 @@ PYTHON_LAYERS = {
     "_moving": _POOL | {"_cuda_part", "backends"},  # and, by name, the backend that is chosen
     "cache_ops": _OPERATORS | {"_layer_pairs", "_moving", "rope", "triton"},
     "attention_plan": _POOL | {"_arrays"},
+    "attention_merge": {"_C", "_arrays", "_cuda_part", "backends", "reference", "triton"},
     "_attention_choice": _POOL | {"backends"},
     "attention": _OPERATORS
     | {"_attention_choice", "_readiness", "triton"},  # reference and triton when they are chosen

@@ -75,11 +75,11 @@ def test_parts_of_a_context_merge_to_the_whole(split: int) -> None:
 
 def test_wrong_states_are_named() -> None:
     out, lse = torch.zeros(2, 3, 8), torch.zeros(2, 3)
-    with pytest.raises(InvalidArgument, match=r"outs\[1\]: expected head_dim = 8.*; got 9"):
+    with pytest.raises(InvalidArgument, match=r"out_b: expected head_dim = 8.*; got 9"):
         kvlink.merge_states(out, lse, torch.zeros(2, 3, 9), lse)
-    with pytest.raises(InvalidArgument, match=r"outs\[1\]: expected dtype float32; got float16"):
+    with pytest.raises(InvalidArgument, match=r"out_b: expected dtype float32; got float16"):
         kvlink.merge_states(out, lse, out.half(), lse)
-    with pytest.raises(InvalidArgument, match=r"lses\[0\]: expected dtype float32; got float64"):
+    with pytest.raises(InvalidArgument, match=r"lse_a: expected dtype float32; got float64"):
         kvlink.merge_states(out, lse.double(), out, lse)
     with pytest.raises(InvalidArgument, match="2 outs and 1 lses"):
         kvlink.merge_states([out, out], [lse])

@@ -79,7 +79,7 @@ def test_it_is_never_chosen_by_itself_and_refuses_what_others_refuse() -> None:
         relayout_pages(pool, [0], make_pool("opaque", num_layers=3).pool, [0], **run)
     for backends in (
         kvlink.attention.BACKENDS,
-        kvlink.attention.MERGE_BACKENDS,
+        kvlink.attention_merge.MERGE_BACKENDS,
         kvlink.cache_ops.APPEND_BACKENDS,
         kvlink.cache_ops.RELAYOUT_BACKENDS,
     ):

@@ -32,10 +32,7 @@ void paged_attention(const py::object& q, const PoolView& pool, int64_t layer,
   import_attention(batch, {q, sinks, alibi_slopes, out, lse, q_positions, mask, mask_starts,
                            generations, expected_generations});
   PagedAttentionParams& p = batch.params;
-  p.causal = causal;
-  p.scale = scale;
-  p.window = window;
-  p.softcap = softcap;
+  set_scores(p, causal, scale, window, softcap);
   const auto awaited = to_readiness(ready);
   p.ready = make_wait(awaited, ready_timeout);
   const auto* given = plan.is_none() ? nullptr : plan.cast<const cpu::AttentionPlan*>();
@@ -84,13 +81,14 @@ void register_attention(py::module_& module) {
           "(sequences, leading tokens) read once for all of them.");
   module.def("plan_attention", &make_plan, py::arg("pool"), py::arg("page_table"),
              py::arg("seq_lens"), py::arg("q_indptr"), py::arg("page_indptr"),
-             py::arg("num_q_heads"), py::arg("causal"), py::arg("window"), py::arg("max_seq_lens"),
-             "See kvlink.plan_attention; window 0 means none.");
-  module.def("paged_attention", &paged_attention, py::arg("q"), py::arg("pool"), py::arg("layer"),
-             py::arg("page_table"), py::arg("seq_lens"), py::arg("q_indptr"),
-             py::arg("page_indptr"), py::arg("causal"), py::arg("scale"), py::arg("window"),
-             py::arg("softcap"), py::arg("sinks"), py::arg("alibi_slopes"), py::arg("out"),
-             py::arg("lse"), py::arg("ready") = py::tuple(), py::arg("ready_timeout") = 0.0,
+             py::arg("num_q_heads").noconvert(), py::arg("causal"), py::arg("window").noconvert(),
+             py::arg("max_seq_lens"), "See kvlink.plan_attention; window 0 means none.");
+  module.def("paged_attention", &paged_attention, py::arg("q"), py::arg("pool"),
+             py::arg("layer").noconvert(), py::arg("page_table"), py::arg("seq_lens"),
+             py::arg("q_indptr"), py::arg("page_indptr"), py::arg("causal"), py::arg("scale"),
+             py::arg("window").noconvert(), py::arg("softcap"), py::arg("sinks"),
+             py::arg("alibi_slopes"), py::arg("out"), py::arg("lse"),
+             py::arg("ready") = py::tuple(), py::arg("ready_timeout") = 0.0,
              py::arg("q_positions") = py::none(), py::arg("mask") = py::none(),
              py::arg("mask_starts") = py::none(), py::arg("page_generations") = py::none(),
              py::arg("expected_generations") = py::none(), py::arg("plan") = py::none(),

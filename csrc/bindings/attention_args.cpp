@@ -1,5 +1,7 @@
 #include "attention_args.hpp"
 
+#include <cmath>
+
 #include "kvlink/base/check.hpp"
 
 namespace kvlink::bindings {
@@ -11,6 +13,33 @@ namespace {
 using Strides = TensorSpec::Strides;
 
 const std::vector<const char*> kGenerationTypes = {"uint32", "int32"};
+
+// Some element of q is one of out, too. False for views that take turns in one buffer, and where
+// that cannot be told (strides that differ, or are not nested).
+bool overlap(const Tensor& q, const Tensor& out) {
+  const auto shared_stride = [&](size_t axis) {
+    return q.stride(axis) == out.stride(axis) && q.stride(axis) > 0 ? q.stride(axis) : 0;
+  };
+  const auto steps_below = [](int64_t distance, int64_t stride) {
+    return stride ? distance / stride - (distance % stride < 0) : 0;
+  };
+  const auto within = [](int64_t steps, int64_t size) { return -size < steps && steps < size; };
+  const int64_t distance = (out.data<char>() - q.data<char>()) / dtype_bytes(*q.dtype());
+  const int64_t token_stride = shared_stride(0), head_stride = shared_stride(1);
+  for (const int64_t token : {0, 1}) {
+    const int64_t tokens = steps_below(distance, token_stride) + token;
+    const int64_t in_token = distance - tokens * token_stride;
+    for (const int64_t head : {0, 1}) {
+      const int64_t heads = steps_below(in_token, head_stride) + head;
+      const int64_t dims = in_token - heads * head_stride;
+      if (within(tokens, q.dim(0)) && within(heads, q.dim(1)) && -out.dim(2) < dims &&
+          dims < q.dim(2)) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
 
 }  // namespace
 
@@ -91,6 +120,7 @@ void import_attention(AttentionBatch& batch, const AttentionObjects& objects) {
                                      Strides::kLastContiguous,
                                      true},
                                     objects.out);
+  KVLINK_CHECK(!overlap(q, out), "out: expected memory of its own; got some that q is in, too");
   p.out = out.data<void>();
   p.out_stride_token = out.stride(0);
   p.out_stride_head = out.stride(1);
@@ -100,6 +130,18 @@ void import_attention(AttentionBatch& batch, const AttentionObjects& objects) {
           .import({"lse", {"num_tokens", "num_q_heads"}, {"float32"}, Strides::kContiguous, true},
                   objects.lse)
           .data<float>();
+}
+
+void set_scores(PagedAttentionParams& params, bool causal, float scale, int64_t window,
+                float softcap) {
+  KVLINK_CHECK(std::isfinite(scale), "scale: expected a finite number; got ", scale);
+  KVLINK_CHECK(window >= 0, "window: expected >= 0 (0: everything); got ", window);
+  KVLINK_CHECK(std::isfinite(softcap) && softcap >= 0.0f,
+               "softcap: expected a finite number >= 0 (0: none); got ", softcap);
+  params.causal = causal;
+  params.scale = scale;
+  params.window = window;
+  params.softcap = softcap;
 }
 
 MergeArgs::MergeArgs(const dlpack::Device& device, const std::vector<py::object>& out_objects,

@@ -56,6 +56,9 @@ struct AttentionObjects {
 };
 // The rest of the batch's params, but for numbers and readiness. Throws InvalidArgument.
 void import_attention(AttentionBatch& batch, const AttentionObjects& objects);
+// How scores are made and hidden; window 0 and softcap 0 mean none. Throws InvalidArgument.
+void set_scores(PagedAttentionParams& params, bool causal, float scale, int64_t window,
+                float softcap);
 
 struct MergeArgs {
   MergeArgs(const dlpack::Device& device, const std::vector<pybind11::object>& outs,

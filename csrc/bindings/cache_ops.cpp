@@ -111,13 +111,14 @@ void register_cache_ops(py::module_& module) {
   module.def("relayout_pages", &relayout_pages, py::kw_only(), py::arg("src"), py::arg("src_pages"),
              py::arg("dst"), py::arg("dst_pages"), py::arg("src_layers"), py::arg("dst_layers"),
              py::arg("model_layers"), py::arg("num_heads"), py::arg("src_head"),
-             py::arg("dst_head"), py::arg("model_head"), py::arg("num_tokens"),
-             py::arg("src_start"), py::arg("dst_start"), py::arg("token_position"),
-             py::arg("digest"), "(rows, digest). Layers are stored layers.");
+             py::arg("dst_head"), py::arg("model_head"), py::arg("num_tokens").noconvert(),
+             py::arg("src_start").noconvert(), py::arg("dst_start").noconvert(),
+             py::arg("token_position").noconvert(), py::arg("digest"),
+             "(rows, digest). Layers are stored layers.");
   module.def("digest_pages", &digest_pages, py::kw_only(), py::arg("pool"), py::arg("pages"),
              py::arg("layers"), py::arg("model_layers"), py::arg("num_heads"), py::arg("head"),
-             py::arg("model_head"), py::arg("num_tokens"), py::arg("start"),
-             py::arg("token_position"), "(rows, digest). Layers are stored layers.");
+             py::arg("model_head"), py::arg("num_tokens").noconvert(), py::arg("start").noconvert(),
+             py::arg("token_position").noconvert(), "(rows, digest). Layers are stored layers.");
 }
 
 }  // namespace kvlink::bindings

@@ -23,16 +23,11 @@ void paged_attention(const py::object& q, const PoolView& pool, int64_t layer,
                      double ready_timeout, uintptr_t stream) {
   const DeviceGuard guard(pool);
   const ConsumerStream consumer(static_cast<int64_t>(stream));
-  KVLINK_CHECK(window >= 0, "window: expected >= 0 (0: everything); got ", window);
-  KVLINK_CHECK(softcap >= 0.0f, "softcap: expected >= 0 (0: none); got ", softcap);
   AttentionBatch batch(pool, layer, page_table, seq_lens, q_indptr, page_indptr);
   import_attention(batch, {q, sinks, alibi_slopes, out, lse, q_positions, mask, mask_starts,
                            generations, expected_generations});
   PagedAttentionParams& p = batch.params;
-  p.scale = scale;
-  p.causal = causal;
-  p.window = window;
-  p.softcap = softcap;
+  set_scores(p, causal, scale, window, softcap);
   const cuda::ReadyCounters counters = ready_counters(ready, ready_timeout, pool.device);
   const py::gil_scoped_release nogil;
   cuda::paged_attention(p, counters, as_stream(stream));
@@ -57,14 +52,14 @@ void merge_states(const std::vector<py::object>& outs, const std::vector<py::obj
 }  // namespace
 
 void register_cuda_attention(py::module_& module) {
-  module.def("paged_attention", &paged_attention, py::arg("q"), py::arg("pool"), py::arg("layer"),
-             py::arg("page_table"), py::arg("seq_lens"), py::arg("q_indptr"),
-             py::arg("page_indptr"), py::arg("causal"), py::arg("scale"), py::arg("window"),
-             py::arg("softcap"), py::arg("sinks"), py::arg("alibi_slopes"), py::arg("out"),
-             py::arg("lse"), py::arg("q_positions"), py::arg("mask"), py::arg("mask_starts"),
-             py::arg("page_generations"), py::arg("expected_generations"), py::arg("ready"),
-             py::arg("ready_timeout"), py::arg("stream"),
-             "See kvlink.paged_attention; window 0 and softcap 0 mean none.");
+  module.def("paged_attention", &paged_attention, py::arg("q"), py::arg("pool"),
+             py::arg("layer").noconvert(), py::arg("page_table"), py::arg("seq_lens"),
+             py::arg("q_indptr"), py::arg("page_indptr"), py::arg("causal"), py::arg("scale"),
+             py::arg("window").noconvert(), py::arg("softcap"), py::arg("sinks"),
+             py::arg("alibi_slopes"), py::arg("out"), py::arg("lse"), py::arg("q_positions"),
+             py::arg("mask"), py::arg("mask_starts"), py::arg("page_generations"),
+             py::arg("expected_generations"), py::arg("ready"), py::arg("ready_timeout"),
+             py::arg("stream"), "See kvlink.paged_attention; window 0 and softcap 0 mean none.");
   module.def("set_prefill", &cuda::set_prefill, py::arg("name"),
              "For tests and measurements: the kernel of long prompts, for the whole process.\n\n"
              "auto; mma.sync; wgmma (sm_90a; for few rows, too) or \"wgmma, two parts\" (of each\n"

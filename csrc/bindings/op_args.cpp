@@ -17,6 +17,14 @@ int32_t saturate(int64_t page) {
   return static_cast<int32_t>(std::clamp<int64_t>(page, INT32_MIN, INT32_MAX));
 }
 
+// Of Python or numpy; nothing is cut off.
+int32_t exact_integer(const py::handle& value, const char* name) {
+  py::detail::make_caster<int32_t> caster;
+  KVLINK_CHECK(caster.load(value, false), name, ": expected an integer of 32 bits; got ",
+               std::string(py::repr(value)));
+  return py::detail::cast_op<int32_t>(caster);
+}
+
 }  // namespace
 
 PageIds::PageIds(const py::object& pages, const std::string& name) {
@@ -68,7 +76,7 @@ RopeArgs::RopeArgs(const py::tuple& rope, Symbols& symbols, bool on_host)
             .positions = positions.data<int64_t>(),
             .num_positions = cos_sin.dim(0),
             .stride_position = cos_sin.stride(0),
-            .first_dim = rope[3].cast<int32_t>(),
+            .first_dim = exact_integer(rope[3], "rope.first_dim"),
             .rotary_dim = static_cast<int32_t>(cos_sin.dim(1)),
             .interleaved = rope[2].cast<bool>()};
 }

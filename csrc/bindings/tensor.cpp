@@ -259,6 +259,10 @@ Tensor TensorSpec::import(const py::handle& object, Symbols& symbols) const {
                    describe_shape(), "; got ", describe(tensor.shape()));
     }
   }
+  for (size_t i = 0; writable && tensor.num_elements() > 0 && i < axes.size(); ++i) {
+    KVLINK_CHECK(tensor.stride(i) != 0 || tensor.dim(i) <= 1, name, ": is written to, but axis ", i,
+                 " repeats the same elements (stride 0)");
+  }
   if (strides == Strides::kContiguous) {
     KVLINK_CHECK(tensor.is_contiguous(), name, ": expected a contiguous array; got strides ",
                  describe(tensor.strides()));
