@@ -76,6 +76,26 @@ def test_push_of_a_whole_request(source: Peer, name: str, path: str) -> None:
         source.call("close_link")
 
 
+def test_push_in_many_pieces(path: str) -> None:
+    """16 MiB: where threads move apart, each takes several pieces of each layer."""
+    spec = PoolSpec(head_dim=64, num_pages=128)
+    pages = list(range(spec.num_pages))[::-1]
+    num_tokens = spec.num_pages * spec.page_size
+    with Peer(spec, path=path) as peer, open_endpoint("decode", path) as endpoint:
+        peer.call("fill", pages, num_tokens)
+        pool, same = spec.build(), spec.build()
+        spec.fill(same, pages, num_tokens)
+        endpoint.register(pool, spec.shard)
+        peer.call("connect", reachable(endpoint))
+        for _ in range(2):
+            grant = endpoint.grant(pages, num_tokens)
+            peer.call("push", pages, grant.to_bytes())
+            assert grant.wait(30).digest_verified
+            assert pool_bytes(pool).tobytes() == pool_bytes(same).tobytes()
+            pool_bytes(pool)[:] = 0
+        peer.call("close_link")
+
+
 @pytest.mark.parametrize("name", ["pages of 7, HND", "int8, scale per row"])
 def test_pull(source: Peer, name: str, path: str) -> None:
     spec = DESTINATIONS[name]

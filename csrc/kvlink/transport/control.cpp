@@ -367,14 +367,18 @@ Status Control::wait_closed(SlotKey key, int64_t deadline_ns) const {
 Status Control::enter(SlotKey key, uint32_t bit) {
   Slot& slot = this->slot(key.slot);
   slot.writers.fetch_or(uint64_t{1} << bit);
-  const Word word = Word::unpack(slot.word.load());
-  Status status = entry_status(word, key);
-  if (status == Status::kPending) {
-    const bool late = now_ns() > slot.deadline_ns.load();
-    status = late ? Status::kExpired : word.phase == Phase::kOpen ? Status::kOk : Status::kBusy;
-  }
+  const Status status = may_enter(key);
   if (status != Status::kOk) leave(key, bit);
   return status;
+}
+
+Status Control::may_enter(SlotKey key) const {
+  const Slot& slot = this->slot(key.slot);
+  const Word word = Word::unpack(slot.word.load());
+  const Status status = entry_status(word, key);
+  if (status != Status::kPending) return status;
+  if (now_ns() > slot.deadline_ns.load()) return Status::kExpired;
+  return word.phase == Phase::kOpen ? Status::kOk : Status::kBusy;
 }
 
 void Control::leave(SlotKey key, uint32_t bit) {
@@ -386,23 +390,21 @@ void Control::leave(SlotKey key, uint32_t bit) {
 void Control::add_rows(SlotKey key, uint32_t layer, const RelayoutResult& moved) {
   Slot& slot = this->slot(key.slot);
   slot.layer_digest[layer].fetch_add(moved.digest);
-  slot.layer_rows[layer].fetch_add(moved.rows);
-  slot.rows.fetch_add(moved.rows);
+  const uint64_t all = slot.rows_per_layer * slot.num_layers;
+  const auto reaches = [&](std::atomic<uint64_t>& rows, uint64_t target) {
+    const uint64_t before = rows.fetch_add(moved.rows);
+    return before < target && before + moved.rows >= target;
+  };
+  const bool layer_is_here = reaches(slot.layer_rows[layer], slot.rows_per_layer);
+  if (reaches(slot.rows, all) || layer_is_here) notify(slot);
 }
 
 Status Control::begin(SlotKey key, uint32_t bit) {
   Slot& slot = this->slot(key.slot);
-  const auto check = [&] {
-    const Word word = Word::unpack(slot.word.load());
-    const Status status = entry_status(word, key);
-    if (status != Status::kPending) return status;
-    if (now_ns() > slot.deadline_ns.load()) return Status::kExpired;
-    return word.phase == Phase::kOpen ? Status::kOk : Status::kBusy;
-  };
-  if (const Status status = check(); status != Status::kOk) return status;
+  if (const Status status = may_enter(key); status != Status::kOk) return status;
   const uint64_t mask = uint64_t{1} << bit;
   if (slot.unfinished.fetch_or(mask) & mask) return Status::kBusy;
-  const Status status = check();
+  const Status status = may_enter(key);
   if (status != Status::kOk) slot.unfinished.fetch_and(~mask);
   return status;
 }

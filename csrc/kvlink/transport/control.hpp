@@ -142,8 +142,10 @@ class Control {
 
   // --- a peer ---
   Status enter(SlotKey key, uint32_t bit);  // pin; kOk or why not
-  void leave(SlotKey key, uint32_t bit);    // unpin
-  // Between enter and leave: rows that were written, and their digest.
+  // What enter would say; for whoever holds the pin already.
+  Status may_enter(SlotKey key) const;
+  void leave(SlotKey key, uint32_t bit);  // unpin
+  // Between enter and leave: rows that were written, and their digest. Wakes who waits for them.
   void add_rows(SlotKey key, uint32_t layer, const RelayoutResult& moved);
   Status begin(SlotKey key, uint32_t bit);  // marks this link unfinished; kBusy if it is
   void finish(SlotKey key, uint32_t bit);

@@ -6,6 +6,7 @@
 
 #include "kvlink/base/check.hpp"
 #include "kvlink/base/math.hpp"
+#include "kvlink/base/threads.hpp"
 
 namespace kvlink::transport {
 
@@ -13,6 +14,13 @@ namespace {
 
 // Bounds how long an owner waits for a writer that runs: the bytes written between enter and leave.
 constexpr int64_t kChunkBytes = int64_t{16} << 20;
+
+// Where threads may move apart, they take the pieces of a round, and wait for each other at its end
+// only.
+constexpr int64_t kRoundBytes = int64_t{64} << 20;
+constexpr int64_t kMinPiece = int64_t{256} << 10, kMaxPiece = int64_t{4} << 20;
+constexpr size_t kFirstPieces = 8;                   // of a round, that are small
+constexpr int64_t kMinLookBytes = int64_t{1} << 20;  // of a round whose threads look for each other
 
 int64_t row_bytes(const KVLayout& layout) {
   const int64_t dims = layout.head_dim + (layout.has_v_plane() ? layout.head_dim_v : 0);
@@ -51,6 +59,56 @@ void check_plan(const TransferSpec& spec) {
   }
 }
 
+// Small pieces come last, so that threads end together, and first, so that they soon look for each
+// other.
+int64_t piece_bytes(size_t num_before, int64_t bytes_left) {
+  if (num_before < kFirstPieces) return kMinPiece;
+  return std::clamp(bytes_left / (4 * num_threads()), kMinPiece, kMaxPiece);
+}
+
+// The threads of a round. Schedulers look for an idle CPU when a thread is woken, and seldom later:
+// one that is woken while whoever posted still runs may wait for milliseconds behind another thread
+// of the round, although a CPU has become idle. So who is alone sleeps between two pieces until
+// another one has come, by which it is woken itself.
+class Company {
+ public:
+  // Whoever is alone sleeps, `tries` times in all.
+  explicit Company(int tries) : tries_(tries) {}
+
+  void come() {
+    std::lock_guard lock(mutex_);
+    arrive();
+  }
+  void go() {  // nothing is left for others
+    std::lock_guard lock(mutex_);
+    --present_;
+    tries_ = 0;
+  }
+  void give_way_if_alone() {
+    std::unique_lock lock(mutex_);
+    if (present_ > 1 || tries_ == 0) return;
+    --tries_;
+    --present_;
+    const uint64_t seen = num_arrivals_;
+    if (!changed_.wait_for(lock, kLongest, [&] { return num_arrivals_ != seen; })) tries_ = 0;
+    arrive();
+  }
+
+ private:
+  static constexpr std::chrono::microseconds kLongest{100};
+
+  void arrive() {
+    ++present_;
+    ++num_arrivals_;
+    changed_.notify_all();
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int tries_, present_ = 0;
+  uint64_t num_arrivals_ = 0;
+};
+
 }  // namespace
 
 // --- worker --------------------------------------------------------------------------------------
@@ -77,20 +135,65 @@ void Worker::submit(std::shared_ptr<PostedTransfer> transfer, int32_t part, int6
 
 void Worker::loop() {
   while (true) {
-    Job job;
-    {
-      std::unique_lock lock(mutex_);
-      wake_.wait(lock, [&] { return closed_ || !jobs_.empty(); });
-      if (closed_) return;
-      job = std::move(jobs_.front());
-      jobs_.pop_front();
-    }
-    if (job.part < 0) {
-      job.transfer->complete();
+    bool woken;
+    const std::vector<Job> jobs = take(&woken);
+    if (jobs.empty()) return;
+    if (jobs.front().part < 0) {
+      jobs.front().transfer->complete();
     } else {
-      job.transfer->move(job.part, job.first, job.count);
+      move_all(jobs, woken);
     }
   }
+}
+
+std::vector<Worker::Job> Worker::take(bool* woken) {
+  std::unique_lock lock(mutex_);
+  *woken = jobs_.empty();
+  wake_.wait(lock, [&] { return closed_ || !jobs_.empty(); });
+  if (closed_) return {};
+  const auto moves_apart = [](const Job& job) {
+    return job.part >= 0 && job.transfer->moves_apart();
+  };
+  std::vector<Job> taken;
+  if (!moves_apart(jobs_.front())) {
+    taken.push_back(std::move(jobs_.front()));
+    jobs_.pop_front();
+    return taken;
+  }
+  int64_t bytes_left = 0;
+  for (size_t i = 0; i < jobs_.size() && moves_apart(jobs_[i]) && bytes_left < kRoundBytes; ++i) {
+    bytes_left += jobs_[i].transfer->dst_bytes(jobs_[i].count);
+  }
+  bytes_left = std::min(bytes_left, kRoundBytes);
+  while (bytes_left > 0) {
+    Job& job = jobs_.front();
+    const int64_t tokens = job.transfer->tokens_of(piece_bytes(taken.size(), bytes_left));
+    taken.push_back(job);
+    taken.back().count = std::min(tokens, job.count);
+    bytes_left -= job.transfer->dst_bytes(taken.back().count);
+    job.first += taken.back().count;
+    job.count -= taken.back().count;
+    if (job.count == 0) jobs_.pop_front();
+  }
+  return taken;
+}
+
+void Worker::move_all(const std::vector<Job>& jobs, bool woken) {
+  const auto move = [&](const Job& job) { job.transfer->move(job.part, job.first, job.count); };
+  if (jobs.size() == 1) return move(jobs.front());  // a large one is cut by the operator
+  int64_t num_bytes = 0;
+  for (const Job& job : jobs) num_bytes += job.transfer->dst_bytes(job.count);
+  const bool looks = woken && num_threads() > 1 && num_bytes >= kMinLookBytes;
+  Company company(looks ? kFirstPieces : 0);
+  std::atomic<size_t> next{0};
+  parallel_for(num_threads(), [&](int64_t) {
+    company.come();
+    for (size_t i; (i = next.fetch_add(1)) < jobs.size();) {
+      move(jobs[i]);
+      if (next < jobs.size()) company.give_way_if_alone();
+    }
+    company.go();
+  });
 }
 
 void Worker::close(Status status) {
@@ -134,8 +237,12 @@ PostedTransfer::PostedTransfer(TransferSpec spec, std::shared_ptr<Worker> worker
       posted_(spec_.plan.parts.size(), 0),
       landing_(spec_.plan.parts.size()) {
   progress_.parts.resize(spec_.plan.parts.size());
-  const KVLayout& layout = spec_.dst.layers.front().layout;
-  chunk_tokens_ = round_up(std::max<int64_t>(1, kChunkBytes / dst_bytes(1)), layout.page_size);
+  chunk_tokens_ = tokens_of(kChunkBytes);
+}
+
+int64_t PostedTransfer::tokens_of(int64_t num_bytes) const {
+  const int64_t page_size = spec_.dst.layers.front().layout.page_size;
+  return round_up(std::max<int64_t>(1, num_bytes / dst_bytes(1)), page_size);
 }
 
 int64_t PostedTransfer::tokens_left(int32_t part) const {
@@ -206,6 +313,7 @@ void PostedTransfer::leave_chunk() {
   {
     std::lock_guard lock(mutex_);
     --readers_;
+    if (moves_apart() && !(ended_ && readers_ == 0)) return;  // nothing that a wait is for
   }
   changed_.notify_all();
 }
@@ -280,8 +388,10 @@ void PostedTransfer::count_moved(int32_t part, int64_t count, const RelayoutResu
   digest_ += moved.digest;
   progress_.num_rows += moved.rows;
   progress_.num_bytes += dst_bytes(count) + scale_bytes(count);
-  progress_.moving_ns += done_ns - started_ns;
-  progress_.parts[part].done_ns = done_ns;
+  // Chunks may be under way together; they end in nearly the order in which they began.
+  progress_.moving_ns += std::max<int64_t>(0, done_ns - std::max(started_ns, last_done_ns_));
+  last_done_ns_ = std::max(last_done_ns_, done_ns);
+  progress_.parts[part].done_ns = std::max(progress_.parts[part].done_ns, done_ns);
 }
 
 void PostedTransfer::complete() {

@@ -1,5 +1,6 @@
 // What every path's transfers share: parts are posted, one thread per link moves them chunk by
-// chunk, and both completions are told apart.
+// chunk (where a path allows it, with the pool's threads, a piece each), and both completions are
+// told apart.
 #pragma once
 
 #include <condition_variable>
@@ -23,8 +24,8 @@ class Worker {
   void submit(std::shared_ptr<PostedTransfer> transfer, int32_t part, int64_t first, int64_t count);
   // From now on close() ends this transfer, too.
   void add(const std::shared_ptr<PostedTransfer>& transfer);
-  // Stops after the chunk under way; every transfer that has not ended ends with `status`. When it
-  // returns, this thread touches no page any more.
+  // Stops after the chunks under way; every transfer that has not ended ends with `status`. When it
+  // returns, no thread of this link touches a page any more.
   void close(Status status);
   bool closed() const { return closed_.load(); }
 
@@ -36,6 +37,10 @@ class Worker {
   };
 
   void loop();
+  // Waits for what comes next: one job, or the pieces of several that all threads may move; none
+  // when closed. *woken: it had to wait.
+  std::vector<Job> take(bool* woken);
+  void move_all(const std::vector<Job>& jobs, bool woken);
 
   std::mutex mutex_;
   std::condition_variable wake_;
@@ -77,6 +82,11 @@ class PostedTransfer : public Transfer, public std::enable_shared_from_this<Post
 
   // For the worker.
   void move(int32_t part, int64_t first, int64_t count);
+  // Whether several threads may be in move() at one time.
+  virtual bool moves_apart() const { return false; }
+  // Tokens of about so many bytes at the destination, whole pages.
+  int64_t tokens_of(int64_t num_bytes) const;
+  int64_t dst_bytes(int64_t count) const;  // that `count` tokens of a part take at the destination
   void complete();
   // Ends the work here, once; nothing happens to one that has ended.
   void fail(Status status, const std::string& message = "");
@@ -91,9 +101,7 @@ class PostedTransfer : public Transfer, public std::enable_shared_from_this<Post
 
   // A chunk of a part as the executor takes it.
   RelayoutParams chunk_params(int32_t part, int64_t first, int64_t count) const;
-  // Bytes that `count` tokens of a part take at the destination.
-  int64_t dst_bytes(int64_t count) const;    // of the rows
-  int64_t scale_bytes(int64_t count) const;  // beside them
+  int64_t scale_bytes(int64_t count) const;  // beside dst_bytes
   // Accounts for a chunk that was moved.
   void count_moved(int32_t part, int64_t count, const RelayoutResult& moved, int64_t started_ns,
                    int64_t done_ns);
@@ -123,6 +131,7 @@ class PostedTransfer : public Transfer, public std::enable_shared_from_this<Post
   bool ended_ = false;      // no further chunk will be moved
   int64_t readers_ = 0;     // chunks that still read the source
   uint64_t digest_ = 0;     // pulls
+  int64_t last_done_ns_ = 0;
   Landing landing_;
 };
 

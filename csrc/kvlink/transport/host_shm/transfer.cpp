@@ -10,8 +10,21 @@ ShmTransfer::ShmTransfer(TransferSpec spec, uint32_t bit, std::shared_ptr<Contro
 
 ShmTransfer::~ShmTransfer() { cancel(); }
 
+Status ShmTransfer::enter() {
+  std::lock_guard lock(inside_mutex_);
+  const Status status =
+      num_inside_ > 0 ? control_->may_enter(spec_.key) : control_->enter(spec_.key, bit_);
+  if (status == Status::kOk) ++num_inside_;
+  return status;
+}
+
+void ShmTransfer::leave() {
+  std::lock_guard lock(inside_mutex_);
+  if (--num_inside_ == 0) control_->leave(spec_.key, bit_);
+}
+
 bool ShmTransfer::move_chunk(int32_t part, int64_t first, int64_t count) {
-  if (const Status status = control_->enter(spec_.key, bit_); status != Status::kOk) {
+  if (const Status status = enter(); status != Status::kOk) {
     fail(status);
     return false;
   }
@@ -20,7 +33,7 @@ bool ShmTransfer::move_chunk(int32_t part, int64_t first, int64_t count) {
   try {
     moved = executor_.relayout(chunk_params(part, first, count));
   } catch (const std::exception& error) {
-    control_->leave(spec_.key, bit_);
+    leave();
     fail(Status::kMoveFailed, error.what());
     return false;
   }
@@ -29,7 +42,7 @@ bool ShmTransfer::move_chunk(int32_t part, int64_t first, int64_t count) {
   if (spec_.kind == SlotKind::kGrant) {
     control_->add_rows(spec_.key, spec_.plan.parts[part].dst_layer, moved);
   }
-  control_->leave(spec_.key, bit_);
+  leave();
   return true;
 }
 
