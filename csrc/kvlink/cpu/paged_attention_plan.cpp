@@ -13,7 +13,7 @@ namespace kvlink::cpu {
 namespace {
 
 constexpr int64_t kTileRows = 96;        // query rows that share a pass over K and V
-constexpr int64_t kPanelTileRows = 192;  // where K and V are widened first
+constexpr int64_t kPanelTileRows = 384;  // where K and V are widened first
 constexpr int64_t kMaxWorkspaceFloats = int64_t{1} << 24;
 constexpr int64_t kUnitsPerThread = 4;  // enough for an even load
 constexpr int64_t kSmallTasks = 8;      // that make up a unit of such a size
@@ -305,8 +305,11 @@ void AttentionPlan::add_tasks(const PagedAttentionParams& p, int threads) {
       sized.push_back({sizes[i] / unit.num_parts, {i, part}});
     }
   }
-  std::stable_sort(sized.begin(), sized.end(),
-                   [](const auto& a, const auto& b) { return a.first > b.first; });
+  // Of one size, those that read the same positions follow each other, so that the address space is
+  // looked up once for all heads.
+  std::stable_sort(sized.begin(), sized.end(), [](const auto& a, const auto& b) {
+    return a.first != b.first ? a.first > b.first : a.second.part < b.second.part;
+  });
   for (const auto& each : sized) tasks.push_back(each.second);
 }
 

@@ -95,8 +95,8 @@ inline int64_t attention_scratch_floats(const KVLayout& layout, int64_t num_rows
   const int64_t block_rows = padded_row(layout.head_dim) + v_row + 2;  // K, V and their factors
   const bool gathers = layout.k.stride_dim != 1 || layout.v.stride_dim != 1;
   const int64_t gathered = gathers ? (layout.head_dim > v_row ? layout.head_dim : v_row) : 0;
-  const int64_t row_floats = padded_query(layout.head_dim) + kBlockTokens + 2;
-  return kBlockTokens * (block_rows + gathered) + v_row + num_rows * row_floats;
+  const int64_t row_floats = padded_query(layout.head_dim) + kBlockTokens + 4;
+  return kBlockTokens * (block_rows + gathered) + v_row + num_rows * row_floats + 16;
 }
 
 KVLINK_SIMD_DECLARE(

@@ -55,33 +55,16 @@ constexpr QueryType kQueryTypes[] = {
 
 // --- the supported instances -----------------------------------------------------------------
 
-typedef TileProduct<FloatTerms> FloatProduct;
-
-// A product whose rows of A are of another type of the same size.
-template <int kChains, class Terms>
-void product_of(const FloatProduct& t) {
-  tile_product<kChains, Terms>({.a = reinterpret_cast<const typename Terms::Left*>(t.a),
-                                .b = t.b,
-                                .c = t.c,
-                                .row_scale = t.row_scale,
-                                .stride_a = t.stride_a,
-                                .stride_b = t.stride_b,
-                                .stride_c = t.stride_c,
-                                .num_rows = t.num_rows,
-                                .depth = t.depth,
-                                .num_vecs = t.num_vecs});
-}
-
 // How values of a stored type are added, in place or from a panel: one position at a time, or two.
 struct ValueType {
   int positions;
   void (*add)(const ValueRows&);
-  void (*pack)(const PanelRows&, const PanelRows&, int64_t, int64_t, float*);
-  void (*product)(const FloatProduct&);
+  void (*pack)(const PanelRows&, int64_t, int64_t, float*);
+  void (*product)(const AnyProduct&);
 };
 template <DType kDType>
 constexpr ValueType kFloatValues = {1, add_values<FloatValues<kDType>>, pack_values<kDType>,
-                                    product_of<1, FloatTerms>};
+                                    tile_product<1, FloatTerms>};
 // By DType: anything but raw bytes may be stored.
 constexpr ValueType kValueTypes[] = {
     kFloatValues<DType::kFloat32>,    kFloatValues<DType::kFloat16>,
@@ -96,8 +79,8 @@ struct ScoreType {
   int items_of;  // a power of 2; a panel has a multiple of this many items
   void (*store_query_parts)(const char*, int64_t, int64_t, int64_t, int64_t, float*);  // or null
   void (*score)(const ScoreRows&);
-  void (*pack)(const PanelRows&, const PanelRows&, int64_t, float*);
-  void (*product)(const FloatProduct&);
+  void (*pack)(const PanelRows&, int64_t, float*);
+  void (*product)(const AnyProduct&);
 };
 template <DType kDType>
 constexpr ScoreType kFloatScores = {.item_dims = 1,
@@ -105,7 +88,7 @@ constexpr ScoreType kFloatScores = {.item_dims = 1,
                                     .store_query_parts = nullptr,
                                     .score = score_keys<FloatKeys<kDType>>,
                                     .pack = pack_keys<FloatItems<kDType>>,
-                                    .product = product_of<kLanes, FloatTerms>};
+                                    .product = tile_product<kLanes, FloatTerms>};
 constexpr ScoreType kScoreTypes[] = {
     kFloatScores<DType::kFloat32>,    kFloatScores<DType::kFloat16>,
     kFloatScores<DType::kBFloat16>,   kFloatScores<DType::kFloat8E4M3>,
@@ -123,20 +106,20 @@ bool is_bfloat16(const PagedAttentionParams& p) {
 // On CPUs that can, the products of two neighbours are added to the float32 sum by one instruction.
 template <DType kDType>
 constexpr ValueType kPairValues = {2, add_values<PairValues<kDType>>, pack_value_pairs<kDType>,
-                                   product_of<1, PairTerms>};
+                                   tile_product<1, PairTerms>};
 template <DType kDType>
 constexpr ScoreType kPairScores = {.item_dims = 2,
                                    .items_of = kLanes,
                                    .store_query_parts = nullptr,
                                    .score = score_keys<PairKeys<kDType>>,
                                    .pack = pack_keys<PairItems<kDType>>,
-                                   .product = product_of<kLanes, PairTerms>};
+                                   .product = tile_product<kLanes, PairTerms>};
 constexpr ScoreType kPartScores = {.item_dims = 2,
                                    .items_of = kPartChains,
                                    .store_query_parts = store_query_parts,
                                    .score = score_parts,
                                    .pack = pack_keys<PairItems<DType::kBFloat16>>,
-                                   .product = product_of<kPartChains, PairTerms>};
+                                   .product = tile_product<kPartChains, PairTerms>};
 constexpr ValueType kPairValueTypes[] = {
     kPairValues<DType::kBFloat16>,
     kPairValues<DType::kFloat8E4M3>,

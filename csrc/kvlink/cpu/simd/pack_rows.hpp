@@ -11,7 +11,7 @@ using PanelRows = const char* [kPanelRows];
 
 alignas(64) inline constexpr char kNothing[4096] = {};  // a row that is not read, of any type
 
-// Asks for a row that the next block will want, so that memory works while this block is widened.
+// Asks for a row that will be wanted later.
 KVLINK_INLINE void prefetch_row(const char* row, int64_t num_bytes) {
   for (int64_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
 }
@@ -40,15 +40,12 @@ struct PairItems {
 
 // Transposed: keys[item * kPanelRows + position], zeros from num_items to a multiple of kLanes.
 template <class Items>
-void pack_keys(const PanelRows& rows, const PanelRows& next, int64_t num_items, float* keys) {
+void pack_keys(const PanelRows& rows, int64_t num_items, float* keys) {
   for (int64_t first = 0; first < kPanelRows; first += kLanes) {
     const char* const* source = rows + first;
     Vec block[kLanes];
-    int64_t item = 0, ahead = 0;
+    int64_t item = 0;
     for (; item + kLanes <= num_items; item += kLanes) {
-      for (; ahead * num_items < (item + kLanes) * kLanes; ++ahead) {
-        prefetch_row(next[first + ahead], num_items * Items::kBytes);
-      }
       KVLINK_UNROLL
       for (int i = 0; i < kLanes; ++i) block[i] = Items::load(source[i] + item * Items::kBytes);
       transpose(block);
@@ -69,11 +66,9 @@ void pack_keys(const PanelRows& rows, const PanelRows& next, int64_t num_items, 
 
 // values[position * stride + dim], zeros from dims to stride.
 template <DType kDType>
-void pack_values(const PanelRows& rows, const PanelRows& next, int64_t dims, int64_t stride,
-                 float* values) {
+void pack_values(const PanelRows& rows, int64_t dims, int64_t stride, float* values) {
   for (int64_t position = 0; position < kPanelRows; ++position, values += stride) {
     const char* row = rows[position];
-    prefetch_row(next[position], dims * Row<kDType>::kBytes);
     int64_t dim = 0;
     for (; dim + kLanes <= dims; dim += kLanes) {
       store(values + dim, Row<kDType>::load(row + dim * Row<kDType>::kBytes));
@@ -88,13 +83,10 @@ void pack_values(const PanelRows& rows, const PanelRows& next, int64_t dims, int
 #if defined(__AVX512F__)
 // Pairs of positions: values[position / 2 * stride + dim].
 template <DType kDType>
-void pack_value_pairs(const PanelRows& rows, const PanelRows& next, int64_t dims, int64_t stride,
-                      float* values) {
+void pack_value_pairs(const PanelRows& rows, int64_t dims, int64_t stride, float* values) {
   constexpr int64_t kBytes = Pairs<kDType>::kElementBytes;
   for (int64_t position = 0; position < kPanelRows; position += 2, values += stride) {
     const char *first = rows[position], *second = rows[position + 1];
-    prefetch_row(next[position], dims * kBytes);
-    prefetch_row(next[position + 1], dims * kBytes);
     int64_t dim = 0;
     for (; dim + 2 * kLanes <= dims; dim += 2 * kLanes) {
       Vec pairs[2];

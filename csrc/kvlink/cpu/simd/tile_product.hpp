@@ -33,21 +33,23 @@ struct PairTerms {
   }
 };
 
-template <class Terms>
-struct TileProduct {
-  const typename Terms::Left* a;  // [num_rows, depth], rows stride_a apart
-  const float* b;                 // [depth, num_vecs * kLanes], rows stride_b apart
-  float* c;                       // [num_rows, num_vecs * kLanes], rows stride_c apart
-  const float* row_scale;         // [num_rows] factors of the old C; null: C is overwritten
+// C = row_scale * C + A B, or A B, of terms of any type.
+struct AnyProduct {
+  const float* a;          // [num_rows, depth] of Left of the terms, rows stride_a apart
+  const float* b;          // [depth, num_vecs * kLanes], rows stride_b apart
+  float* c;                // [num_rows, num_vecs * kLanes], rows stride_c apart
+  const float* row_scale;  // [num_rows] factors of the old C; null: C is overwritten
   int64_t stride_a, stride_b, stride_c;
   int64_t num_rows, depth, num_vecs;
 };
+template <class Terms>
+using TileProduct = AnyProduct;
 
 // Adds terms `first`, first + kStep, ... to sum[0], those kApart later to sum[1], and so on.
 template <class Terms, int kStep, int kApart, int kTogether, int kRows, int kVecs>
 KVLINK_INLINE void add_terms(const TileProduct<Terms>& t, int64_t first, int64_t row, int64_t vec,
                              Vec (&sum)[kTogether][kRows][kVecs]) {
-  const auto* a = t.a + row * t.stride_a + first;
+  const auto* a = reinterpret_cast<const typename Terms::Left*>(t.a) + row * t.stride_a + first;
   const float* b = t.b + vec * kLanes + first * t.stride_b;
   const auto add = [&](int64_t ahead, auto& sums) __attribute__((always_inline)) {
     Vec right[kVecs];
