@@ -9,12 +9,13 @@ import threading
 import pytest
 from receiving import PAGES, SPEC, TOKENS, Receiver, eventually
 
-from kvlink.testing.transfer_peer import SECRET, Peer
+from kvlink.testing.transfer_peer import SECRET, Peer, open_endpoint
 from kvlink.transfer import (
     Endpoint,
     GrantExpired,
     InvalidDescriptor,
     LinkClosed,
+    Offer,
     OutOfSlots,
     PeerLost,
     TransferCancelled,
@@ -53,6 +54,26 @@ def test_link_closed_by_the_sender(receiver: Receiver, sender: Peer) -> None:
     with pytest.raises(LinkClosed):
         sender.call("begin", PAGES, grant.to_bytes())
     receiver.gave_back(grant)
+
+
+def test_an_owner_may_close_as_soon_as_its_offer_was_pulled(path: str) -> None:
+    """The answer that this side may keep what it verified is overtaken by nothing."""
+    for _ in range(20):
+        with open_endpoint("prefill", path) as owner, open_endpoint("decode", path) as endpoint:
+            owner.register(SPEC.build())
+            endpoint.register(SPEC.build())
+            offer = owner.offer(PAGES, TOKENS)
+            link = endpoint.connect(owner.address)
+
+            def close(owner: Endpoint = owner, offer: Offer = offer) -> None:
+                offer.wait_released(10)
+                owner.close()
+
+            closing = threading.Thread(target=close)
+            closing.start()
+            link.pull(offer.to_bytes(), PAGES).wait_arrived(10)
+            closing.join(20)
+            assert not closing.is_alive()
 
 
 def test_deadline_can_be_moved(receiver: Receiver, sender: Peer) -> None:

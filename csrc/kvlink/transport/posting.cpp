@@ -290,16 +290,29 @@ void PostedTransfer::finish() {
 }
 
 void PostedTransfer::fail(Status status, const std::string& message) {
+  bool asking;
   {
     std::lock_guard lock(mutex_);
     if (ended_) return;
-    ended_ = true;
-    progress_.status = status;
-    progress_.message = message;
+    asking = asking_;
+    if (asking) {
+      if (failed_meanwhile_ == Status::kPending) failed_meanwhile_ = status;
+    } else {
+      ended_ = true;
+      progress_.status = status;
+      progress_.message = message;
+    }
   }
+  if (asking) return on_failed_meanwhile();
   landing_.end(status);
   on_ended(status);
   changed_.notify_all();
+}
+
+bool PostedTransfer::begin_asking() {
+  std::lock_guard lock(mutex_);
+  asking_ = !ended_;
+  return asking_;
 }
 
 bool PostedTransfer::enter_chunk() {
@@ -397,7 +410,12 @@ void PostedTransfer::count_moved(int32_t part, int64_t count, const RelayoutResu
 void PostedTransfer::complete() {
   if (!enter_chunk()) return;
   std::string message;
-  const Status status = finish_moves(&message);
+  Status status = finish_moves(&message);
+  {
+    std::lock_guard lock(mutex_);
+    asking_ = false;
+    if (status == Status::kPending) status = failed_meanwhile_;
+  }
   leave_chunk();
   if (status == Status::kPending) return;  // the path ends it
   if (status != Status::kOk) return fail(status, message);

@@ -88,7 +88,8 @@ class PostedTransfer : public Transfer, public std::enable_shared_from_this<Post
   int64_t tokens_of(int64_t num_bytes) const;
   int64_t dst_bytes(int64_t count) const;  // that `count` tokens of a part take at the destination
   void complete();
-  // Ends the work here, once; nothing happens to one that has ended.
+  // Ends the work here, once; nothing happens to one that has ended. While the owner of the pages
+  // is asked for the outcome, its answer counts more.
   void fail(Status status, const std::string& message = "");
 
  protected:
@@ -98,6 +99,11 @@ class PostedTransfer : public Transfer, public std::enable_shared_from_this<Post
   virtual Status finish_moves(std::string* message) = 0;
   // The work here has ended; called once, without the lock.
   virtual void on_ended(Status status) = 0;
+  // A failure came while the owner is asked: its answer is under way, or will never come.
+  virtual void on_failed_meanwhile() {}
+
+  // In finish_moves: from now on the owner is asked for the outcome. False after fail().
+  bool begin_asking();
 
   // A chunk of a part as the executor takes it.
   RelayoutParams chunk_params(int32_t part, int64_t first, int64_t count) const;
@@ -128,10 +134,12 @@ class PostedTransfer : public Transfer, public std::enable_shared_from_this<Post
   std::vector<int64_t> posted_;  // tokens, of each part
   Progress progress_;
   bool finishing_ = false;  // finish() was called
+  bool asking_ = false;     // for the outcome
   bool ended_ = false;      // no further chunk will be moved
   int64_t readers_ = 0;     // chunks that still read the source
   uint64_t digest_ = 0;     // pulls
   int64_t last_done_ns_ = 0;
+  Status failed_meanwhile_ = Status::kPending;  // while asking_
   Landing landing_;
 };
 

@@ -52,7 +52,8 @@ Status ShmTransfer::finish_moves(std::string* message) {
   const Status held = control_->status(spec_.key);
   if (held != Status::kPending) return held == Status::kOk ? Status::kStale : held;
   const Status landed = verify_landed(message);
-  return landed == Status::kOk ? control_->consume(spec_.key) : landed;
+  if (landed != Status::kOk) return landed;
+  return begin_asking() ? control_->consume(spec_.key) : Status::kPending;
 }
 
 void ShmTransfer::on_ended(Status status) {

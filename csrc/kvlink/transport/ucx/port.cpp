@@ -368,6 +368,8 @@ std::vector<std::string> Port::transports() {
 
 void Port::close(int64_t grace_ns) {
   try {
+    // What the engine's thread is handling now may still post its answer, which is to go first.
+    if (grace_ns > 0) engine_->call([] {});
     engine_->call([&] { destroy(grace_ns); });
   } catch (const std::exception&) {
     // The engine has stopped: nothing runs any more.

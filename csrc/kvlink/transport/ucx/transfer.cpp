@@ -12,9 +12,10 @@ namespace kvlink::transport::ucx {
 
 namespace {
 
-constexpr int64_t kWaitSlice = 50'000'000;  // ns between two looks whether it has ended
-constexpr int64_t kAskAgain = 250'000'000;  // ns of silence after which the owner is asked
-constexpr int32_t kFirstPage[] = {0};       // of a staged chunk, which is one page
+constexpr int64_t kWaitSlice = 50'000'000;    // ns between two looks whether it has ended
+constexpr int64_t kAskAgain = 250'000'000;    // ns of silence after which the owner is asked
+constexpr int64_t kLastAnswer = 100'000'000;  // ns for an answer that comes after its link's end
+constexpr int32_t kFirstPage[] = {0};         // of a staged chunk, which is one page
 
 }  // namespace
 
@@ -345,15 +346,26 @@ Status UcxTransfer::finish_moves(std::string* message) {
 }
 
 Status UcxTransfer::consume() {
-  for (bool again = false; !ended(); again = true) {
+  if (!begin_asking()) return Status::kPending;
+  for (bool again = false;; again = true) {
     link_->counts.asked += again;
     link_->send(message(Type::kConsume));
     std::unique_lock lock(reply_mutex_);
+    const auto answered = [&] { return consumed_ != Status::kPending; };
     replied_.wait_for(lock, std::chrono::nanoseconds(kAskAgain),
-                      [&] { return consumed_ != Status::kPending || ended_here_; });
-    if (consumed_ != Status::kPending) return consumed_;
+                      [&] { return answered() || failed_here_; });
+    // An owner that answers and closes its link at once: both are under way.
+    if (failed_here_) replied_.wait_for(lock, std::chrono::nanoseconds(kLastAnswer), answered);
+    if (answered() || failed_here_) return consumed_;
   }
-  return Status::kPending;
+}
+
+void UcxTransfer::on_failed_meanwhile() {
+  {
+    std::lock_guard lock(reply_mutex_);
+    failed_here_ = true;
+  }
+  replied_.notify_all();
 }
 
 void UcxTransfer::on_ended(Status status) {

@@ -48,6 +48,7 @@ class UcxTransfer final : public PostedTransfer {
   bool move_chunk(int32_t part, int64_t first, int64_t count) override;
   Status finish_moves(std::string* message) override;
   void on_ended(Status status) override;
+  void on_failed_meanwhile() override;
 
  private:
   enum class Step : uint8_t {
@@ -99,6 +100,7 @@ class UcxTransfer final : public PostedTransfer {
   bool draining_ = false;  // everything was posted; the last answer ends it
   bool told_end_ = false;  // kFinish was sent
   bool ended_here_ = false;
+  bool failed_here_ = false;            // while the owner was asked for the outcome
   Status outcome_ = Status::kPending;   // of the slot, as its owner told it
   Status consumed_ = Status::kPending;  // pulls
   int64_t heard_ns_ = now_ns(), asked_ns_ = 0;
