@@ -12,7 +12,6 @@ from typing import Any
 from kvlink.transfer import channel as channel_module
 from kvlink.transfer.channel import Channel
 
-ACTIONS = ("drop", "duplicate", "delay", "reorder", "corrupt")
 _DELAY = 0.15  # s
 
 

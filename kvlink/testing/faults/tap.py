@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from kvlink.testing.transfer_peer import CALL_TIMEOUT
 from kvlink.transfer.address import Address, listen_unix
 
-ACTIONS = ("flip", "stall", "cut")
 _STALL = 0.2  # s
 _MAX_FDS = 16
 
