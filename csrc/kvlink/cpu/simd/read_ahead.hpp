@@ -14,6 +14,8 @@ struct RowStream {
   // What is being read, and as much that is being fetched, share the nearest cache with what they
   // are multiplied with.
   static constexpr int64_t kStepBytes = 16384;
+  // What follows itself in memory for longer, the CPU fetches by itself, and better.
+  static constexpr int64_t kMaxFetchedBytes = 8192;
 
   // Of the steps 4, 8 and 16, the longest that fits.
   static int64_t step_of(int64_t row_bytes) {
@@ -30,6 +32,9 @@ struct RowStream {
     if (stride_head != head_bytes || head_bytes > kMaxRunBytes) return 1;
     const int64_t most = kMaxRunBytes / head_bytes;
     return most < num_heads ? most : num_heads;
+  }
+  bool is_fetched() const {
+    return stride_head != head_bytes || num_heads * head_bytes <= kMaxFetchedBytes;
   }
   int64_t step_lines() const { return step * run_heads() * head_bytes / 64; }
 };
@@ -56,6 +61,7 @@ class ReadAhead {
   // As many lines as are about to be read. All at once: between the loads of a block, they would
   // keep them waiting.
   KVLINK_INLINE void fetch(int64_t num_lines) {
+    if (!is_fetched_) return;
     if (early_ > 0) {
       const int64_t spared = early_ < num_lines / 2 ? early_ : num_lines / 2;
       early_ -= spared;
@@ -82,6 +88,7 @@ class ReadAhead {
   void enter(const RowStream& stream) {
     now_ = stream;
     run_heads_ = stream.run_heads();
+    is_fetched_ = stream.is_fetched();
     group_ = stream.first / stream.step * stream.step;
     row_ = stream.first;
     head_ = 0;
@@ -134,6 +141,7 @@ class ReadAhead {
   static constexpr int64_t kTouchedRows = 32;
 
   RowStream now_, follow_;
+  bool is_fetched_ = true;
   int64_t run_heads_ = 1, group_ = 0, row_ = 0, head_ = 0;
   int64_t early_ = 0;         // lines fetched early, for which others come later
   const char* at_ = nullptr;  // to be fetched next, of a run that ends at end_
