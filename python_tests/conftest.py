@@ -37,6 +37,17 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)
 
 
+@pytest.fixture
+def restored_settings() -> Iterator[None]:
+    """For tests that choose a SIMD level or a number of threads."""
+    from kvlink import _C
+
+    level, threads = _C.simd_level(), _C.num_threads()
+    yield
+    _C.set_simd_level(level)
+    _C.set_num_threads(threads)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need a CUDA device are skipped where there is none."""
     if not any(item.get_closest_marker("gpu") for item in items):

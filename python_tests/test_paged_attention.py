@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,20 +16,14 @@ from kvlink.reference.paged_attention import paged_attention as reference
 from kvlink.testing.cases import AttentionCase, cpu_slack, make_attention
 from kvlink.testing.tolerances import assert_close
 
+pytestmark = pytest.mark.usefixtures("restored_settings")
+
 EXAMPLES = int(
     os.environ.get("KVLINK_HYPOTHESIS_EXAMPLES", 0) or min(50, settings.default.max_examples)
 )
 LEVELS = _C.supported_simd_levels()
 FORMS = ("nhd", "hnd", "packed", "latent")
 MIXED = dict(q_lens=(1, 7, 30, 40), seq_lens=(150, 65, 300, 40))
-
-
-@pytest.fixture(autouse=True)
-def _restore_settings() -> Iterator[None]:
-    level, threads = _C.simd_level(), _C.num_threads()
-    yield
-    _C.set_simd_level(level)
-    _C.set_num_threads(threads)
 
 
 def attend(case: AttentionCase) -> tuple[torch.Tensor, torch.Tensor]:

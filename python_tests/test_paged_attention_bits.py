@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -12,15 +10,9 @@ from kvlink import _C
 from kvlink.testing.cases import AttentionCase, make_attention, starts
 from kvlink.testing.tolerances import assert_same_bits
 
+pytestmark = pytest.mark.usefixtures("restored_settings")
+
 LEVELS = _C.supported_simd_levels()
-
-
-@pytest.fixture(autouse=True)
-def _restore_settings() -> Iterator[None]:
-    level, threads = _C.simd_level(), _C.num_threads()
-    yield
-    _C.set_simd_level(level)
-    _C.set_num_threads(threads)
 
 
 # --- what never matters -------------------------------------------------------------------------

@@ -6,7 +6,6 @@ KVLINK_ATTENTION_CASES sets how many random combinations of everything are tried
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,15 +21,9 @@ from kvlink.errors import InvalidArgument, PageTableError
 from kvlink.testing.cases import AttentionCase, make_attention
 from kvlink.testing.tolerances import assert_close, assert_same_bits
 
+pytestmark = pytest.mark.usefixtures("restored_settings")
+
 CASES = int(os.environ.get("KVLINK_ATTENTION_CASES", 0) or settings.default.max_examples)
-
-
-@pytest.fixture(autouse=True)
-def _restore_settings() -> Iterator[None]:
-    level, threads = _C.simd_level(), _C.num_threads()
-    yield
-    _C.set_simd_level(level)
-    _C.set_num_threads(threads)
 
 
 # --- masks and subsets ----------------------------------------------------------------------------

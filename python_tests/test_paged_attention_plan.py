@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,15 +15,9 @@ from kvlink.errors import InvalidArgument
 from kvlink.testing.cases import AttentionCase, AttentionInputs, make_attention, starts
 from kvlink.testing.tolerances import assert_same_bits
 
+pytestmark = pytest.mark.usefixtures("restored_settings")
+
 DECODE = dict(q_lens=(1,) * 6, seq_lens=(1100, 1537, 700, 1024, 1030, 2100), page_size=16)
-
-
-@pytest.fixture(autouse=True)
-def _restore_settings() -> Iterator[None]:
-    level, threads = _C.simd_level(), _C.num_threads()
-    yield
-    _C.set_simd_level(level)
-    _C.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("level", LEVELS)
