@@ -60,7 +60,7 @@ struct ValueType {
   int positions;
   void (*add)(const ValueRows&);
   void (*pack)(const PanelRows&, int64_t, int64_t, float*);
-  void (*product)(const AnyProduct&);
+  void (*product)(const TileProduct&);
 };
 template <DType kDType>
 constexpr ValueType kFloatValues = {1, add_values<FloatValues<kDType>>, pack_values<kDType>,
@@ -80,7 +80,7 @@ struct ScoreType {
   void (*store_query_parts)(const char*, int64_t, int64_t, int64_t, int64_t, float*);  // or null
   void (*score)(const ScoreRows&);
   void (*pack)(const PanelRows&, int64_t, float*);
-  void (*product)(const AnyProduct&);
+  void (*product)(const TileProduct&);
 };
 template <DType kDType>
 constexpr ScoreType kFloatScores = {.item_dims = 1,

@@ -34,7 +34,7 @@ struct PairTerms {
 };
 
 // C = row_scale * C + A B, or A B, of terms of any type.
-struct AnyProduct {
+struct TileProduct {
   const float* a;          // [num_rows, depth] of Left of the terms, rows stride_a apart
   const float* b;          // [depth, num_vecs * kLanes], rows stride_b apart
   float* c;                // [num_rows, num_vecs * kLanes], rows stride_c apart
@@ -42,12 +42,10 @@ struct AnyProduct {
   int64_t stride_a, stride_b, stride_c;
   int64_t num_rows, depth, num_vecs;
 };
-template <class Terms>
-using TileProduct = AnyProduct;
 
 // Adds terms `first`, first + kStep, ... to sum[0], those kApart later to sum[1], and so on.
 template <class Terms, int kStep, int kApart, int kTogether, int kRows, int kVecs>
-KVLINK_INLINE void add_terms(const TileProduct<Terms>& t, int64_t first, int64_t row, int64_t vec,
+KVLINK_INLINE void add_terms(const TileProduct& t, int64_t first, int64_t row, int64_t vec,
                              Vec (&sum)[kTogether][kRows][kVecs]) {
   const auto* a = reinterpret_cast<const typename Terms::Left*>(t.a) + row * t.stride_a + first;
   const float* b = t.b + vec * kLanes + first * t.stride_b;
@@ -84,7 +82,7 @@ constexpr int chains_together() {
 }
 
 template <class Terms, int kChains, int kRows, int kVecs>
-KVLINK_INLINE void product_block(const TileProduct<Terms>& t, int64_t row, int64_t vec) {
+KVLINK_INLINE void product_block(const TileProduct& t, int64_t row, int64_t vec) {
   constexpr int kTogether = chains_together<Terms, kChains>();
   constexpr int kTurns = kChains / kTogether, kLevels = __builtin_ctz(kTurns);
   float* c = t.c + row * t.stride_c + vec * kLanes;
@@ -130,7 +128,7 @@ KVLINK_INLINE void product_block(const TileProduct<Terms>& t, int64_t row, int64
 }
 
 template <class Terms, int kChains, int kRows, int kVecs>
-KVLINK_INLINE int64_t product_rows(const TileProduct<Terms>& t, int64_t row, int64_t vec) {
+KVLINK_INLINE int64_t product_rows(const TileProduct& t, int64_t row, int64_t vec) {
   for (; row + kRows <= t.num_rows; row += kRows) {
     product_block<Terms, kChains, kRows, kVecs>(t, row, vec);
   }
@@ -139,7 +137,7 @@ KVLINK_INLINE int64_t product_rows(const TileProduct<Terms>& t, int64_t row, int
 
 // One panel of kVecs vectors, which stays in the nearest cache while the rows pass.
 template <class Terms, int kChains, int kVecs>
-__attribute__((noinline)) void product_panel(const TileProduct<Terms>& t, int64_t vec) {
+__attribute__((noinline)) void product_panel(const TileProduct& t, int64_t vec) {
 #if defined(__AVX512F__)
   constexpr int kRows = (kVecs <= 4 ? 6 : 3) / chains_together<Terms, kChains>();
 #else
@@ -152,7 +150,7 @@ __attribute__((noinline)) void product_panel(const TileProduct<Terms>& t, int64_
 }
 
 template <int kChains = 1, class Terms = FloatTerms>
-__attribute__((noinline)) void tile_product(const TileProduct<Terms>& t) {
+__attribute__((noinline)) void tile_product(const TileProduct& t) {
 #if defined(__AVX512F__)
   constexpr int kWide = 4;
 #else
