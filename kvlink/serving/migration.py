@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from kvlink.serving.scheduler import PrefillJob
-from kvlink.transfer import TransferError
+from kvlink.transfer import TransferError, TransferTimeout
 
 
 class Migration:
@@ -44,6 +45,12 @@ class Migration:
     def source_reusable(self) -> bool:
         """Nobody reads the source pages any more."""
         return self._transfer is None or bool(self._transfer.source_reusable)
+
+    def wait(self, timeout: float) -> None:
+        """Until it has ended, with all of it counted; at most `timeout` seconds."""
+        if self._transfer is not None:
+            with contextlib.suppress(TransferTimeout):
+                self._transfer.wait_source_reusable(timeout)
 
     def account(self) -> dict[str, float]:
         """Bytes stored, seconds moving, and the part of them while the model still computed."""

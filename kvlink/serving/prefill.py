@@ -18,6 +18,7 @@ from kvlink.serving.worker import BUSY_S, IDLE_S, Worker
 
 Step = list[tuple[PrefillJob, Chunk]]
 _ALIVE_S = 10.0  # between two signs of life, at most
+_LAST_ANSWERS_S = 5.0  # for what the report counts; nobody's tokens depend on it
 
 
 class PrefillWorker(Worker):
@@ -114,7 +115,10 @@ class PrefillWorker(Worker):
                 self.stopping = True
 
     def stats(self) -> dict[str, Any]:
-        """Totals over all migrations."""
+        """Totals over all migrations. Decode may have finished before it has answered for all it
+        took: what is missing is waited for."""
+        end = time.monotonic() + _LAST_ANSWERS_S
         for migration in self.migrations:
+            migration.wait(max(0.0, end - time.monotonic()))
             self.totals.update(migration.account())
         return dict(self.totals)

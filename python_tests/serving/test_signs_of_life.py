@@ -59,6 +59,18 @@ def test_a_transfer_that_moves_tells(worker: PrefillWorker) -> None:
     assert worker.migrations == [moving]
 
 
+def test_totals_wait_for_the_last_answers(worker: PrefillWorker) -> None:
+    """Decode may have all of a prompt, and its tokens, before it has answered for its last layers."""
+    account = {"num_bytes": 10.0}
+    moving: Any = SimpleNamespace(
+        source_reusable=lambda: False,
+        account=lambda: account,
+        wait=lambda timeout: account.update(num_bytes=30.0),
+    )
+    worker.collect([moving])
+    assert worker.stats()["num_bytes"] == 30.0
+
+
 @pytest.mark.two_process
 def test_a_worker_that_takes_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is there, but stopped: what it is sent must not hold the router up forever."""
