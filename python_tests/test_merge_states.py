@@ -56,6 +56,25 @@ def test_two_states_and_a_list_of_two_are_the_same() -> None:
     assert_same_bits(merged[1], as_list[1], "lse")
 
 
+@pytest.mark.usefixtures("restored_settings")
+@pytest.mark.parametrize("level", _C.supported_simd_levels())
+def test_threads_change_no_bit_and_order_only_the_last(level: str) -> None:
+    _C.set_simd_level(level)
+    generator = torch.Generator().manual_seed(0)
+    outs = list(torch.randn(5, 300, 3, 40, generator=generator))
+    lses = list(torch.randn(5, 300, 3, generator=generator) * 5)
+    results = []
+    for threads in (1, 2, 5):
+        _C.set_num_threads(threads)
+        results.append(kvlink.merge_states(outs, lses))
+    for merged, lse in results[1:]:
+        assert_same_bits(merged, results[0][0])
+        assert_same_bits(lse, results[0][1], "lse")
+    turned, turned_lse = kvlink.merge_states(outs[::-1], lses[::-1])
+    assert_close(turned, results[0][0])
+    assert_close(turned_lse, results[0][1], "lse")
+
+
 @pytest.mark.parametrize("split", [1, 3, 5])
 def test_parts_of_a_context_merge_to_the_whole(split: int) -> None:
     case = AttentionCase(q_lens=(1,), seq_lens=(96,), kv_dtype="bfloat16", causal=False)

@@ -14,6 +14,7 @@ import kvlink
 from kvlink import _C
 from kvlink.reference.paged_attention import paged_attention as reference
 from kvlink.testing.cases import AttentionCase, cpu_slack, make_attention
+from kvlink.testing.pools import DTYPES, SCALES
 from kvlink.testing.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("restored_settings")
@@ -46,12 +47,7 @@ def check(case: AttentionCase) -> None:
 
 @pytest.mark.parametrize(
     ("kv_dtype", "kv_scale"),
-    [(dtype, "none") for dtype in ("float32", "float16", "bfloat16", "float8_e4m3", "int8")]
-    + [
-        (dtype, scale)
-        for dtype in ("float8_e4m3", "float8_e5m2", "int8")
-        for scale in ("tensor", "head", "token_head")
-    ],
+    [(dtype, scale) for dtype in DTYPES for scale in SCALES],
 )
 @pytest.mark.parametrize(
     ("level", "form"),
@@ -121,9 +117,15 @@ def test_few_rows_read_in_place(
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("head_dim", [*range(8, 264, 8), 576])
-def test_head_dims(level: str, head_dim: int) -> None:
+@pytest.mark.parametrize(
+    ("q_dtype", "kv_dtype"),
+    [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("bfloat16", "int8")],
+)
+def test_head_dims(level: str, head_dim: int, q_dtype: str, kv_dtype: str) -> None:
+    """In place and in panels."""
     _C.set_simd_level(level)
-    check(AttentionCase(head_dim=head_dim, q_lens=(1, 3), seq_lens=(90, 70), kv_dtype="bfloat16"))
+    dtypes = dict(q_dtype=q_dtype, kv_dtype=kv_dtype)
+    check(AttentionCase(head_dim=head_dim, q_lens=(1, 3, 20), seq_lens=(90, 70, 40), **dtypes))
 
 
 @pytest.mark.parametrize(
@@ -137,12 +139,24 @@ def test_v_of_another_size(head_dim: int, head_dim_v: int, form: str) -> None:
                             kv_scale="token_head"))  # fmt: skip
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("q_dtype", "kv_dtype", "kv_scale"),
+    [
+        ("bfloat16", "bfloat16", "none"), ("bfloat16", "float8_e4m3", "token_head"),
+        ("float32", "float32", "none"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("num_q_heads", [1, 16, 100, 128])
-def test_latent_with_many_query_heads(num_q_heads: int) -> None:
+def test_latent_with_many_query_heads(
+    level: str, num_q_heads: int, q_dtype: str, kv_dtype: str, kv_scale: str
+) -> None:
+    _C.set_simd_level(level)
     check(
         AttentionCase(
             q_lens=(1, 2), seq_lens=(200, 64), num_q_heads=num_q_heads, num_kv_heads=1,
-            head_dim=576, head_dim_v=512, form="latent", kv_dtype="bfloat16", q_dtype="bfloat16",
+            head_dim=576, head_dim_v=512, form="latent", q_dtype=q_dtype, kv_dtype=kv_dtype,
+            kv_scale=kv_scale,
         )
     )  # fmt: skip
 
@@ -179,14 +193,10 @@ def test_long_contexts(length: int, window: int | None) -> None:
 def test_any_case(data: st.DataObject) -> None:
     draw = data.draw
     form = draw(st.sampled_from(["nhd", "hnd", "packed", "latent", "strided"]))
-    kv_dtype = draw(
-        st.sampled_from(["float32", "float16", "bfloat16", "float8_e4m3", "float8_e5m2", "int8"])
-    )
-    kv_scale = "none"
-    if form == "strided":
-        kv_dtype = draw(st.sampled_from(["float32", "float16", "bfloat16", "int8"]))
-    elif kv_dtype in ("float8_e4m3", "float8_e5m2", "int8"):
-        kv_scale = draw(st.sampled_from(["none", "tensor", "head", "token_head"]))
+    kv_dtype = draw(st.sampled_from(DTYPES))
+    kv_scale = "none" if form == "strided" else draw(st.sampled_from(SCALES))
+    if form == "strided" and kv_dtype.startswith("float8"):
+        kv_dtype = "bfloat16"
     num_kv_heads = 1 if form == "latent" else draw(st.integers(1, 3))
     head_dim = 8 * draw(st.integers(1, 20))
     head_dim_v = None if form == "strided" else 8 * draw(st.integers(1, head_dim // 8))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from attending import LEVELS, attend, make_plan
 
 import kvlink
 from kvlink import _C
@@ -12,20 +15,36 @@ from kvlink.testing.tolerances import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("restored_settings")
 
-LEVELS = _C.supported_simd_levels()
+# Every kind of work: rows in place, divided at splits or not, in panels, together, over latents.
+WORK: dict[str, dict[str, Any]] = {
+    "decode": dict(q_lens=(1,) * 5, seq_lens=(40, 300, 7, 511, 130), num_q_heads=6),
+    "split_kv": dict(q_lens=(1, 1), seq_lens=(3000, 1400)),
+    "prefill": dict(q_lens=(90, 150), seq_lens=(90, 1400), num_q_heads=6),
+    "mixed": dict(q_lens=(1, 40, 4), seq_lens=(1100, 500, 40), num_q_heads=10),
+    "cascade": dict(q_lens=(1,) * 4, seq_lens=(1100, 1537, 700, 1030), shared=1040),
+    "latent": dict(
+        q_lens=(1, 2), seq_lens=(1700, 600), num_q_heads=20, num_kv_heads=1, head_dim=96,
+        head_dim_v=64, form="latent",
+    ),
+    "latent_cascade": dict(
+        q_lens=(1,) * 3, seq_lens=(1100, 1537, 1030), num_q_heads=20, num_kv_heads=1, head_dim=96,
+        head_dim_v=64, form="latent", shared=1040,
+    ),
+}  # fmt: skip
 
 
 # --- what never matters -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("q_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
-def test_the_batch_does_not_matter(level: str, kv_dtype: str) -> None:
+def test_the_batch_does_not_matter(level: str, q_dtype: str, kv_dtype: str) -> None:
     _C.set_simd_level(level)
-    scale = "token_head" if kv_dtype == "int8" else "none"
     case = AttentionCase(
-        q_lens=(1, 7, 30, 1), seq_lens=(1600, 65, 700, 530), kv_dtype=kv_dtype, kv_scale=scale
-    )
+        q_lens=(1, 7, 30, 1), seq_lens=(1600, 65, 700, 530), q_dtype=q_dtype, kv_dtype=kv_dtype,
+        kv_scale="token_head" if kv_dtype == "int8" else "none",
+    )  # fmt: skip
     inputs = make_attention(case)
     q, pool, layer, page_table, seq_lens = inputs.args
     out, lse = kvlink.paged_attention(*inputs.args, **inputs.kwargs, return_lse=True)
@@ -76,20 +95,35 @@ def test_chunks_of_the_new_tokens_do_not_matter(
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("num_q_heads", [4, 200])
-def test_the_number_of_threads_does_not_matter(level: str, num_q_heads: int) -> None:
+@pytest.mark.parametrize(
+    ("q_dtype", "kv_dtype", "kv_scale"),
+    [
+        ("float32", "float32", "none"), ("float32", "float16", "none"),
+        ("bfloat16", "bfloat16", "none"), ("bfloat16", "int8", "token_head"),
+        ("bfloat16", "float8_e4m3", "head"), ("float16", "float8_e5m2", "tensor"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("work", list(WORK))
+def test_the_number_of_threads_does_not_matter(
+    level: str, work: str, q_dtype: str, kv_dtype: str, kv_scale: str
+) -> None:
+    """Whatever threads compute, and whatever threads the plan was made for."""
     _C.set_simd_level(level)
-    case = AttentionCase(
-        q_lens=(1, 90), seq_lens=(3000, 1400), kv_dtype="float16", num_q_heads=num_q_heads
-    )
-    results = []
+    dtypes = dict(q_dtype=q_dtype, kv_dtype=kv_dtype, kv_scale=kv_scale)
+    inputs = make_attention(AttentionCase(**WORK[work], **dtypes))
+    results, plans = [], []
     for threads in (1, 2, 3, 16):
         _C.set_num_threads(threads)
-        inputs = make_attention(case)
-        results.append(kvlink.paged_attention(*inputs.args, **inputs.kwargs, return_lse=True))
+        results.append(attend(inputs))
+        plans.append(make_plan(inputs))
+    for plan in plans:
+        results.append(attend(inputs, plan=plan))
     for out, lse in results[1:]:
         assert_same_bits(out, results[0][0])
         assert_same_bits(lse, results[0][1], "lse")
+    assert bool(plans[0].shared_prefixes) == ("shared" in WORK[work])
+    if work in ("split_kv", "latent"):
+        assert plans[-1].num_tasks > plans[0].num_tasks  # or they all did the same
 
 
 @pytest.mark.parametrize("q_dtype", ["float32", "bfloat16"])

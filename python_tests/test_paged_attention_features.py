@@ -19,6 +19,7 @@ import kvlink
 from kvlink import _C
 from kvlink.errors import InvalidArgument, PageTableError
 from kvlink.testing.cases import AttentionCase, make_attention
+from kvlink.testing.pools import DTYPES, SCALES
 from kvlink.testing.tolerances import assert_close, assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("restored_settings")
@@ -190,12 +191,9 @@ def test_wrong_values_are_named() -> None:
 def any_case(draw: st.DrawFn) -> AttentionCase:
     """All features at once, over every layout and dtype."""
     form = draw(st.sampled_from(["nhd", "hnd", "packed", "latent", "strided"]))
-    kv_dtype = draw(
-        st.sampled_from(["float32", "float16", "bfloat16", "float8_e4m3", "float8_e5m2", "int8"])
-    )
+    kv_dtype = draw(st.sampled_from(DTYPES))
     if form == "strided" and kv_dtype.startswith("float8"):
         kv_dtype = "bfloat16"
-    scales = ["none", "tensor", "head", "token_head"] if "8" in kv_dtype else ["none"]
     num_kv_heads = 1 if form == "latent" else draw(st.integers(1, 3))
     head_dim = 8 * draw(st.integers(4, 32) if draw(st.booleans()) else st.integers(1, 8))
     head_dim_v = head_dim if form == "strided" else 8 * draw(st.integers(1, head_dim // 8))
@@ -222,7 +220,7 @@ def any_case(draw: st.DrawFn) -> AttentionCase:
         page_size=draw(st.sampled_from([1, 3, 16, 64, 100, 256])),
         form=form,
         kv_dtype=kv_dtype,
-        kv_scale="none" if form == "strided" else draw(st.sampled_from(scales)),
+        kv_scale="none" if form == "strided" else draw(st.sampled_from(SCALES)),
         q_dtype=draw(st.sampled_from(["float32", "float16", "bfloat16"])),
         causal=draw(st.booleans()),
         scale=draw(st.sampled_from([None, 0.1])),
