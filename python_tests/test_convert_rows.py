@@ -100,7 +100,11 @@ def test_every_mantissa_by_every_scale_of_an_amax(simd_level: str, dst_dtype: st
     largest = np.float32(QUANT_MAX[dst_dtype])
     mantissas = np.arange(128, 256, dtype=np.float32)
     odd = np.array([0x3FD0AB43, 0x3FE1368B, 0x3FFE01FF, 0x3FFFFFFF], np.uint32).view(np.float32)
-    scales = np.concatenate([mantissas / largest, odd, 1 / odd])
+    # By these a value's quotient is next to half an integer.
+    rng = np.random.default_rng(0)
+    halves = rng.choice(mantissas, 504) / (rng.integers(0, 127, 504).astype(np.float32) + 0.5)
+    bits = halves.astype(np.float32).view(np.int32) + rng.integers(-3, 4, 504, dtype=np.int32)
+    scales = np.concatenate([mantissas / largest, odd, 1 / odd, bits.view(np.float32)])
     exponents = np.arange(-24, 12, dtype=np.int32)
     rows = torch.from_numpy(np.ldexp(mantissas, exponents[:, None]))
     shape = dict(num_kv_heads=len(scales), head_dim=128, page_size=len(rows), num_pages=1)

@@ -207,7 +207,8 @@ struct NoQuantiser {};
 template <DType kSrc, DType kDst>
 class Converter {
  public:
-  explicit Converter(const RowMove& move)
+  // For `num_tokens` tokens.
+  Converter(const RowMove& move, int64_t num_tokens)
       : move_(move),
         starts_(move),
         strided_(is_strided(move.src, move.dims) || is_strided(move.dst, move.dims)),
@@ -220,9 +221,12 @@ class Converter {
     static_scales(move.src, move.src_head, move.num_heads, src_scales_);
     static_scales(move.dst, move.dst_head, move.num_heads, dst_scales_);
     if constexpr (kQuantises<kSrc, kDst>) {
+      if (by_lines_) scale_lines_.start(move.num_heads);
       if (move.dst.token_scale) return;
       quantiser_.set_scales(dst_scales_, 0, move.num_heads);
-      if (quantises_) head_codes_.set(quantiser_, dst_scales_, move.num_heads);
+      if (quantises_ && num_tokens >= kTokensWorthCodes) {
+        coded_ = head_codes_.set(quantiser_, dst_scales_, move.num_heads);
+      }
     }
   }
 
@@ -236,13 +240,17 @@ class Converter {
       if (quantises_) {
         uint32_t left = (uint32_t{1} << rows.count) - 1;
         if (own_scales_) {
-          left = move_.dims == 128 ? quantise_own<2>(rows, ahead, sum)
-                                   : quantise_own<0>(rows, ahead, sum);
+          left = move_.dims != 128 ? quantise_own<0>(rows, ahead, sum)
+                 : streaming_      ? quantise_own<2, true>(rows, ahead, sum)
+                                   : quantise_own<2, false>(rows, ahead, sum);
         }
         if (left != 0) {
-          left = move_.dims == 128  ? quantise<2>(rows, ahead, left, sum)
-                 : move_.dims == 64 ? quantise<1>(rows, ahead, left, sum)
-                                    : quantise<0>(rows, ahead, left, sum);
+          left = move_.dims == 128  ? coded_ ? quantise<2, true>(rows, ahead, left, sum)
+                                             : quantise<2, false>(rows, ahead, left, sum)
+                 : move_.dims == 64 ? coded_ ? quantise<1, true>(rows, ahead, left, sum)
+                                             : quantise<1, false>(rows, ahead, left, sum)
+                 : coded_           ? quantise<0, true>(rows, ahead, left, sum)
+                                    : quantise<0, false>(rows, ahead, left, sum);
         }
         for (; left != 0; left &= left - 1) convert_row(rows, __builtin_ctz(left), sum);
         return;
@@ -264,6 +272,8 @@ class Converter {
   }
 
  private:
+  static constexpr int64_t kTokensWorthCodes = 16;
+
   static KVLINK_INLINE void fetch(const char* src, int64_t num_bytes) {
     for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(src + i);
   }
@@ -296,17 +306,17 @@ class Converter {
                                      : finite_amax_bits<kSrc>(rows.at[i].src, move_.dims, scale);
       scales[i] = dynamic_scale(float_from_bits(amax), kDst);
     }
-    for (int64_t i = 0; i < rows.count; ++i) put_scale(rows.at[i], scales[i]);
+    put_scales(rows, scales);
     if constexpr (kQuantises<kSrc, kDst>) {
       if (quantises_ && !own_scales_) quantiser_.set_scales(scales, rows.scales, Rows::kMost);
     }
   }
 
-  KVLINK_INLINE void put_scale(const RowAt& row, float scale) {
+  KVLINK_INLINE void put_scales(const Rows& rows, const float* scales) {
     if constexpr (kQuantises<kSrc, kDst>) {
-      if (by_lines_) return scale_lines_.put(row.head, row.dst_scale, scale);
+      if (by_lines_) return scale_lines_.put(rows, scales);
     }
-    *row.dst_scale = scale;
+    for (int64_t i = 0; i < rows.count; ++i) *rows.at[i].dst_scale = scales[i];
   }
 
   static bool takes_rows([[maybe_unused]] int64_t dims) {
@@ -316,13 +326,15 @@ class Converter {
 
   // Rows that have scales of their own, and kStripes whole stripes, any number of them with 0.
   // Returns bits of the rows that are left to quantise().
-  template <int kStripes>
+  template <int kStripes, bool... kStreaming>
   __attribute__((noinline)) uint32_t quantise_own(const Rows& rows, const Rows& ahead,
                                                   DigestSum& total) {
     const int64_t dims = kStripes ? kStripes * 64 : move_.dims;
-    const bool streaming = streaming_, with_digest = move_.with_digest;
+    const bool streaming = sizeof...(kStreaming) > 0 ? (kStreaming || ...) : streaming_;
+    const bool with_digest = move_.with_digest;
     const int64_t count = rows.count, num_ahead = ahead.count;
     const bool fetches_scales = !by_lines_;  // stores wait for each other
+    const uint32_t fits = row_quantiser_.fits(rows.scales);
     DigestSum sum;
     uint32_t left = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -331,7 +343,7 @@ class Converter {
         if (fetches_scales) __builtin_prefetch(ahead.at[i].dst_scale, 1);
       }
       const int64_t scale = rows.scales + i;
-      if (!row_quantiser_.fits(scale)) {
+      if ((fits >> i & 1) == 0) {
         quantiser_.set_scales(dst_scales_ + scale, scale, 1);
         left |= uint32_t{1} << i;
         continue;
@@ -346,7 +358,9 @@ class Converter {
         put(words, dst + j, streaming);
         lanes.stripe(words);
       }
-      if (with_digest) sum.add_row(lanes.acc(), starts_[rows.at[i].head], shift(rows, i));
+      if (!with_digest) continue;
+      sum.add_row(lanes.acc(), starts_[rows.at[i].head],
+                  rows.at[i].shift + row_quantiser_.shift(scale));
     }
     total.add(sum);
     return left;
@@ -354,8 +368,8 @@ class Converter {
 
   // Those of `rows` that `which` has bits of: of kStripes whole stripes, of any length with 0.
   // Returns bits of the rows that are left to convert_row(), for their scale or a value is not a
-  // usual one.
-  template <int kStripes>
+  // usual one. With kCoded there are codes of all heads.
+  template <int kStripes, bool kCoded>
   __attribute__((noinline)) uint32_t quantise(const Rows& rows, const Rows& ahead, uint32_t which,
                                               DigestSum& total) const {
     const int64_t dims = kStripes ? kStripes * 64 : move_.dims;
@@ -376,7 +390,7 @@ class Converter {
       int64_t j = 0;
       KVLINK_UNROLL_BY(2)
       for (; j + 64 <= dims; j += 64) {
-        if (!head_codes_.stripe(src + j * 2, scale, words)) {
+        if (!kCoded || !head_codes_.stripe(src + j * 2, scale, words)) {
           fits &= quantiser_.stripe(src + j * 2, scale, words);
         }
         put(words, dst + j, streaming);
@@ -421,6 +435,7 @@ class Converter {
   const RowMove& move_;
   const HeadStarts starts_;
   const bool strided_, may_keep_, streaming_, quantises_, own_scales_, by_lines_;
+  bool coded_ = false;
   // By head, or by row where rows have their own.
   float src_scales_[HeadStarts::kHeads], dst_scales_[HeadStarts::kHeads];
   std::conditional_t<kQuantises<kSrc, kDst>, Quantiser<kDst>, NoQuantiser> quantiser_;
@@ -435,7 +450,9 @@ template <DType kSrc, DType kDst>
 uint64_t convert_heads(const RowMove& move, const RowBox* boxes, int64_t num_boxes) {
   const int64_t fit = kRowsBytes / (move.dims * Row<kSrc>::kBytes);
   const int64_t most = fit < 1 ? 1 : fit < Rows::kMost ? fit : Rows::kMost;
-  Converter<kSrc, kDst> converter(move);
+  int64_t num_tokens = 0;
+  for (int64_t i = 0; i < num_boxes; ++i) num_tokens += boxes[i].num_tokens;
+  Converter<kSrc, kDst> converter(move, num_tokens);
   DigestSum sum;
   RowBatches batches(move, boxes, num_boxes);
   constexpr int kRing = 5;  // the last of them is being fetched

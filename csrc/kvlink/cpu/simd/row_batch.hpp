@@ -24,6 +24,8 @@ struct Rows {
 
   int64_t count = 0;
   int64_t scales = 0;  // where Converter has those of the rows' own
+  // Where not 0: row i is of the same head as row i % num_heads, and i / num_heads tokens later.
+  int64_t num_heads = 0;
   RowAt at[kMost];
 };
 
@@ -54,9 +56,9 @@ class RowBatches {
   // The next rows, `most` at most; none at the end.
   __attribute__((noinline)) void take(Rows& rows, int64_t most) {
     int64_t count = 0;
+    rows.num_heads = 0;
     while (count < most && !walk_.done()) {
-      const RowAt first = here();
-      Words line = Words::load(&first);
+      Words line = here();
       int64_t num_rows = walk_.line_rows(), num_lines = walk_.lines();
       const int64_t space = most - count;
       if (num_rows * 2 > space || num_lines == 1) {
@@ -66,6 +68,11 @@ class RowBatches {
       } else {
         while (num_lines * num_rows > space) num_lines >>= 1;
         walk_.skip_lines(num_lines);
+      }
+      if (walk_.heads_inside()) {
+        rows.num_heads = count == 0 ? num_rows : 0;
+      } else {
+        rows.num_heads = count == 0 && num_lines == 1 ? 1 : 0;
       }
       for (; num_lines > 0; --num_lines) {
         Words row = line;
@@ -86,24 +93,21 @@ class RowBatches {
     for (int i = 0; i < kWordParts; ++i) words.part[i] += step.part[i];
   }
 
-  KVLINK_INLINE RowAt here() const {
+  // A RowAt.
+  KVLINK_INLINE Words here() const {
     const RowBox& box = walk_.box();
     const int64_t head = walk_.head(), token = walk_.token();
-    RowAt row;
-    row.src = walk_.src();
-    row.dst = walk_.dst();
-    row.head = head;
-    row.shift = row_digest::shift(box.token_position + token);
-    if (move_.src.token_scale) {
-      row.src_scale =
-          move_.src.row_scale(box.src_page, box.src_slot + token, move_.src_head + head);
-    }
-    if (move_.dst.token_scale) {
-      row.dst_scale =
-          move_.dst.row_scale(box.dst_page, box.dst_slot + token, move_.dst_head + head);
-    }
-    return row;
+    const auto scale = [&](const RowPlane& plane, int64_t page, int64_t slot, int64_t first_head) {
+      if (!plane.token_scale) return uint64_t{0};
+      return address(plane.row_scale(page, slot + token, first_head + head));
+    };
+    return Words::of({address(walk_.src()), address(walk_.dst()),
+                      scale(move_.src, box.src_page, box.src_slot, move_.src_head),
+                      scale(move_.dst, box.dst_page, box.dst_slot, move_.dst_head),
+                      static_cast<uint64_t>(head), row_digest::shift(box.token_position + token), 0,
+                      0});
   }
+  static KVLINK_INLINE uint64_t address(const void* at) { return reinterpret_cast<uint64_t>(at); }
 
   const RowMove& move_;
   RowWalk<false> walk_;

@@ -28,6 +28,17 @@ struct Words {
     }
     return words;
   }
+  // Of eight words in registers: a load of words just stored would wait for all earlier stores.
+  static KVLINK_INLINE Words of(const uint64_t (&w)[8]) {
+#if defined(__AVX512F__)
+    return {{(WordPart)_mm512_set_epi64(w[7], w[6], w[5], w[4], w[3], w[2], w[1], w[0])}};
+#elif defined(__AVX2__)
+    return {{WordPart{w[0], w[1], w[2], w[3]}, WordPart{w[4], w[5], w[6], w[7]}}};
+#else
+    return {
+        {WordPart{w[0], w[1]}, WordPart{w[2], w[3]}, WordPart{w[4], w[5]}, WordPart{w[6], w[7]}}};
+#endif
+  }
   KVLINK_INLINE void store(void* target) const {
     KVLINK_UNROLL
     for (int i = 0; i < kWordParts; ++i) {
