@@ -230,6 +230,8 @@ class Converter {
     }
   }
 
+  bool has_own_scales() const { return own_scales_; }
+
   // Finds the destination's scales, where rows have their own.
   KVLINK_INLINE void prepare(const Rows& rows) {
     if (move_.dst.token_scale && rows.count > 0) find_scales(rows);
@@ -240,7 +242,7 @@ class Converter {
       if (quantises_) {
         uint32_t left = (uint32_t{1} << rows.count) - 1;
         if (own_scales_) {
-          left = move_.dims != 128 ? quantise_own<0>(rows, ahead, sum)
+          left = move_.dims != 128 ? quantise_own<0, false>(rows, ahead, sum)
                  : streaming_      ? quantise_own<2, true>(rows, ahead, sum)
                                    : quantise_own<2, false>(rows, ahead, sum);
         }
@@ -325,13 +327,12 @@ class Converter {
   }
 
   // Rows that have scales of their own, and kStripes whole stripes, any number of them with 0.
-  // Returns bits of the rows that are left to quantise().
-  template <int kStripes, bool... kStreaming>
+  // Returns bits of the rows that are left to quantise(). With kStreams all is streamed.
+  template <int kStripes, bool kStreams>
   __attribute__((noinline)) uint32_t quantise_own(const Rows& rows, const Rows& ahead,
                                                   DigestSum& total) {
     const int64_t dims = kStripes ? kStripes * 64 : move_.dims;
-    const bool streaming = sizeof...(kStreaming) > 0 ? (kStreaming || ...) : streaming_;
-    const bool with_digest = move_.with_digest;
+    const bool streaming = kStreams || streaming_, with_digest = move_.with_digest;
     const int64_t count = rows.count, num_ahead = ahead.count;
     const bool fetches_scales = !by_lines_;  // stores wait for each other
     const uint32_t fits = row_quantiser_.fits(rows.scales);
@@ -455,18 +456,20 @@ uint64_t convert_heads(const RowMove& move, const RowBox* boxes, int64_t num_box
   Converter<kSrc, kDst> converter(move, num_tokens);
   DigestSum sum;
   RowBatches batches(move, boxes, num_boxes);
-  constexpr int kRing = 5;  // the last of them is being fetched
+  // The last of them is being fetched; one more where rows are looked at for their scales first.
+  constexpr int kRing = 6;
   static_assert(kRing * Rows::kMost <= HeadStarts::kHeads);
   Rows rows[kRing];
-  for (int i = 0; i < kRing; ++i) rows[i].scales = i * Rows::kMost;
-  for (int i = 0; i < kRing - 1; ++i) batches.take(rows[i], most);
+  const int ring = converter.has_own_scales() ? kRing : kRing - 1;
+  for (int i = 0; i < ring; ++i) rows[i].scales = i * Rows::kMost;
+  for (int i = 0; i < ring - 1; ++i) batches.take(rows[i], most);
   converter.prepare(rows[0]);
-  for (int i = 0; rows[i].count != 0; i = (i + 1) % kRing) {
+  const auto after = [&](int i) { return i + 1 == ring ? 0 : i + 1; };
+  for (int i = 0, ahead = ring - 1; rows[i].count != 0; ahead = i, i = after(i)) {
     // Scales are known a while before they are used, rows are in the caches before both.
-    Rows& ahead = rows[(i + kRing - 1) % kRing];
-    batches.take(ahead, most);
-    converter.prepare(rows[(i + 1) % kRing]);
-    converter.convert(rows[i], ahead, sum);
+    batches.take(rows[ahead], most);
+    converter.prepare(rows[after(i)]);
+    converter.convert(rows[i], rows[ahead], sum);
   }
   converter.finish();
   return sum.total();
