@@ -30,7 +30,7 @@ from kvlink._arrays import (
     from_reference,
     writable_or_copy,
 )  # fmt: skip
-from kvlink._attention_choice import choose_for, with_implied
+from kvlink._attention_choice import choose_after_cuda, choose_for, with_implied
 from kvlink._cuda_part import cuda_ops, stream_of
 from kvlink._readiness import ready_feature, ready_items, waitable
 from kvlink.backends import (
@@ -42,19 +42,19 @@ from kvlink.backends import (
     Choice,
     choose,
 )
-from kvlink.errors import InvalidArgument
+from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.pool import KVPool
 
 _FEATURES = frozenset(
     {
         "decode", "extend", "ragged", "bidirectional", "window", "softcap", "sinks",
         "alibi_slopes", "lse", "out", "csr_page_table", "head_dim_v", "latent", "ready",
-        "mixed_dtypes", "any_head_dim", "any_strides", "scaled_floats",
+        "mixed_dtypes", "any_head_dim", "any_strides", "unaligned_rows", "scaled_floats",
     }
 )  # fmt: skip
 _SELECTING = {"mask", "q_positions", "generations"}
 _ON_CUDA = (_FEATURES | _SELECTING | {"ready_counters"}) - {
-    "ready", "any_head_dim", "any_strides", "scaled_floats",
+    "ready", "any_head_dim", "any_strides", "unaligned_rows", "scaled_floats",
 }  # fmt: skip
 _ON_TRITON = (_FEATURES - {"ready"}) | _SELECTING
 _CUDA_PART = ("kvlink._cuda",)
@@ -208,15 +208,6 @@ def paged_attention(
         if expected_generations is not None:
             page_generations = writable_or_copy(page_generations)
             expected_generations = writable_or_copy(expected_generations)
-        if chosen == "triton":
-            _triton_ops().paged_attention(
-                q, pool, layer, page_table, seq_lens, q_indptr=q_indptr, page_indptr=page_indptr,
-                causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
-                alibi_slopes=alibi_slopes, q_positions=q_positions, mask=mask,
-                mask_starts=mask_starts, page_generations=page_generations,
-                expected_generations=expected_generations, out=out, lse=lse,
-            )  # fmt: skip
-            return (out, lse) if return_lse else out
         # NOTE: by position, which is twice as fast into C++ as by name.
         arguments = (
             q, pool.view, layer, as_page_table(page_table),
@@ -233,9 +224,23 @@ def paged_attention(
                 page_generations, expected_generations,
             )  # fmt: skip
         if chosen == "cuda":
-            stream = stream_of(pool.device, stream)
             counters = [] if ready is None else list(ready)
-            cuda_ops().paged_attention(*arguments, *selecting, counters, ready_timeout, stream)
+            on_stream = stream_of(pool.device, stream)
+            try:
+                cuda_ops().paged_attention(
+                    *arguments, *selecting, counters, ready_timeout, on_stream
+                )
+                return (out, lse) if return_lse else out
+            except Unsupported as error:
+                chosen = choose_after_cuda(BACKENDS, pool, asked, error)
+        if chosen == "triton":
+            _triton_ops().paged_attention(
+                q, pool, layer, page_table, seq_lens, q_indptr=q_indptr, page_indptr=page_indptr,
+                causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
+                alibi_slopes=alibi_slopes, q_positions=q_positions, mask=mask,
+                mask_starts=mask_starts, page_generations=page_generations,
+                expected_generations=expected_generations, out=out, lse=lse,
+            )  # fmt: skip
             return (out, lse) if return_lse else out
         awaited = [] if ready is None else ready_items(ready)
         if chosen == "reference":

@@ -61,6 +61,16 @@ class Emulation:
         """Its memory, and no other, is page-locked and mapped."""
         self._library.kvlink_emulation_lock_pages(ctypes.c_void_p(tensor.data_ptr()))
 
+    def busy(self, stream: int, is_busy: bool) -> None:
+        """What is queued on the stream does not end, as far as events tell."""
+        self._library.kvlink_emulation_set_busy(ctypes.c_uint64(stream), ctypes.c_int(is_busy))
+
+    def allocations(self) -> tuple[int, int]:
+        """Of device memory: (how many there were, how many of them there still are)."""
+        made, freed = ctypes.c_int64(), ctypes.c_int64()
+        self._library.kvlink_emulation_allocations(ctypes.byref(made), ctypes.byref(freed))
+        return made.value, made.value - freed.value
+
     def check_errors(self) -> None:
         """Raises what kernels recorded."""
         self.module.check_errors(0)

@@ -3,7 +3,9 @@ test_attention_cuda.py has the same on a device."""
 
 from __future__ import annotations
 
+import sys
 import threading
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -128,6 +130,62 @@ def test_calls_on_a_stream_share_memory_between_kernels(emulated_cuda: Emulation
             again = attend(inputs.args, inputs.kwargs, stream=stream)
             assert_same_bits(again[0], alone[0])
             assert_same_bits(again[1], alone[1], "lse")
+
+
+KEPT, KEPT_FOR_GOOD = 32, 4  # streams of a device whose memory is kept; the first of them
+
+
+def test_memory_of_streams_that_are_gone_is_used_again(emulated_cuda: Emulation) -> None:
+    inputs = make_attention(AttentionCase(q_lens=(1, 1), seq_lens=(600, 3), **BFLOAT16))
+    alone = attend(inputs.args, inputs.kwargs, stream=CAPTURED)
+
+    def call(stream: int) -> None:
+        out, lse = attend(inputs.args, inputs.kwargs, stream=stream)
+        assert_same_bits(out, alone[0])
+        assert_same_bits(lse, alone[1], "lse")
+
+    before, live = emulated_cuda.allocations()
+    first = 10_000  # no other test's
+    for stream in range(first, first + KEPT):
+        call(stream)
+    last = first + 4 * KEPT
+    for stream in range(first + KEPT, last + 1):
+        call(stream)
+    made, kept = emulated_cuda.allocations()
+    assert made - before <= KEPT
+    assert kept - live <= KEPT
+    # The stream used longest ago is not done: its memory is its own, and others have their call's.
+    oldest = last - (KEPT - KEPT_FOR_GOOD) + 1
+    emulated_cuda.busy(oldest, True)
+    for more in (1, 2):
+        call(last + more)
+        assert emulated_cuda.allocations() == (made + more, kept)
+    call(oldest)  # which is the last one now
+    call(last + 3)  # takes the place of the next
+    emulated_cuda.busy(oldest, False)
+    call(oldest)
+    assert emulated_cuda.allocations() == (made + 2, kept)
+
+
+def test_streams_used_by_threads_at_once(emulated_cuda: Emulation) -> None:
+    """More of them than have memory kept: nobody gets what another is using."""
+    inputs = make_attention(AttentionCase(q_lens=(1,), seq_lens=(600,), **BFLOAT16))
+    alone, _ = attend(inputs.args, inputs.kwargs, stream=CAPTURED)
+    wrong: list[int] = []
+
+    def run(first: int) -> None:
+        for stream in range(first, first + KEPT):
+            out, _ = attend(inputs.args, inputs.kwargs, stream=stream)
+            if not torch.equal(out.view(torch.int16), alone.view(torch.int16)):
+                wrong.append(stream)
+
+    threads = [threading.Thread(target=run, args=(20_000 + 16 * i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    assert not wrong
 
 
 def test_the_batch_does_not_matter(emulated_cuda: Emulation) -> None:
@@ -331,8 +389,45 @@ def test_what_is_not_covered_is_told(emulated_cuda: Emulation) -> None:
         )
 
 
+def test_rows_that_are_not_aligned_go_elsewhere(
+    emulated_cuda: Emulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With backend="auto": those of the pool by its record, those of q once the kernel refuses."""
+    taken: list[Any] = []
+
+    class Twin:
+        def paged_attention(self, q: Any, *_args: Any, **_kwargs: Any) -> None:
+            taken.append(q)
+
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    monkeypatch.setattr(kvlink.attention, "_triton_ops", Twin)
+    inputs = make_attention(AttentionCase(**BFLOAT16))
+    wide = torch.zeros(2, 8, 16, 2, 68, dtype=torch.bfloat16)
+    for planes in (wide[..., :64], wide.flatten()[4 : 4 + 2**15].view(2, 8, 16, 2, 64)):
+        pool = pool_on_device(kvlink.KVPool.wrap([planes], "kv page slot head dim"))
+        assert kvlink.choose_backend("bfloat16", pool).name == "triton"
+        with pytest.raises(Unsupported, match="cuda lacks feature 'unaligned_rows'"):
+            kvlink.choose_backend("bfloat16", pool, backend="cuda")
+    q = inputs.args[0]
+    moved = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
+    arrays = [DeviceArray(each.contiguous()) for each in inputs.args[3:]]
+    place = (pool_on_device(inputs.pool), 0, *arrays)
+    kvlink.paged_attention(DeviceArray(q), *place)
+    assert not taken
+    given = DeviceArray(moved)
+    kvlink.paged_attention(given, *place)
+    assert taken == [given]
+    refused = "q: supported are rows that begin at multiples of 16 bytes"
+    with pytest.raises(Unsupported, match=refused):
+        kvlink.paged_attention(given, *place, backend="cuda")
+    counter = DeviceArray(torch.ones(1).long())
+    with pytest.raises(Unsupported, match=refused):  # the twin cannot wait
+        kvlink.paged_attention(given, *place, ready=[(counter, 1)])
+    assert len(taken) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("num_states", [1, 2, 5])
+@pytest.mark.parametrize("num_states", [1, 2, 5, 64, 65, 150])
 def test_merge_states(emulated_cuda: Emulation, dtype: torch.dtype, num_states: int) -> None:
     torch.manual_seed(num_states)
     outs, lses = [], []

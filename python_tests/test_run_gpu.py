@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,20 @@ def test_dry_run(tmp_path: Path) -> None:
     ).stdout.split()
     assert sorted({figure["case"] for figure in report["figures"]}) == sorted(rows)
     assert len(report["limits"]) == 1
+
+
+def test_quick_takes_tests_of_every_kind(tool: Any, tmp_path: Path) -> None:
+    report = tool.Report(tmp_path / "report.json", {})
+    options = argparse.Namespace(quick=True, dry_run=True, flashinfer=[])
+    tool.Run(report, options, time.monotonic(), str(tmp_path)).test()
+    (step,) = report.found["steps"]
+    assert step["exit_code"] == 0, step["output"]
+    listed = Counter(re.findall(r"::(test_\w+)", step["output"]))
+    files = (ROOT / "python_tests").glob("test_*_cuda.py")
+    every = {name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())}
+    assert every - listed.keys() == {"test_large_batches_of_latent_pages"}
+    taken, of = map(int, re.findall(r"(\d+)/(\d+) tests collected", step["output"])[0])
+    assert taken < of * 0.4
 
 
 def test_tests_of_a_device_are_right_as_python(emulated_cuda: Emulation) -> None:

@@ -208,3 +208,32 @@ def test_a_later_tokens_values_stay_there(
     assert_same_bits(out[12:], clean[0][12:])
     assert_same_bits(lse, clean[1], "lse")
     assert not bool(out[11].isfinite().any())  # which of NaN and infinity is not promised
+
+
+def test_a_cascade_by_hand(place: Place) -> None:
+    """The pages that all sequences begin with, read for all rows at once."""
+    case = AttentionCase(
+        q_lens=(1, 1, 1), seq_lens=(49, 60, 130), page_size=16, kv_dtype="bfloat16",
+        q_dtype="float32",
+    )  # fmt: skip
+    inputs = make_attention(case)
+    q, pool, layer, table, seq_lens = inputs.args
+    table = table.clone()
+    table[:, :3] = table[0, :3]
+    expected, expected_lse = reference(q, pool, layer, table, seq_lens)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return kvlink.paged_attention(
+            *place.put((q, pool, layer, *args)), **place.put(kwargs), return_lse=True,
+            backend=place.backend,
+        )  # fmt: skip
+
+    first = call(
+        table[:1, :3].contiguous(), torch.tensor([48]).int(),
+        q_indptr=torch.tensor([0, 3]).int(), causal=False,
+    )  # fmt: skip
+    rest = call(table[:, 3:].contiguous(), (seq_lens - 48).int())
+    out, lse = kvlink.merge_states(*first, *rest, backend=place.backend)
+    place.settle()
+    assert_close(place.take(out), expected)
+    assert_close(place.take(lse), expected_lse, "lse")

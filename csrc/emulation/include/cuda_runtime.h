@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "emulation/grid.hpp"
+#include "emulation/streams.hpp"
 
 #define __global__
 #define __device__
@@ -170,7 +171,8 @@ enum cudaError_t {
   cudaSuccess,
   cudaErrorMemoryAllocation,
   cudaErrorNoDevice,
-  cudaErrorInsufficientDriver
+  cudaErrorInsufficientDriver,
+  cudaErrorNotReady
 };  // NOLINT
 enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
@@ -199,12 +201,27 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-using cudaEvent_t = struct CUevent_st*;
+struct CUevent_st {
+  cudaStream_t stream = nullptr;
+  bool recorded = false;
+};
+using cudaEvent_t = CUevent_st*;
 inline constexpr unsigned cudaEventDisableTiming = 2;
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t*, unsigned) { return cudaSuccess; }
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  return *event = new CUevent_st, cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  return *event = {stream, true}, cudaSuccess;
+}
+inline cudaError_t cudaEventQuery(cudaEvent_t event) {
+  const auto number = static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(event->stream));
+  return event->recorded && kvlink::emulation::is_busy(number) ? cudaErrorNotReady : cudaSuccess;
+}
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
-inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
   return cudaSuccess;
 }
@@ -234,9 +251,11 @@ inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* found, const 
 inline cudaError_t cudaMallocAsync(void** memory, size_t num_bytes, cudaStream_t) {
   if (posix_memalign(memory, 256, num_bytes) != 0) return cudaErrorMemoryAllocation;
   std::memset(*memory, 0xff, num_bytes);
+  kvlink::emulation::count_allocation();
   return cudaSuccess;
 }
 inline cudaError_t cudaFreeAsync(void* memory, cudaStream_t) {
+  kvlink::emulation::count_free();
   return std::free(memory), cudaSuccess;
 }
 inline cudaError_t cudaHostAlloc(void** memory, size_t num_bytes, unsigned) {

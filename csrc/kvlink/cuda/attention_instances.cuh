@@ -1,5 +1,4 @@
-// The kernels that there are: attention_halves.cu, attention_bytes.cu, attention_latent.cu and
-// attention_floats.cu list them.
+// The kernels that there are: attention_*.cu list them.
 #pragma once
 
 #include <span>
@@ -72,9 +71,12 @@ constexpr Instance latent_instance() {
   return extend_instance<LatentTile<kKV, kParts>>(kKV, kParts == 2, kLatentDim, kLatentDimV);
 }
 
-// The first that fits a call is taken.
-std::span<const Instance> half_instances();
-std::span<const Instance> byte_instances();
+// Of one stored dtype, or of all of a kind; the first that fits a call is taken.
+std::span<const Instance> bfloat16_instances();
+std::span<const Instance> float16_instances();
+std::span<const Instance> float8_e4m3_instances();
+std::span<const Instance> float8_e5m2_instances();
+std::span<const Instance> int8_instances();
 std::span<const Instance> latent_instances();
 std::span<const Instance> float_instances();
 std::span<const Instance> latent_float_instances();

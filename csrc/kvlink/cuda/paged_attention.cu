@@ -25,6 +25,25 @@ bool aligned(const void* data, const Plane& plane, int64_t size) {
          plane.stride_head * size % 16 == 0;
 }
 
+std::span<const Instance> instances_for(DType stored, bool latent) {
+  if (stored == DType::kFloat32) return latent ? latent_float_instances() : float_instances();
+  if (latent) return latent_instances();
+  switch (stored) {
+    case DType::kBFloat16:
+      return bfloat16_instances();
+    case DType::kFloat16:
+      return float16_instances();
+    case DType::kFloat8E4M3:
+      return float8_e4m3_instances();
+    case DType::kFloat8E5M2:
+      return float8_e5m2_instances();
+    case DType::kInt8:
+      return int8_instances();
+    default:
+      return {};
+  }
+}
+
 const Instance& find_instance(const PagedAttentionParams& p) {
   const KVLayout& layout = p.kv.layout;
   const int64_t size = dtype_bytes(layout.dtype), q_size = dtype_bytes(p.q_dtype);
@@ -51,11 +70,7 @@ const Instance& find_instance(const PagedAttentionParams& p) {
     throw missing("out: supported are rows that begin at multiples of 4 bytes");
   }
   int largest = 0, largest_v = 0;
-  const auto instances = size == 4   ? (latent ? latent_float_instances() : float_instances())
-                         : latent    ? latent_instances()
-                         : size == 1 ? byte_instances()
-                                     : half_instances();
-  for (const Instance& each : instances) {
+  for (const Instance& each : instances_for(layout.dtype, latent)) {
     if (each.stored != layout.dtype) continue;
     largest = std::max(largest, each.max_dim), largest_v = std::max(largest_v, each.max_dim_v);
     const DType wanted = size == 1 ? DType::kBFloat16 : each.stored;

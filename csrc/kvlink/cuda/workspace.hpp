@@ -9,8 +9,10 @@
 namespace kvlink::cuda {
 
 // Of calls on one stream, one after the other: kept from call to call, so that most calls allocate
-// nothing. Where a graph is captured the memory is the graph's own, so that graphs may be replayed
-// side by side; it is the call's own, too, where it is too large to be kept.
+// nothing. It is kept for 32 streams of a device; beyond those, a stream takes over the memory of
+// the one used longest ago, which may not exist any more, once its calls have ended. Where a graph
+// is captured the memory is the graph's own, so that graphs may be replayed side by side; it is the
+// call's own, too, where it is too large to be kept, and where none can be taken over.
 //
 // A Workspace lives while kernels are queued that use it; no other call on the stream gets it
 // meanwhile.
@@ -30,7 +32,7 @@ class Workspace {
 
  private:
   struct Kept;
-  static Kept* find(unsigned long long stream);
+  static Kept* find(unsigned long long stream, std::unique_lock<std::mutex>& locked);
   void take(int64_t counter_bytes, int64_t num_bytes);
 
   cudaStream_t stream_;
