@@ -14,6 +14,8 @@ from cuda_attention_cases import BFLOAT16, EVERYTHING, FLOAT32, RAGGED, every_ca
 from emulated import SEEDS, DeviceArray, Emulation, emulated_cuda, pool_on_device
 
 import kvlink
+from kvlink import attention
+from kvlink.attention import choose_backend
 from kvlink.errors import InvalidArgument, NotReady, PageTableError, Unsupported
 from kvlink.reference.append_kv import plane
 from kvlink.reference.merge_states import merge_states as merge_reference
@@ -400,14 +402,14 @@ def test_rows_that_are_not_aligned_go_elsewhere(
             taken.append(q)
 
     monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
-    monkeypatch.setattr(kvlink.attention, "_triton_ops", Twin)
+    monkeypatch.setattr(attention, "_triton_ops", Twin)
     inputs = make_attention(AttentionCase(**BFLOAT16))
     wide = torch.zeros(2, 8, 16, 2, 68, dtype=torch.bfloat16)
     for planes in (wide[..., :64], wide.flatten()[4 : 4 + 2**15].view(2, 8, 16, 2, 64)):
         pool = pool_on_device(kvlink.KVPool.wrap([planes], "kv page slot head dim"))
-        assert kvlink.choose_backend("bfloat16", pool).name == "triton"
+        assert choose_backend("bfloat16", pool).name == "triton"
         with pytest.raises(Unsupported, match="cuda lacks feature 'unaligned_rows'"):
-            kvlink.choose_backend("bfloat16", pool, backend="cuda")
+            choose_backend("bfloat16", pool, backend="cuda")
     q = inputs.args[0]
     moved = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape)
     arrays = [DeviceArray(each.contiguous()) for each in inputs.args[3:]]

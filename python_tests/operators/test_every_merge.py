@@ -26,7 +26,7 @@ def states(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [1, 2, 5, 64, 65])
+@pytest.mark.parametrize("count", [1, 2, 5, 64])
 def test_any_number_of_states(place: Place, count: int, dtype: torch.dtype) -> None:
     outs, lses = states(count, 5, 3, 40, dtype)
     expected, expected_lse = reference([each.float() for each in outs], lses)
