@@ -7,7 +7,8 @@ from typing import Any
 from kvlink import _C
 from kvlink._arguments import a, array_or_integers, checked, flag, integer, optional, within, wrong
 from kvlink._arrays import as_int32, as_page_table
-from kvlink.errors import InvalidArgument
+from kvlink._cuda_part import on_cuda
+from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.pool import KVPool
 
 _INTEGERS = optional(array_or_integers)
@@ -38,8 +39,13 @@ def plan_attention(
     Leading pages that sequences share are found here, and looked at again in every call.
 
     Attributes: `num_tasks`; `shared_prefixes`: (sequences, leading tokens that are read once).
-    Raises InvalidArgument.
+    Raises InvalidArgument, Unsupported (a pool on a CUDA device).
     """
+    if on_cuda(pool.device):
+        raise Unsupported(
+            "plan_attention: cuda and triton lack feature 'plan'; they divide the work on the "
+            "device, call by call: leave `plan` out"
+        )
     if window is not None and window < 1:
         raise InvalidArgument(f"window: expected >= 1 or None; got {window}")
     if num_q_heads < 1 or num_q_heads % pool.layout.num_kv_heads:

@@ -49,7 +49,7 @@ PYTHON_LAYERS = {
     "_layer_pairs": {"_shard"},
     "_moving": _POOL | {"_cuda_part", "backends"},  # and, by name, the backend that is chosen
     "cache_ops": _OPERATORS | {"_layer_pairs", "_moving", "rope", "triton"},
-    "attention_plan": _POOL | {"_arrays"},
+    "attention_plan": _POOL | {"_arrays", "_cuda_part"},
     "attention_merge": {"_C", "_arrays", "_cuda_part", "backends", "reference", "triton"},
     "_attention_choice": _POOL | {"backends"},
     "attention": _OPERATORS

@@ -381,6 +381,11 @@ def test_what_is_not_covered_is_told(emulated_cuda: Emulation) -> None:
     inputs = make_attention(AttentionCase(**BFLOAT16))
     with pytest.raises(Unsupported, match="cuda lacks feature 'ready'"):
         attend(inputs.args, inputs.kwargs, ready=[])
+    for feature in ("plan", "cascade"):
+        with pytest.raises(Unsupported, match=f"cuda lacks feature '{feature}'"):
+            choose_backend("bfloat16", pool_on_device(inputs.pool), [feature], "cuda")
+    with pytest.raises(Unsupported, match="plan_attention: cuda and triton lack feature 'plan'"):
+        kvlink.plan_attention(pool_on_device(inputs.pool), *inputs.args[3:], num_q_heads=4)
     with pytest.raises(InvalidArgument, match="seq_lens: expected an array on CUDA device 0"):
         kvlink.paged_attention(
             DeviceArray(inputs.args[0]),
