@@ -60,7 +60,7 @@ def test_a_transfer_that_moves_tells(worker: PrefillWorker) -> None:
 
 
 def test_totals_wait_for_the_last_answers(worker: PrefillWorker) -> None:
-    """Decode may have all of a prompt, and its tokens, before it answers for its last layers."""
+    """Decode may have a whole prompt, and its tokens, before it answers for its last layers."""
     account = {"num_bytes": 10.0}
     moving: Any = SimpleNamespace(
         source_reusable=lambda: False,
