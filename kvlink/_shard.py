@@ -33,13 +33,11 @@ class Shard:
         replica: tuple[int, int] = (0, 1),
     ) -> None:
         layers = tuple(integers("layers", layers))
-        heads = tuple(integers("kv_heads", kv_heads))
+        heads = _contiguous(kv_heads)
         if not layers or min(layers) < 0 or len(set(layers)) != len(layers):
             raise InvalidArgument(f"layers: expected distinct numbers >= 0; got {layers}")
-        if not heads or heads[0] < 0 or heads != tuple(range(heads[0], heads[0] + len(heads))):
-            raise InvalidArgument(f"kv_heads: expected a contiguous rising range; got {heads}")
         object.__setattr__(self, "layers", layers)
-        object.__setattr__(self, "kv_heads", range(heads[0], heads[0] + len(heads)))
+        object.__setattr__(self, "kv_heads", heads)
         object.__setattr__(self, "replica", _checked_replica(replica))
 
     def overlaps(self, other: Shard) -> bool:
@@ -94,6 +92,22 @@ class Shard:
                 f"it holds {stage}, got layers {shown(layers)}"
             )
         return cls(held, heads, replica)
+
+
+def _contiguous(kv_heads: Iterable[int]) -> range:
+    """Of a range without looking at each: peers tell ranges of any length."""
+    found: Sequence[int]
+    if isinstance(kv_heads, range) and kv_heads.step == 1:
+        integers("kv_heads", (kv_heads.start, kv_heads.stop))
+        found = heads = kv_heads
+    else:
+        found = integers("kv_heads", kv_heads)
+        heads = range(found[0], found[0] + len(found)) if found else range(0)
+    if not heads or heads[0] < 0 or (found is not heads and list(heads) != found):
+        raise InvalidArgument(
+            f"kv_heads: expected a contiguous rising range; got {tuple(found[:64])}"
+        )
+    return heads
 
 
 def _checked_replica(replica: Any) -> tuple[int, int]:

@@ -140,28 +140,31 @@ class Acceptor:
             return
         addresses.tune(sock, self._own.peer_timeout)
         incoming = Incoming(sock, self._own, _HANDSHAKE_TIMEOUT)
-        fd = sock.fileno()
-
-        def on_readable() -> None:
-            if incoming not in self._incoming:
-                return  # turned away a moment ago; its descriptor may be another's by now
-            # A session that is made watches the same descriptor, so ours goes first.
-            self._service.unwatch(fd)
-            if self._shut:
-                self._incoming.pop(incoming, None)
-                incoming.drop()
-                return
-            if incoming.on_readable():
-                self._service.watch(fd, on_readable)
-                return
-            self._incoming.pop(incoming, None)
-            if self._full:
-                self._listen()
-            if incoming.made is not None:
-                self._done(incoming.made)
-
         self._incoming[incoming] = None
-        self._service.watch(fd, on_readable)
+        self._await(incoming)
+
+    def _await(self, incoming: Incoming) -> None:
+        """Its next word. What waits for it ends with it: nothing here refers to itself."""
+        on_readable = functools.partial(self._on_readable, incoming)
+        self._service.watch(incoming.channel.sock.fileno(), on_readable)
+
+    def _on_readable(self, incoming: Incoming) -> None:
+        if incoming not in self._incoming:
+            return  # turned away a moment ago; its descriptor may be another's by now
+        # A session that is made watches the same descriptor, so ours goes first.
+        self._service.unwatch(incoming.channel.sock.fileno())
+        if self._shut:
+            self._incoming.pop(incoming, None)
+            incoming.drop()
+            return
+        if incoming.on_readable():
+            self._await(incoming)
+            return
+        self._incoming.pop(incoming, None)
+        if self._full:
+            self._listen()
+        if incoming.made is not None:
+            self._done(incoming.made)
 
     def _forget(self, incoming: Incoming, why: str) -> None:
         self._service.unwatch(incoming.channel.sock.fileno())

@@ -143,6 +143,12 @@ def status_error(status: Any, what: str, message: str = "") -> TransferError:
     return kind(f"{what}: {message or summary}")
 
 
+def again(error: Exception) -> Exception:
+    """The same error once more. One object that is raised each time would keep the frames of all
+    who were told."""
+    return type(error)(*error.args)
+
+
 def outcome_name(status: Any) -> str:
     """A `_C.TransferStatus` as metrics and the log name it: "ok", or its error's name."""
     return "ok" if status.name == "OK" else _BY_STATUS[status.name].__name__

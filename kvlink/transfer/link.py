@@ -15,6 +15,7 @@ from kvlink.transfer.errors import (
     LinkClosed,
     PeerLost,
     TransferTimeout,
+    again,
     status_error,
 )
 from kvlink.transfer.forking import PARENTS, keep
@@ -208,7 +209,7 @@ class Link(LinkFacts, MovesGroups):
     def _current(self) -> Session:
         session = self._last
         if self.gone is not None:
-            raise self.gone
+            raise again(self.gone)
         if self._closed:
             raise LinkClosed(f"the link to {self.peer_name!r} is closed")
         if session.closed:

@@ -66,7 +66,7 @@ class LinkFacts:
         if self._reconnector is None:
             return "closed"
         why = self._reconnector.last_error
-        return "reconnecting" + (f" ({type(why).__name__}: {why})" if why is not None else "")
+        return "reconnecting" + (f" ({why})" if why else "")
 
     def __repr__(self) -> str:
         if self._session is None:

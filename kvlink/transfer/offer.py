@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kvlink import _C
 from kvlink.pool import KVPool
 from kvlink.transfer.descriptor import Descriptor
-from kvlink.transfer.errors import GrantExpired, LinkClosed, status_error
+from kvlink.transfer.errors import GrantExpired, LinkClosed, again, status_error
 from kvlink.transfer.forking import WHY, keep
 from kvlink.transfer.reservation import Reservation
 
@@ -71,11 +71,12 @@ class Lease:
         """Raises GrantExpired, GrantRevoked, PeerLost or LinkClosed when the pages may hold
         something else by now."""
         if self._lost is not None:
-            raise self._lost
+            raise again(self._lost)
         if self._over:
             raise LinkClosed("the lease was released")
         if self._session.closed:
-            raise self._session.gone or LinkClosed("the link to the owner of the pages is closed")
+            closed = LinkClosed("the link to the owner of the pages is closed")
+            raise again(self._session.gone or closed)
         if not self.valid:
             status = self._control.status(self._key)
             if status == _C.TransferStatus.PENDING:

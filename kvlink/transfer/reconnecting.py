@@ -41,7 +41,7 @@ class Reconnector:
         timeout: float,
         done: Callable[[Joined, Link], bool],
     ) -> None:
-        self.last_error: Exception | None = None
+        self.last_error = ""  # and not the exception, which keeps every frame that it passed
         self._own = own
         self._address = address
         self._require = require
@@ -96,7 +96,7 @@ class Reconnector:
             try:
                 joined = self._dial(self._timeout, lambda: link.closed)
             except Exception as error:  # a caller's resolver may raise anything
-                self.last_error = error
+                self.last_error = f"{type(error).__name__}: {error}"
                 if not link.closed:
                     first = type(error) not in told
                     told.add(type(error))
@@ -106,6 +106,6 @@ class Reconnector:
                 link.wait_closed(pauses[kind] * random.uniform(0.5, 1.0))
                 pauses[kind] = min(2 * pauses[kind], kind[1])
                 continue
-            self.last_error = None
+            self.last_error = ""
             self._done(joined, link)
             return

@@ -21,6 +21,7 @@ from kvlink.transfer.errors import (
     ProtocolError,
     TransferError,
     TransferTimeout,
+    again,
 )
 from kvlink.transfer.fds import close_fds
 from kvlink.transfer.forking import PARENTS, keep
@@ -168,7 +169,7 @@ class Session:
 
     def _check_open(self) -> None:
         if self.gone:
-            raise self.gone
+            raise again(self.gone)
         if self.closed:
             raise LinkClosed(f"the link to {self.peer.name!r} is closed")
 
@@ -233,6 +234,7 @@ class Session:
             self._give_back()
         if self._link is not None:
             self._link.on_session_gone(self, why)
+            self._link = None  # which keeps this session: neither waits for the other to be freed
 
     def leave(self) -> None:
         """In a forked child: see `forking`. The peer must see the parent's end, not this one's."""

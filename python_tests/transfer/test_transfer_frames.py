@@ -8,6 +8,7 @@ import os
 import random
 import struct
 import time
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,11 +17,13 @@ from knocking import HELLO, closed, ended, knock, proven, receive
 from receiving import eventually
 
 from kvlink._C import SlotKind
+from kvlink.layout import KVLayout
 from kvlink.testing.transfer_peer import SECRET
 from kvlink.testing.transfer_pool import PoolSpec
 from kvlink.transfer import Endpoint, LinkClosed, ProtocolError, wire
 from kvlink.transfer.descriptor import Descriptor
 from kvlink.transfer.framing import FrameHead, pack_frame, seal, unpack_frame
+from kvlink.transfer.region import RegionDescriptor
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -266,3 +269,16 @@ def test_a_peer_that_does_not_read(
         link.path_link.leave(descriptor)
         grant.wait_released(20)
     works(server)
+
+
+def test_a_small_frame_costs_little_memory() -> None:
+    """Whatever numbers it names: here a million heads."""
+    layout = KVLayout.nhd(num_kv_heads=4, head_dim=16, page_size=16, dtype="float32").to_bytes()
+    frame = wire.RegionFrame(0, False, 8, 0, 2**20, 0, 1, (0,), (0,), layout)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="region 0: shard: expected 4 KV heads"):
+            RegionDescriptor.from_frame(frame)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import gc
 import logging
-import os
 import random
 import re
 from collections import Counter
@@ -16,7 +15,7 @@ from kvlink import _C
 from kvlink.testing.faults import frames
 from kvlink.testing.faults.party import NUM_SLOTS, Party
 from kvlink.testing.faults.tuning import be_patient
-from kvlink.testing.faults.watched import SPECS, TOKENS, eventually, holdings, write_kv
+from kvlink.testing.faults.watched import SPECS, TOKENS, eventually, holdings, memory, write_kv
 from kvlink.transfer import Offer, TransferError, TransferTimeout
 from kvlink.transfer.descriptor import Descriptor
 
@@ -135,14 +134,16 @@ class FaultyParty(Party):
         return {"refusals": dict(self._log.refusals), "unexpected": self._log.unexpected[:5]}
 
     def held(self) -> dict[str, int]:
-        """Descriptors, threads, mapped segments and resident memory of this process."""
+        """Descriptors, threads, mapped segments and memory of this process."""
         self.drain()
         gc.collect()
         with contextlib.suppress(AttributeError):  # glibc keeps what was freed, and that varies
             ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/statm") as statm:
-            pages = int(statm.read().split()[1])
-        return holdings() | {"resident bytes": pages * os.sysconf("SC_PAGESIZE")}
+        return holdings() | memory()
+
+    def memory(self) -> dict[str, int]:
+        """As it is now, garbage included."""
+        return memory()
 
 
 _REFUSAL = re.compile(r"\b(\w*(?:Error|Mismatch|Refused|Unreachable|Unavailable))\b")

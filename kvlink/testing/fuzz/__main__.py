@@ -20,6 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"{found.counts.total()} frames in {found.seconds:.0f} s, {found.num_good} good transfers"
     )
+    for told in found.on_the_way:
+        print("; ".join(f"{name} {number}" for name, number in told.items()))
     print(f"refusals logged: {found.refusals}")
     print(f"the endpoint held {found.before}, then {found.after}")
     for problem in found.problems:

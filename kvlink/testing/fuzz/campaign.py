@@ -15,7 +15,10 @@ from kvlink.testing.faults.peer import PeerDied, PeerFailed, PeerProcess
 from kvlink.testing.fuzz.client import run_fuzzer
 
 SILENCE = 60.0  # s without a word of any client: a hang
-MAX_GROWTH = 16 << 20  # bytes of resident memory: outcomes remembered, caches that fill
+MAX_GROWTH = 16 << 20  # bytes of resident memory: what is in use, and holes between it
+# What is in use: 4096 outcomes remembered (some 15,000 blocks and 1 MB), caches that fill.
+MAX_IN_USE = {"malloc bytes": 4 << 20, "Python blocks": 1 << 15}
+_SAMPLES = 20  # of memory, on the way
 _PAUSE = 0.02  # s between two good transfers
 _SETTLE = 10.0  # s, for what the last connections held
 
@@ -28,6 +31,7 @@ class Findings:
     refusals: dict[str, int] = field(default_factory=dict)
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
+    on_the_way: list[dict[str, int]] = field(default_factory=list)
     num_good: int = 0
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
@@ -37,7 +41,7 @@ def run_fuzz(
     num_frames: int, *, seed: int = 0, num_clients: int = 3, max_growth: int | None = MAX_GROWTH
 ) -> Findings:
     """Sends that many mutated frames, and looks after the endpoint meanwhile. `max_growth` of its
-    resident memory, bytes; None where that says nothing (sanitizers keep what was freed)."""
+    resident memory, bytes; None where memory says nothing (sanitizers keep what was freed)."""
     found = Findings()
     began = time.monotonic()
     target, good = PeerProcess("target", "host_shm"), PeerProcess("good", "host_shm")
@@ -51,7 +55,7 @@ def run_fuzz(
             _Client(target.address, seed * 1000 + i, -(-num_frames // num_clients))
             for i in range(num_clients)
         ]
-        _watch(target, good, clients, found)
+        _watch(target, good, clients, found, num_frames)
         good.call("close_link")
         _check_growth(target, found, max_growth)
         _good_transfers(target, good, 5, found)
@@ -106,10 +110,21 @@ class _Client:
         self.connection.close()
 
 
-def _watch(target: PeerProcess, good: PeerProcess, clients: list[_Client], found: Findings) -> None:
+def _watch(
+    target: PeerProcess, good: PeerProcess, clients: list[_Client], found: Findings,
+    num_frames: int,
+) -> None:  # fmt: skip
     """Good transfers until the clients are done."""
+    began = time.monotonic()
+    step, due = num_frames / _SAMPLES, 0.0
     while not all(client.done for client in clients):
         _good_transfers(target, good, 1, found)
+        sent = sum(sum(client.counts.values()) for client in clients)
+        if sent >= due:
+            due = sent + step
+            told = {"seconds": round(time.monotonic() - began), "frames": sent}
+            told["transfers"] = found.num_good
+            found.on_the_way.append(told | target.call("memory"))
         busy = [client for client in clients if not client.done]
         ready = wait([client.connection for client in busy], timeout=_PAUSE)
         for client in busy:
@@ -153,7 +168,9 @@ def _held(target: PeerProcess) -> dict[str, int]:
 def _check_growth(target: PeerProcess, found: Findings, max_growth: int | None) -> None:
     """Once the last connections have ended, the endpoint holds what it held."""
     end = time.monotonic() + _SETTLE
-    allowed = {"resident bytes": sys.maxsize if max_growth is None else max_growth}
+    allowed = {"resident bytes": max_growth or 0, **MAX_IN_USE}
+    if max_growth is None:
+        allowed = dict.fromkeys(allowed, sys.maxsize)
     while True:
         found.after = _held(target)
         grown = {
