@@ -10,51 +10,60 @@ import argparse
 import json
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from kvlink.errors import KVLinkError
+from kvlink.serving.arguments import add_generation_arguments, defaults_from, options_from
 from kvlink.serving.generate import Generation
-from kvlink.serving.options import Options, SideOptions, side_threads
 from kvlink.serving.report import format_report
-from kvlink.serving.request import Defaults
 
 HERE = Path(__file__).resolve().parent
-PREFILL = SideOptions(page_size=16, layout="nhd")
-DECODE = SideOptions(page_size=24, layout="hnd")
+DEFAULTS = dict(
+    max_new_tokens=96, temperature=0.8, top_p=0.95, seed=1,
+    prefill_page_size=16, prefill_layout="nhd", decode_page_size=24, decode_layout="hnd",
+)  # fmt: skip
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=HERE / "demo_model", type=Path, metavar="DIR")
-    parser.add_argument("--prompts", default=HERE / "demo_prompts.jsonl", type=Path, metavar="FILE")
-    parser.add_argument("--max-new-tokens", default=96, type=int, metavar="N")
-    parser.add_argument("--temperature", default=0.8, type=float, metavar="X")
-    parser.add_argument("--seed", default=1, type=int, metavar="N")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model", default=HERE / "demo_model", metavar="DIR", help="Hugging Face checkpoint"
+    )
+    parser.add_argument(
+        "--prompts", default=HERE / "demo_prompts.jsonl", type=Path, metavar="FILE",
+        help="JSON lines with prompt",
+    )  # fmt: skip
+    add_generation_arguments(parser)
+    parser.set_defaults(**DEFAULTS)
     arguments = parser.parse_args()
-
-    threads = side_threads()
-    options = Options(
-        model_dir=str(arguments.model),
-        prefill=replace(PREFILL, num_threads=threads[0]),
-        decode=replace(DECODE, num_threads=threads[1]),
-    )
-    defaults = Defaults(
-        arguments.max_new_tokens, arguments.temperature, top_p=0.95, seed=arguments.seed
-    )
+    options = options_from(arguments, str(arguments.model))
     try:
-        lines = arguments.prompts.read_bytes().strip().split(b"\n")
-        generation = Generation(lines, options, defaults)
+        content = arguments.prompts.read_bytes().rstrip()
+        lines = content.split(b"\n") if content else []
+        generation = Generation(lines, options, defaults_from(arguments))
         for line, record in zip(lines, generation.run(), strict=True):
-            show(json.loads(line)["prompt"], record.get("text") or record.get("error", ""))
+            show(prompt_of(line), record.get("text") or record.get("error", ""))
     except (KVLinkError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     print(rule("report"))
-    print(f"prefill   pages of {PREFILL.page_size} tokens, {PREFILL.layout}")
-    print(f"decode    pages of {DECODE.page_size} tokens, {DECODE.layout}")
+    print(f"prefill   pages of {options.prefill.page_size} tokens, {options.prefill.layout}")
+    print(f"decode    pages of {options.decode.page_size} tokens, {options.decode.layout}")
     print(format_report(generation.report))
     return 0
+
+
+def prompt_of(line: bytes) -> str:
+    """The line's prompt; a line without one as it is."""
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, LookupError, TypeError):
+        prompt = None
+    return prompt if isinstance(prompt, str) else line.decode(errors="replace")
 
 
 def show(prompt: str, text: str) -> None:

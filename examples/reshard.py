@@ -6,6 +6,7 @@ pages of 16 to pages of 24 and from NHD to HND.
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing as mp
 import secrets
 from typing import Any
@@ -60,6 +61,7 @@ def prefill(secret: bytes, tickets: Any) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()  # there are none
     secret = secrets.token_bytes(32)
     context = mp.get_context("spawn")
     tickets, theirs = context.Pipe()

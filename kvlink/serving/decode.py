@@ -13,6 +13,7 @@ from kvlink.errors import NeverReady, NotReady
 from kvlink.serving.batch import Batch
 from kvlink.serving.channel import Channel, Message
 from kvlink.serving.early import EarlyStep
+from kvlink.serving.keeper import GrantKeeper
 from kvlink.serving.request import Request
 from kvlink.serving.sampling import sample
 from kvlink.serving.scheduler import DecodeJob, DecodeScheduler
@@ -40,14 +41,17 @@ class DecodeWorker(Worker):
         self.progress_at = 0.0  # time.monotonic()
         self.extended_at = 0.0
         self.alive: set[int] = set()  # ranks of prefill that were heard of since then
+        self.keeper = GrantKeeper(self.open_grants, self.options.grant_ttl_s)
 
     def serve(self) -> None:
         """Works until the router says stop."""
+        self.keeper.start()
         while not self.stopping:
             self.grant()
             self.collect_arrivals()
             self.run()
             self.receive(self.patience())
+        self.keeper.close()
 
     def patience(self) -> float:
         """Seconds to wait for the router, given what else there is to do."""
@@ -101,11 +105,12 @@ class DecodeWorker(Worker):
         if not jobs:
             return
         try:
-            logits = self.model(
-                Batch.of(chunks, self.allocator.page_size),
-                self.pool,
-                awaited=early.awaited if early.jobs else None,
-            )
+            with self.keeper:
+                logits = self.model(
+                    Batch.of(chunks, self.allocator.page_size),
+                    self.pool,
+                    awaited=early.awaited if early.jobs else None,
+                )
         except (NotReady, NeverReady):
             # No token was taken: the next step computes the same again, without the late ones.
             self.put_off(early)
@@ -210,8 +215,13 @@ class DecodeWorker(Worker):
         if time.monotonic() - self.extended_at > self.options.grant_ttl_s / 8:
             self.extended_at = time.monotonic()
             self.alive.clear()
-            for job in self.scheduler.arriving.values():
-                job.grant.extend(self.options.grant_ttl_s)
+            for grant in self.open_grants():
+                grant.extend(self.options.grant_ttl_s)
+
+    def open_grants(self) -> list[Any]:
+        """Those that KV is on its way to; called from any thread."""
+        arriving = list(self.scheduler.arriving.values())
+        return [job.grant for job in arriving if job.grant is not None]
 
     def receive(self, timeout: float) -> None:
         """Takes what the router sent; waits up to `timeout` seconds for something."""

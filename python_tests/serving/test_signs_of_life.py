@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from stepping import SECRET, Wire
+from stepping import SECRET, Serving, Wire
 
+from kvlink.serving.keeper import GrantKeeper
 from kvlink.serving.options import Options, SideOptions
 from kvlink.serving.prefill import PrefillWorker
 from kvlink.serving.request import Request
@@ -69,6 +71,47 @@ def test_totals_wait_for_the_last_answers(worker: PrefillWorker) -> None:
     )
     worker.collect([moving])
     assert worker.stats()["num_bytes"] == 30.0
+
+
+def test_grants_outlive_a_step_of_decode(
+    checkpoint: Callable[[str], tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it lasts nobody hears prefill, nor verifies what has arrived."""
+    serving = Serving(checkpoint("llama3")[1])
+    worker, model = serving.worker, serving.worker.model
+    extended: list[float] = []
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        worker.keeper.look()
+        assert extended == []  # it may be a short one
+        worker.keeper.look()
+        return model(*args, **kwargs)
+
+    try:
+        serving.start(0, list(range(10, 50)))
+        serving.admit(1, list(range(90, 103)))
+        serving.granted()
+        grant = worker.scheduler.arriving[1].grant
+        monkeypatch.setattr(grant, "extend", extended.append)
+        monkeypatch.setattr(worker, "model", slow)
+        worker.run()
+        assert extended == [worker.options.grant_ttl_s]
+        for _ in range(3):  # between steps the grant's time runs
+            worker.keeper.look()
+        assert len(extended) == 1
+    finally:
+        serving.close()
+
+
+def test_the_keeper_looks_by_itself() -> None:
+    extended = threading.Event()
+    grant = SimpleNamespace(extend=lambda ttl: extended.set())
+    keeper = GrantKeeper(lambda: [grant], 0.01)
+    keeper.start()
+    with keeper:
+        assert extended.wait(20)
+    keeper.close()
+    assert "grant-keeper" not in [thread.name for thread in threading.enumerate()]
 
 
 @pytest.mark.two_process
