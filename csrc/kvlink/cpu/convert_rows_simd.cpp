@@ -224,7 +224,7 @@ class Converter {
       if (by_lines_) scale_lines_.start(move.num_heads);
       if (move.dst.token_scale) return;
       quantiser_.set_scales(dst_scales_, 0, move.num_heads);
-      if (quantises_ && num_tokens >= kTokensWorthCodes) {
+      if (quantises_ && num_tokens >= 16) {  // fewer are not worth the making
         coded_ = head_codes_.set(quantiser_, dst_scales_, move.num_heads);
       }
     }
@@ -260,7 +260,7 @@ class Converter {
     }
     for (int64_t i = 0; i < rows.count; ++i) {
       if (!strided_ && i < ahead.count) {
-        fetch(ahead.at[i].src, move_.dims * Row<kSrc>::kBytes);
+        fetch(ahead.at[i], move_.dims, false);
         if (move_.dst.token_scale) __builtin_prefetch(ahead.at[i].dst_scale, 1);
       }
       convert_row(rows, i, sum);
@@ -274,10 +274,12 @@ class Converter {
   }
 
  private:
-  static constexpr int64_t kTokensWorthCodes = 16;
-
-  static KVLINK_INLINE void fetch(const char* src, int64_t num_bytes) {
-    for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(src + i);
+  // What a row will be read from and, now and then, a line of where it goes: a store around the
+  // caches to a page of memory not used lately would wait for its address.
+  static KVLINK_INLINE void fetch(const RowAt& row, int64_t dims, bool streaming) {
+    for (int64_t i = 0; i < dims * Row<kSrc>::kBytes; i += 64) __builtin_prefetch(row.src + i);
+    const int64_t in_page = static_cast<int64_t>(reinterpret_cast<uintptr_t>(row.dst) % 2048);
+    if (streaming && in_page < dims * Row<kDst>::kBytes) __builtin_prefetch(row.dst);
   }
 
   KVLINK_INLINE float src_scale(const Rows& rows, int64_t i) const {
@@ -327,12 +329,12 @@ class Converter {
   }
 
   // Rows that have scales of their own, and kStripes whole stripes, any number of them with 0.
-  // Returns bits of the rows that are left to quantise(). With kStreams all is streamed.
+  // Returns bits of the rows that are left to quantise(). kStreams is not looked at with 0.
   template <int kStripes, bool kStreams>
   __attribute__((noinline)) uint32_t quantise_own(const Rows& rows, const Rows& ahead,
                                                   DigestSum& total) {
     const int64_t dims = kStripes ? kStripes * 64 : move_.dims;
-    const bool streaming = kStreams || streaming_, with_digest = move_.with_digest;
+    const bool streaming = kStripes ? kStreams : streaming_, with_digest = move_.with_digest;
     const int64_t count = rows.count, num_ahead = ahead.count;
     const bool fetches_scales = !by_lines_;  // stores wait for each other
     const uint32_t fits = row_quantiser_.fits(rows.scales);
@@ -340,7 +342,7 @@ class Converter {
     uint32_t left = 0;
     for (int64_t i = 0; i < count; ++i) {
       if (i < num_ahead) {
-        fetch(ahead.at[i].src, dims * 2);
+        fetch(ahead.at[i], dims, streaming);
         if (fetches_scales) __builtin_prefetch(ahead.at[i].dst_scale, 1);
       }
       const int64_t scale = rows.scales + i;
@@ -380,7 +382,7 @@ class Converter {
     DigestSum sum;
     uint32_t left = 0;
     for (int64_t i = 0; i < count; ++i) {
-      if (i < num_ahead) fetch(ahead.at[i].src, dims * 2);
+      if (i < num_ahead) fetch(ahead.at[i], dims, streaming);
       if ((which >> i & 1) == 0) continue;
       const int64_t scale = own_scales ? rows.scales + i : rows.at[i].head;
       const char* src = rows.at[i].src;
@@ -392,7 +394,7 @@ class Converter {
       KVLINK_UNROLL_BY(2)
       for (; j + 64 <= dims; j += 64) {
         if (!kCoded || !head_codes_.stripe(src + j * 2, scale, words)) {
-          fits &= quantiser_.stripe(src + j * 2, scale, words);
+          fits &= !(kCoded && kDst == DType::kInt8) && quantiser_.stripe(src + j * 2, scale, words);
         }
         put(words, dst + j, streaming);
         lanes.stripe(words);

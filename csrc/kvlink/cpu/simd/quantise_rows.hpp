@@ -120,7 +120,7 @@ class HeadCodes {
   alignas(64) uint32_t range_[kScales];
 };
 
-// 64 codes of int8, none beyond 127: products, rounded once.
+// 64 codes of int8, none beyond 128, which becomes 127: products, rounded once.
 KVLINK_INLINE Words round_products(__m512i first, __m512i second, __m512 factor) {
   const auto round = [&](__m512i values) {  // in the order of memory, each in 16 bits
     const __m512 magic = _mm512_set1_ps(kRoundInt);
@@ -145,19 +145,25 @@ class HeadCodes<DType::kInt8> {
   bool set(const Quantiser<DType::kInt8>& by, const float* scales, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       if (!by.can_divide(i) || !find_factor(scales[i], factor_[i])) return false;
-      most_[i] = by.most(i) * 0x10001u;
+      end_[i] = (by.most(i) + 1) * 0x10001u;
     }
     return true;
   }
 
-  // 64 values divided by scale i; false, and anything, where one needs a bound.
+  // 64 values divided by scale i; false, and anything, where one is NaN.
   KVLINK_INLINE bool stripe(const char* src, int64_t i, Words& words) const {
     const __m512i first = _mm512_loadu_si512(src), second = _mm512_loadu_si512(src + 64);
-    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff), end = _mm512_set1_epi32(end_[i]);
+    const __m512i low_end = _mm512_or_si512(end, _mm512_set1_epi16(INT16_MIN));
+    const auto bounded = [&](__m512i value) {  // as numbers without sign, negative ones are last
+      return _mm512_min_epu16(_mm512_min_epi16(value, end), low_end);
+    };
+    words = round_products(bounded(first), bounded(second), _mm512_set1_ps(factor_[i]));
+    // The bound's product is 127 or 128.
+    words.part[0] = (WordPart)_mm512_max_epi8((__m512i)words.part[0], _mm512_set1_epi8(-127));
     const __m512i most =
         _mm512_max_epu16(_mm512_and_si512(first, magnitude), _mm512_and_si512(second, magnitude));
-    words = round_products(first, second, _mm512_set1_ps(factor_[i]));
-    return _mm512_cmpgt_epu16_mask(most, _mm512_set1_epi32(most_[i])) == 0;
+    return _mm512_cmpgt_epu16_mask(most, _mm512_set1_epi16(0x7f80)) == 0;
   }
 
  private:
@@ -189,7 +195,7 @@ class HeadCodes<DType::kInt8> {
   }
 
   alignas(64) float factor_[kScales];
-  alignas(64) uint32_t most_[kScales];  // the largest bfloat16 that needs no bound, in pairs
+  alignas(64) uint32_t end_[kScales];  // after the largest bfloat16 that needs no bound, in pairs
 };
 
 template <DType kDst>
