@@ -49,14 +49,15 @@ _FEATURES = frozenset(
     {
         "decode", "extend", "ragged", "bidirectional", "window", "softcap", "sinks",
         "alibi_slopes", "lse", "out", "csr_page_table", "head_dim_v", "latent", "ready",
-        "mixed_dtypes", "any_head_dim", "any_strides", "unaligned_rows", "scaled_floats",
+        "mixed_dtypes", "any_head_dim", "large_head_dim", "any_strides", "unaligned_rows",
+        "scaled_floats",
     }
 )  # fmt: skip
 _SELECTING = {"mask", "q_positions", "generations"}
 _ON_CUDA = (_FEATURES | _SELECTING | {"ready_counters"}) - {
-    "ready", "any_head_dim", "any_strides", "unaligned_rows", "scaled_floats",
+    "ready", "any_head_dim", "large_head_dim", "any_strides", "unaligned_rows", "scaled_floats",
 }  # fmt: skip
-_ON_TRITON = (_FEATURES - {"ready"}) | _SELECTING
+_ON_TRITON = (_FEATURES - {"ready", "large_head_dim"}) | _SELECTING
 _CUDA_PART = ("kvlink._cuda",)
 _INTEGERS = optional(array_or_integers)
 
@@ -239,7 +240,7 @@ def paged_attention(
                 causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
                 alibi_slopes=alibi_slopes, q_positions=q_positions, mask=mask,
                 mask_starts=mask_starts, page_generations=page_generations,
-                expected_generations=expected_generations, out=out, lse=lse,
+                expected_generations=expected_generations, out=out, lse=lse, stream=stream,
             )  # fmt: skip
             return (out, lse) if return_lse else out
         awaited = [] if ready is None else ready_items(ready)

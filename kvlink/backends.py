@@ -20,6 +20,16 @@ TRITON_DEVICES = frozenset({"cpu" if os.environ.get("TRITON_INTERPRET") == "1" e
 _DEVICES = {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}  # DLPack's device types
 
 
+# Of features that are no argument of a call.
+_MEANING = {
+    "any_head_dim": " (head_dim that is no multiple of 16, or above 256; latent: 576 / 512)",
+    "large_head_dim": " (head_dim above 576, or head_dim_v above 512)",
+    "any_strides": " (rows whose elements are not contiguous)",
+    "scaled_floats": " (float pages with scales)",
+    "mixed_dtypes": " (q of another dtype than K and V)",
+}
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What one backend does. `automatic`: "auto" may pick it; `packages`: what it imports."""
@@ -50,7 +60,11 @@ class Capabilities:
         self, device: str, q_dtype: str, kv_dtype: str, features: Iterable[str], of: str = "q"
     ) -> list[str]:
         """What a call needs and this backend lacks, in words."""
-        lacks = [f"feature {name!r}" for name in features if name not in self.features]
+        lacks = [
+            f"feature {name!r}{_MEANING.get(name, '')}"
+            for name in features
+            if name not in self.features
+        ]
         lacks += [f"package {name!r}" for name in self.packages if not _importable(name)]
         for what, value, supported in (
             ("device", device, self.devices),
@@ -74,6 +88,7 @@ def attention_features(layout: Any, q_dtype: str) -> dict[str, bool]:
             if layout.form == "latent"
             else max(dims) > 256
         ),
+        "large_head_dim": layout.head_dim > 576 or layout.head_dim_v > 512,
         "any_strides": layout.k.stride_dim != 1
         or (layout.has_v_plane and layout.v.stride_dim != 1),
         "scaled_floats": layout.dtype in FLOATS and layout.scale != "none",

@@ -53,12 +53,34 @@ ALONE = """
 import sys
 sys.meta_path[:] = [each for each in sys.meta_path if "__editable__" not in repr(each)]
 import torch
-import kvlink.triton
-rows = torch.ones(2, 1, 16)
-pages = torch.zeros(2, 4, 1, 16)
-pool = kvlink.triton.TensorPool([pages], [pages + 1])
-kvlink.triton.append_kv(rows, rows, pool, 0, torch.tensor([5, -1]))
-assert pages.sum() == 16, pages
+import kvlink
+import kvlink.triton as ops
+
+rows = torch.randn(8, 1, 16)
+k, v = torch.zeros(2, 3, 4, 1, 16)
+pool = ops.TensorPool([k], [v])
+slots = torch.tensor([4, 5, 6, 7, 0, 1, 2, -1])
+ops.append_kv(rows, rows + 1, pool, 0, slots)
+table, lens = torch.tensor([[1, 0]]).int(), torch.tensor([7]).int()
+out, lse = ops.paged_attention(rows[:1], pool, 0, table, lens, return_lse=True)
+scores = (rows[:7, 0] @ rows[0, 0]) * 0.25
+wanted = scores.softmax(0) @ (rows[:7, 0] + 1)
+assert torch.allclose(out[0, 0], wanted, atol=1e-5), (out, wanted)
+merged, _ = ops.merge_states(out, lse, out, lse)
+assert torch.allclose(merged, out, atol=1e-6)
+half = torch.zeros(2, 3, 7, 1, 16, dtype=torch.bfloat16)
+other = ops.TensorPool([half[0]], [half[1]])
+moved = ops.relayout_pages(pool, [1, 0], other, [2], num_tokens=7, digest=True)
+assert torch.equal(half[1, 2], (rows[:7] + 1).bfloat16())
+assert moved == ops.digest_pages(other, [2], num_tokens=7), moved
+ops.copy_pages(other, [2], [0])
+assert torch.equal(half[:, 0], half[:, 2])
+rope = (torch.tensor([[0.0] * 8 + [1.0] * 8]), torch.zeros(8).long(), False, 0)  # a quarter turn
+turned = ops.apply_rope(rows, rope)
+assert torch.equal(turned, torch.cat([-rows[..., 8:], rows[..., :8]], -1))
+ops.append_kv(rows, rows, pool, 0, slots, rope=rope)
+assert torch.equal(k[1, :, 0], turned[:4, 0])
+assert "kvlink._C" not in sys.modules
 assert kvlink.KVLayout.nhd(num_kv_heads=1, head_dim=16, page_size=4, dtype="int8").page_size == 4
 try:
     kvlink.append_kv

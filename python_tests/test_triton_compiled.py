@@ -19,10 +19,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
+from kvlink.errors import Unsupported
 from kvlink.triton import (
     TensorPool,
     append_kv,
     apply_rope,
+    configs,
     digest_pages,
     merge_states,
     paged_attention,
@@ -31,7 +33,10 @@ from kvlink.triton import (
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NEWER_PTXAS = "ptxas-blackwell" if (TOOLS / "ptxas-blackwell").exists() else "ptxas"
+CAPABILITIES = [80, 90, 100]
+SMALLER = [86, 89, 120]  # these have 99 KiB
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that a program may have
+SHARED_BYTES |= dict.fromkeys(SMALLER, 99 << 10)
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -54,7 +59,7 @@ class Target:
         return torch.cuda
 
 
-@pytest.fixture(params=[80, 90, 100])
+@pytest.fixture(params=CAPABILITIES)
 def compiled(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[int, list[Any]]]:
@@ -188,6 +193,49 @@ for _kind, _decode in (("decode", True), ("extend", False)):
             make_pool("float32", 128), 4, decode=d, q_dtype="float32"
         ),
     }  # fmt: skip
+
+
+# What needs the most shared memory of each line of the smaller devices' table.
+LARGEST: dict[str, Callable[[], Any]] = {
+    "decode-64x256": lambda: attend(make_pool("bfloat16", 256), 64, decode=True),
+    "decode-576-512": lambda: attend(make_pool("bfloat16", 576, 512), 4, decode=True),
+    "decode-64x576-512": lambda: attend(make_pool("bfloat16", 576, 512), 64, decode=True),
+    "extend-576-512": lambda: attend(make_pool("bfloat16", 576, 512), 4, decode=False),
+    "decode-float32": lambda: attend(
+        make_pool("float32", 576, 512, heads=1), 16, decode=True, q_dtype="float32"
+    ),
+    "decode-128": CASES["decode-128"],
+    "extend-128": CASES["extend-128"],
+}
+
+
+@pytest.mark.parametrize(
+    ("compiled", "case"),
+    [(86, case) for case in LARGEST]
+    + [(120, case) for case in LARGEST if case != "decode-float32"]
+    + [(89, "decode-128-fp8"), (89, "extend-256-int8")],
+    indirect=["compiled"],
+)
+def test_smaller_devices_have_room(case: str, compiled: tuple[int, list[Any]]) -> None:
+    capability, kernels = compiled
+    (LARGEST | CASES)[case]()
+    assert kernels
+    for kernel in kernels:
+        assert kernel.metadata.target.arch == capability
+        assert (
+            kernel.metadata.shared <= SHARED_BYTES[capability] == configs.shared_bytes(capability)
+        )
+
+
+def test_devices_of_no_table_have_the_least_or_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {capability: configs.shared_bytes(capability) for capability in SHARED_BYTES} == (
+        SHARED_BYTES
+    )
+    assert configs.shared_bytes(199) == 99 << 10
+    native = sys.modules["kvlink.triton.paged_attention"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(Unsupported, match=r"device: .* compute capability 8\.0 .*; got 7\.5"):
+        native._capability(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -9,13 +9,14 @@ from kvlink.triton.append_kv import append_kv
 from kvlink.triton.apply_rope import apply_rope
 from kvlink.triton.merge_states import merge_states
 from kvlink.triton.paged_attention import paged_attention
-from kvlink.triton.relayout_pages import digest_pages, relayout_pages
+from kvlink.triton.relayout_pages import copy_pages, digest_pages, relayout_pages
 from kvlink.triton.tensor_pool import TensorPool
 
 __all__ = [
     "TensorPool",
     "append_kv",
     "apply_rope",
+    "copy_pages",
     "digest_pages",
     "merge_states",
     "paged_attention",

@@ -1,12 +1,24 @@
 """Tile shapes and launch parameters, checked in: nothing is searched for when a kernel runs.
 
-Chosen by reasoning for an H200 (132 SMs, 228 KiB of shared memory each), not measured on one yet.
-`python_tests/test_triton_compiled.py` holds that none of them spills registers.
+Chosen by reasoning for an H200 (132 SMs, 228 KiB of shared memory each) and for the shared memory
+of other devices, not measured on any yet. `python_tests/test_triton_compiled.py` holds that what it
+compiles has enough of that, and spills no registers.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+MIN_CAPABILITY = 80  # Triton's own
+# KiB of shared memory that one program may have, by compute capability.
+_SHARED_KIB = {
+    80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99
+}  # fmt: skip
+
+
+def shared_bytes(capability: int) -> int:
+    """That a program may have; of a device that is not known yet, the least of all."""
+    return _SHARED_KIB.get(capability, min(_SHARED_KIB.values())) << 10
 
 
 class RowsConfig(NamedTuple):
@@ -61,6 +73,13 @@ _DECODE: _Lines = (
     (64, 256, "8-bit 16-bit", AttentionConfig(64, 32, 8, 3)),
     (64, 576, "8-bit 16-bit", AttentionConfig(32, 32, 8, 3)),
 )
+_DECODE_SMALL: _Lines = (  # where two tiles of 512 dims are too much
+    (16, 128, "8-bit 16-bit", AttentionConfig(16, 64, 4, 5)),
+    (16, 256, "8-bit 16-bit", AttentionConfig(16, 32, 4, 5)),
+    (16, 576, "8-bit 16-bit", AttentionConfig(16, 16, 8, 5)),
+    (64, 256, "8-bit 16-bit", AttentionConfig(64, 32, 8, 3)),
+    (64, 576, "8-bit 16-bit", AttentionConfig(32, 16, 8, 3)),
+)
 _FLOAT32: _Lines = (
     (128, 128, "float32", AttentionConfig(16, 32, 8, 1)),
     (128, 576, "float32", AttentionConfig(16, 16, 8, 1)),
@@ -75,10 +94,10 @@ _EXTEND_NARROW: _Lines = (  # where 128 rows spill
     (128, 256, "8-bit 16-bit", AttentionConfig(32, 32, 8, 3)),
     (128, 576, "8-bit 16-bit", AttentionConfig(16, 16, 8, 3)),
 )
-_ATTENTION: dict[int, _Lines] = {  # from this compute capability on
-    100: (*_DECODE, *_EXTEND_WIDE, *_FLOAT32),
-    90: (*_DECODE, *_EXTEND_WIDE, *_FLOAT32),
-    0: (*_DECODE, *_EXTEND_NARROW, *_FLOAT32),
+_ATTENTION: dict[int, _Lines] = {  # from so many KiB of shared memory on
+    227: (*_DECODE, *_EXTEND_WIDE, *_FLOAT32),
+    163: (*_DECODE, *_EXTEND_NARROW, *_FLOAT32),
+    99: (*_DECODE_SMALL, *_EXTEND_NARROW, *_FLOAT32),
 }
 _WIDTHS = {"float32": "float32", "float16": "16-bit", "bfloat16": "16-bit"}
 
@@ -90,7 +109,8 @@ def attention(capability: int, max_rows: int, dims: int, dtype: str) -> Attentio
     """
     wanted = 16 if max_rows <= 16 else 64 if max_rows <= 64 else 128
     width = _WIDTHS.get(dtype, "8-bit")
-    lines = next(lines for since, lines in _ATTENTION.items() if capability >= since)
+    available = shared_bytes(capability) >> 10
+    lines = next(lines for least, lines in _ATTENTION.items() if available >= least)
     for rows, up_to, widths, config in lines:
         if wanted <= rows and dims <= up_to and width in widths.split():
             return config

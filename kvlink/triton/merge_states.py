@@ -8,13 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
-from kvlink.errors import InvalidArgument
+from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.triton import configs
 from kvlink.triton.arguments import FLOATS, Sizes, as_tensor, check, short_name
 from kvlink.triton.tensor_pool import on_stream
 from kvlink.triton.values import from_float32, to_float32
 
 _UNSEEN = tl.constexpr(float("-inf"))
+_MOST_STATES = 64  # their addresses travel with the launch
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -58,11 +59,18 @@ def merge_states_kernel(
 
 
 def merge_states(
-    out_a: Any, lse_a: Any, out_b: Any = None, lse_b: Any = None, *, into: Any = None
+    out_a: Any,
+    lse_a: Any,
+    out_b: Any = None,
+    lse_b: Any = None,
+    *,
+    into: Any = None,
+    stream: int | None = None,
 ) -> tuple[Any, Any]:
     """See `kvlink.merge_states`; compiled once per number of states. Returns torch tensors.
 
-    `into` is an (out, lse) pair to write to.
+    `into` is an (out, lse) pair to write to. The work is queued on `stream`, by default torch's
+    current one. Raises Unsupported for more than 64 states.
     """
     if out_b is None and lse_b is None:
         outs, lses = list(out_a), list(lse_a)
@@ -74,6 +82,10 @@ def merge_states(
         raise InvalidArgument(
             "states: expected one lse for each of at least one out; got "
             f"{len(outs)} outs and {len(lses)} lses"
+        )
+    if len(outs) > _MOST_STATES:
+        raise Unsupported(
+            f"merge_states: triton supports up to {_MOST_STATES} states; got {len(outs)}"
         )
     sizes = Sizes()
     kinds: tuple[str, ...] = FLOATS
@@ -91,7 +103,7 @@ def merge_states(
     num_rows, head_dim = lse.numel(), sizes["head_dim"]
     if num_rows and head_dim:
         config = configs.rows(head_dim)
-        with on_stream(device, None):
+        with on_stream(device, stream):
             merge_states_kernel[(triton.cdiv(num_rows, config.rows),)](
                 tuple(outs), tuple(lses), out, lse, num_rows, head_dim,
                 KIND=kinds[0], NUM_STATES=len(outs), ROWS=config.rows, DIMS=config.dims,

@@ -49,30 +49,34 @@ def paged_attention(
     out: Any = None,
     lse: Any = None,
     return_lse: bool = False,
+    stream: int | None = None,
 ) -> Any:
     """See `kvlink.paged_attention`; `pool` is a TensorPool or a KVPool. Returns torch tensors.
 
-    All arrays are on the pool's device (lists are copied there) and the work is queued on torch's
-    current stream. Page ids, lengths and starts that are on a device are not waited for: entries
-    outside the pool are skipped, and raised as PageTableError by a later call. `lse` is written to
-    if given. Raises Unsupported for `plan` and `ready`.
+    All arrays are on the pool's device (lists are copied there) and the work is queued on `stream`,
+    by default torch's current one. Page ids, lengths and starts that are on a device are not waited
+    for: entries outside the pool are skipped, and raised as PageTableError by a later call. `lse`
+    is written to if given. Raises Unsupported for `plan` and `ready`, for rows beyond 576 (K) or
+    512 (V) elements, and on devices before compute capability 8.0.
     """
     for name, value in (("plan", plan), ("ready", ready)):
         if value is not None:
-            raise Unsupported(f"triton lacks feature {name!r}")
+            raise Unsupported(
+                f"{name}: expected None, as triton lacks feature {name!r}; got {type(value)}"
+            )
     report_errors()
     cache = as_tensor_pool(pool)
     index = cache.stored(layer)
-    if return_lse and lse is None:
-        lse = torch.empty(tuple(q.shape)[:2], dtype=torch.float32, device=cache.device)
-    arguments = read_arguments(
-        cache, q, page_table, seq_lens, q_indptr, page_indptr, sinks, alibi_slopes, out, lse,
-        causal, window, softcap, q_positions, mask, mask_starts, page_generations,
-        expected_generations,
-    )  # fmt: skip
-    if arguments.q.numel():
-        scale = cache.head_dim**-0.5 if scale is None else scale
-        with on_stream(cache.device, None):
+    with on_stream(cache.device, stream):
+        if return_lse and lse is None:
+            lse = torch.empty(tuple(q.shape)[:2], dtype=torch.float32, device=cache.device)
+        arguments = read_arguments(
+            cache, q, page_table, seq_lens, q_indptr, page_indptr, sinks, alibi_slopes, out, lse,
+            causal, window, softcap, q_positions, mask, mask_starts, page_generations,
+            expected_generations,
+        )  # fmt: skip
+        if arguments.q.numel():
+            scale = cache.head_dim**-0.5 if scale is None else scale
             _launch(arguments, cache, index, causal, scale, window or 0, softcap or 0.0)
     return (arguments.out, arguments.lse) if return_lse else arguments.out
 
@@ -175,4 +179,8 @@ def _capability(device: torch.device) -> int:
     if device.type != "cuda":
         return 80
     major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor < configs.MIN_CAPABILITY:
+        raise Unsupported(
+            f"device: triton supports compute capability 8.0 and above; got {major}.{minor}"
+        )
     return 10 * major + minor

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from kvlink._layer_pairs import checked_shard, shared_heads, stored_layers, stored_pairs
 from kvlink._shard import Shard
+from kvlink.errors import InvalidArgument
 from kvlink.triton import configs
 from kvlink.triton.error_record import DST_PAGES, PAGES, SRC_PAGES, record, report_errors
 from kvlink.triton.relayout_arguments import (
@@ -92,15 +93,30 @@ def move_rows(
     report_errors()
     src, dst = as_tensor_pool(src_pool, opaque=True), as_tensor_pool(dst_pool, opaque=True)
     check_same_meaning(src, dst)
-    src_run = read_run(src_pages, "src_pages", src, num_tokens, src_start)
-    dst_run = read_run(dst_pages, "dst_pages", dst, num_tokens, dst_start)
-    table = tuple(zip(src_layers, dst_layers, model_layers, strict=True))
-    if dst.device.type == "cpu":
-        check_overlap(src, src_run, dst, dst_run, table)
-    return _run(
-        _Side(src, src_run, src_head, SRC_PAGES), _Side(dst, dst_run, dst_head, DST_PAGES),
-        table, range(model_head, model_head + num_heads), num_tokens, token_position, digest,
-        stream,
+    with on_stream(dst.device, stream):
+        src_run = read_run(src_pages, "src_pages", src, num_tokens, src_start)
+        dst_run = read_run(dst_pages, "dst_pages", dst, num_tokens, dst_start)
+        table = tuple(zip(src_layers, dst_layers, model_layers, strict=True))
+        if dst.device.type == "cpu":
+            check_overlap(src, src_run, dst, dst_run, table)
+        return _run(
+            _Side(src, src_run, src_head, SRC_PAGES), _Side(dst, dst_run, dst_head, DST_PAGES),
+            table, range(model_head, model_head + num_heads), num_tokens, token_position, digest,
+        )  # fmt: skip
+
+
+def copy_pages(pool: Any, src_pages: Any, dst_pages: Any, *, stream: int | None = None) -> None:
+    """See `kvlink.copy_pages`; the pool is a TensorPool or a KVPool."""
+    cache = as_tensor_pool(pool, opaque=True)
+    if len(src_pages) != len(dst_pages):
+        raise InvalidArgument(f"dst_pages: expected {len(src_pages)} pages; got {len(dst_pages)}")
+    stored = list(range(len(cache.k)))
+    move_rows(
+        cache, src_pages, cache, dst_pages,
+        src_layers=stored, dst_layers=stored, model_layers=stored,
+        num_heads=cache.num_kv_heads, src_head=0, dst_head=0, model_head=0,
+        num_tokens=len(src_pages) * cache.page_size, src_start=0, dst_start=0,
+        token_position=0, digest=False, stream=stream,
     )  # fmt: skip
 
 
@@ -136,15 +152,16 @@ def digest_rows(
     """digest_pages by stored layers and by heads of the pool."""
     report_errors()
     cache = as_tensor_pool(pool, opaque=True)
-    side = _Side(cache, read_run(pages, "pages", cache, num_tokens, start), head, PAGES)
     table = tuple(zip(layers, layers, model_layers, strict=True))
     heads = range(model_head, model_head + num_heads)
-    return _run(None, side, table, heads, num_tokens, token_position, True, stream)
+    with on_stream(cache.device, stream):
+        side = _Side(cache, read_run(pages, "pages", cache, num_tokens, start), head, PAGES)
+        return _run(None, side, table, heads, num_tokens, token_position, True)
 
 
 def _run(
     src: _Side | None, dst: _Side, table: tuple[tuple[int, int, int], ...], heads: range,
-    num_tokens: int, token_position: int, digest: bool, stream: int | None,
+    num_tokens: int, token_position: int, digest: bool,
 ) -> tuple[int, int]:  # fmt: skip
     check_token_position(token_position)
     planes = [("k", dst.pool.head_dim)]
@@ -153,11 +170,10 @@ def _run(
     if num_tokens == 0:
         return 0, 0
     device = dst.pool.device
-    with on_stream(device, stream):
-        total = torch.zeros(1, dtype=torch.int64, device=device) if digest else None
-        for plane, (name, dims) in enumerate(planes):
-            _launch(src, dst, name, plane, dims, table, heads, num_tokens, token_position, total)
-        found = 0 if total is None else int(total) % 2**64
+    total = torch.zeros(1, dtype=torch.int64, device=device) if digest else None
+    for plane, (name, dims) in enumerate(planes):
+        _launch(src, dst, name, plane, dims, table, heads, num_tokens, token_position, total)
+    found = 0 if total is None else int(total) % 2**64
     if digest:
         report_errors()
     return num_tokens * len(heads) * len(planes) * len(table), found

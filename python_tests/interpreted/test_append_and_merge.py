@@ -11,7 +11,7 @@ import torch
 
 import kvlink
 from kvlink import Rope, rope_table
-from kvlink.errors import InvalidArgument
+from kvlink.errors import InvalidArgument, Unsupported
 from kvlink.reference.append_kv import append_kv as reference_append_kv
 from kvlink.reference.merge_states import merge_states as reference_merge_states
 from kvlink.testing.pools import DTYPES, KINDS, SCALES, make_pool, random_rows
@@ -205,6 +205,8 @@ def test_wrong_states_are_named() -> None:
     refuses(r"lses\[0\]: expected dtype float32; got float64", out, lse.double(), out, lse)
     refuses("2 outs and 1 lses", [out, out], [lse])
     refuses("at least one", [], [])
+    with pytest.raises(Unsupported, match="triton supports up to 64 states; got 65"):
+        kvlink.merge_states([out] * 65, [lse] * 65, backend="triton")
     refuses("contiguous", out.transpose(0, 1), lse.transpose(0, 1), out, lse)
 
 

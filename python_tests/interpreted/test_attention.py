@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -219,16 +221,51 @@ def test_a_page_of_another_generation_on_a_device_is_not_read(
 
 
 def test_what_is_missing_is_named() -> None:
+    inputs = make_attention(AttentionCase(q_lens=(1,), seq_lens=(1,)))
     for name in ("plan", "ready"):
         with pytest.raises(Unsupported, match=f"triton lacks feature '{name}'"):
             call(**{name: torch.ones(1)})
-    with pytest.raises(Unsupported, match=r"head_dim: triton supports up to 576 .*; got 640"):
-        call(AttentionCase(head_dim=640, q_lens=(1,), seq_lens=(1,)))
+        with pytest.raises(Unsupported, match=f"{name}: expected None, as triton .*; got <class"):
+            paged_attention(*inputs.args, **{name: torch.ones(1)})
+    for sizes in (dict(head_dim=640, head_dim_v=64), dict(head_dim=64, head_dim_v=520)):
+        case = AttentionCase(**sizes, q_lens=(1,), seq_lens=(1,))
+        with pytest.raises(Unsupported, match=r"triton lacks feature 'large_head_dim' .*576"):
+            call(case)
+        inputs = make_attention(case)
+        choice = kvlink.attention.choose_backend("float32", inputs.pool)
+        assert choice.name == "cpu"
+        with pytest.raises(Unsupported, match=r"head_dim: triton supports up to 576 .*; got"):
+            paged_attention(*inputs.args)
+    with pytest.raises(Unsupported, match="triton lacks feature 'cascade'"):
+        kvlink.attention.choose_backend("float32", inputs.pool, ["cascade"], "triton")
+
+
+def test_every_operator_has_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int | None] = []
+
+    def on_stream(_: torch.device, stream: int | None) -> Any:
+        seen.append(stream)
+        return contextlib.nullcontext()
+
+    for name in ("append_kv", "apply_rope", "merge_states", "paged_attention", "relayout_pages"):
+        monkeypatch.setattr(sys.modules[f"kvlink.triton.{name}"], "on_stream", on_stream)
+    how: dict[str, Any] = dict(backend="triton", stream=5)
+    inputs = make_attention(AttentionCase(seq_lens=(9,), q_lens=(1,)))
+    q, pool, *_ = inputs.args
+    out, lse = kvlink.paged_attention(*inputs.args, return_lse=True, **how)
+    kvlink.merge_states([out], [lse], **how)
+    kvlink.relayout_pages(pool, [0], pool, [1], num_tokens=2, **how)
+    kvlink.digest_pages(pool, [0], num_tokens=2, **how)
+    kvlink.copy_pages(pool, [0], [1], **how)
+    rope = kvlink.Rope(torch.ones(1, 8), torch.zeros(1).long())
+    kvlink.apply_rope(q, rope, **how)
+    kvlink.append_kv(q[:, :2], q[:, :2], pool, 0, torch.zeros(1).long(), **how)
+    assert seen == [5] * 7
 
 
 def test_configurations_cover_what_is_accepted() -> None:
     for capability, rows, dims in itertools.product(
-        (75, 80, 89, 90, 100, 120), (1, 16, 17, 64, 128), (16, 32, 256, 576)
+        (80, 86, 89, 90, 100, 103, 120, 199), (1, 16, 17, 64, 128), (16, 32, 256, 576)
     ):
         for dtype in ("float32", "float16", "bfloat16", "int8", "float8_e4m3"):
             assert configs.attention(capability, rows, dims, dtype).n % 16 == 0
