@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 import kvlink
 from kvlink import attention
@@ -106,3 +108,10 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     backend = next(each for each in attention.BACKENDS if each.name == "triton")
     assert backend.missing("cuda", "float16", "int8", ()) == ["package 'triton'"]
+
+
+def test_an_older_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(triton, "knobs")
+    file = Path(kvlink.__file__).parent / "triton" / "values.py"
+    with pytest.raises(ImportError, match=r"kvlink.triton needs triton 3.4 or later; got \d"):
+        runpy.run_path(str(file))

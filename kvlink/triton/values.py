@@ -9,6 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+if not hasattr(triton, "knobs"):
+    raise ImportError(f"kvlink.triton needs triton 3.4 or later; got {triton.__version__}")
+
 # NOTE: the interpreter multiplies bfloat16 as if it were integers, so there we take float32.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _NAN_BITS = tl.constexpr(0x7FC00000)
