@@ -1,5 +1,7 @@
-"""What a process does to its endpoints: it forks, or may open only few files."""
+"""What a process does to its endpoints: it forks, may open only few files, or has little shared
+memory."""
 
+import shutil
 import subprocess
 import sys
 
@@ -118,11 +120,37 @@ sender.close()
 owner.close()
 """
 
+LITTLE = """
+links = []
+for _ in range(8):
+    owner, sender = pair()
+    links.append((owner, sender, sender.connect(owner.address, require=path)))
+    move(owner, links[-1][2])
+"""
 
-def run(script: str, *arguments: str) -> str:
+FULL = """
+owner, sender = pair()
+link = sender.connect(owner.address, require=path)
+found = os.statvfs("/dev/shm")
+with open("/dev/shm/other", "wb") as other:
+    os.posix_fallocate(other.fileno(), 0, found.f_bavail * found.f_frsize - (41 << 19))
+    try:
+        sender.connect(owner.address, require=path)
+        raise AssertionError("a link was made")
+    except TransferError as error:
+        assert "needs 64 MiB free in /dev/shm, there are 20" in str(error), error
+    move(owner, link)
+    other.truncate(0)
+    move(owner, sender.connect(owner.address, require=path))
+"""
+
+MOUNT = 'mount -t tmpfs -o size="$0" tmpfs /dev/shm && exec "$@"'
+
+
+def run(script: str, *arguments: str, before: tuple[str, ...] = ()) -> str:
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", COMMON + script]
     done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=100, check=False
+        [*before, *command, *arguments], capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
@@ -139,3 +167,15 @@ def test_a_forked_child_is_told_whose_the_endpoints_are_and_changes_nothing(path
 @pytest.mark.parametrize("path", PATHS)
 def test_a_link_for_which_there_are_too_few_descriptors_is_refused_and_others_go_on(path):
     assert run(FEW, path)
+
+
+@pytest.mark.two_process
+@pytest.mark.parametrize(
+    ("size", "script"), [("16m", LITTLE), ("20m", LITTLE), ("35m", LITTLE), ("600m", FULL)]
+)
+def test_little_shared_memory_ends_nobody(size, script):
+    """UCX 1.22 itself ends the process where a worker's memory only just does not fit."""
+    mount = ("unshare", "--mount", "sh", "-c", MOUNT, size)
+    if not shutil.which("unshare") or subprocess.run([*mount, "true"], check=False).returncode:
+        pytest.skip("a file system of its own cannot be mounted here")
+    run(script, "ucx", before=mount)

@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -17,6 +18,15 @@ namespace kvlink::transport::ucx {
 namespace {
 
 constexpr int kMaxSleepMs = 200;
+// UCX's posix transport keeps some 4 MiB a worker in /dev/shm. Where they only just do not fit, UCX
+// 1.22 ends the process (uct_mm_iface_recv_desc_init); SysV's memory, which has no such place, does
+// as well. So it is used where there is much room, and as long as there is some.
+constexpr size_t kMuchShm = size_t{512} << 20, kSomeShm = size_t{64} << 20;
+
+size_t free_shm() {
+  struct statvfs found;
+  return statvfs("/dev/shm", &found) == 0 ? size_t{found.f_bavail} * found.f_frsize : 0;
+}
 
 // Options that the environment does not set itself.
 void set_default(ucp_config_t* config, const char* name, const char* value) {
@@ -48,7 +58,8 @@ std::shared_ptr<Engine> Engine::create() {
   check(ucx.ucp_config_read(nullptr, nullptr, &config), "ucp_config_read");
   // NOTE: a stopped process can later go on writing through cma, xpmem and knem whatever its peer
   // does, so no memory of ours may be reached that way.
-  set_default(config, "TLS", "^cma,xpmem,knem");
+  const bool much_shm = free_shm() >= kMuchShm;
+  set_default(config, "TLS", much_shm ? "^cma,xpmem,knem" : "^cma,xpmem,knem,posix");
   // What TCP sends at once: a chunk and its headers, or UCX would put it together by another copy.
   const std::string segment = std::to_string(kPassingChunkBytes + 4096);
   set_default(config, "TCP_TX_SEG_SIZE", segment.c_str());
@@ -70,7 +81,15 @@ std::shared_ptr<Engine> Engine::create() {
       delete last;
     }
   });
+  engine->uses_shm_ = much_shm && std::getenv("UCX_TLS") == nullptr;
   return engine;
+}
+
+void Engine::check_room() const {
+  const size_t free = uses_shm_ ? free_shm() : kSomeShm;
+  if (free >= kSomeShm) return;
+  throw std::runtime_error(
+      concat("UCX needs ", kSomeShm >> 20, " MiB free in /dev/shm, there are ", free >> 20));
 }
 
 Engine::Engine(ucp_context_h context) : context_(context) {

@@ -60,6 +60,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // it if UCX has a way. Pages are not touched.
   std::shared_ptr<Mapping> map(void* address, size_t size);
   void unmap(ucp_mem_h memh);
+  // Throws std::runtime_error where another worker might not fit into shared memory.
+  void check_room() const;
   // Ends the thread; every port was closed before.
   void stop();
 
@@ -76,6 +78,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   bool arm();  // false: something came meanwhile
 
   ucp_context_h context_;
+  bool uses_shm_ = false;  // /dev/shm, as far as we know
   int epoll_fd_ = -1, wake_fd_ = -1;
   std::mutex stop_mutex_;
   std::mutex mutex_;

@@ -46,6 +46,7 @@ struct Port::Arrival {
 
 std::shared_ptr<Port> Port::open(std::shared_ptr<Engine> engine) {
   auto port = std::make_shared<Port>(engine);
+  engine->check_room();
   engine->call([&] {
     const Api& ucx = api();
     ucp_worker_params_t params{};
