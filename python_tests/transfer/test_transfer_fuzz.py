@@ -24,8 +24,12 @@ NUM_FRAMES = 2000 if SANITIZED else 5000
 
 
 def test_an_endpoint_under_mutated_frames() -> None:
-    found = run_fuzz(NUM_FRAMES, max_growth=None if SANITIZED else MAX_GROWTH)
+    samples: list[dict[str, int]] = []
+    growth = None if SANITIZED else MAX_GROWTH
+    found = run_fuzz(NUM_FRAMES, max_growth=growth, tell=samples.append)
     assert not found.problems
+    assert len(samples) > 1
+    assert all({"frames", "resident bytes", "Python blocks"} <= set(each) for each in samples)
     assert found.counts.total() >= NUM_FRAMES
     assert {name.split(",")[0] for name in found.counts} == set(STAGES)
     assert found.refusals["ProtocolError"] > NUM_FRAMES // 50

@@ -6,6 +6,7 @@ import multiprocessing as mp
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -31,17 +32,22 @@ class Findings:
     refusals: dict[str, int] = field(default_factory=dict)
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
-    on_the_way: list[dict[str, int]] = field(default_factory=list)
     num_good: int = 0
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
 
 
 def run_fuzz(
-    num_frames: int, *, seed: int = 0, num_clients: int = 3, max_growth: int | None = MAX_GROWTH
+    num_frames: int,
+    *,
+    seed: int = 0,
+    num_clients: int = 3,
+    max_growth: int | None = MAX_GROWTH,
+    tell: Callable[[dict[str, int]], None] = lambda sample: None,
 ) -> Findings:
     """Sends that many mutated frames, and looks after the endpoint meanwhile. `max_growth` of its
-    resident memory, bytes; None where memory says nothing (sanitizers keep what was freed)."""
+    resident memory, bytes; None where memory says nothing (sanitizers keep what was freed).
+    `tell` gets 20 samples of memory on the way."""
     found = Findings()
     began = time.monotonic()
     target, good = PeerProcess("target", "host_shm"), PeerProcess("good", "host_shm")
@@ -55,7 +61,7 @@ def run_fuzz(
             _Client(target.address, seed * 1000 + i, -(-num_frames // num_clients))
             for i in range(num_clients)
         ]
-        _watch(target, good, clients, found, num_frames)
+        _watch(target, good, clients, found, num_frames / _SAMPLES, tell)
         good.call("close_link")
         _check_growth(target, found, max_growth)
         _good_transfers(target, good, 5, found)
@@ -112,11 +118,11 @@ class _Client:
 
 def _watch(
     target: PeerProcess, good: PeerProcess, clients: list[_Client], found: Findings,
-    num_frames: int,
+    step: float, tell: Callable[[dict[str, int]], None],
 ) -> None:  # fmt: skip
     """Good transfers until the clients are done."""
     began = time.monotonic()
-    step, due = num_frames / _SAMPLES, 0.0
+    due = 0.0
     while not all(client.done for client in clients):
         _good_transfers(target, good, 1, found)
         sent = sum(sum(client.counts.values()) for client in clients)
@@ -124,7 +130,7 @@ def _watch(
             due = sent + step
             told = {"seconds": round(time.monotonic() - began), "frames": sent}
             told["transfers"] = found.num_good
-            found.on_the_way.append(told | target.call("memory"))
+            tell(told | target.call("memory"))
         busy = [client for client in clients if not client.done]
         ready = wait([client.connection for client in busy], timeout=_PAUSE)
         for client in busy:
