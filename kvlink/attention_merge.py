@@ -43,8 +43,8 @@ def merge_states(
     log), all contiguous. Returns (out, lse) in the dtype and library of the first out. The same
     states in the same order give the same bits. A state whose lse is -inf has seen nothing and is
     not read. Give sinks to one of the partial calls only. `backend` is "auto" or the name of one in
-    MERGE_BACKENDS; those of devices queue the work on `stream`, as `append_kv` does, and take up to
-    64 states. Raises InvalidArgument, Unsupported.
+    MERGE_BACKENDS; those of devices queue the work on `stream`, as `append_kv` does; "triton" takes
+    up to 64 states. Raises InvalidArgument, Unsupported.
     """
     if out_b is None and lse_b is None:
         return _merged(_listed("outs", out_a), _listed("lses", lse_a), backend, stream)
