@@ -196,6 +196,8 @@ void set_num_threads(int count) {
   configured_threads = count;
 }
 
+bool runs_inline() { return inside_task; }
+
 InlineTasks::InlineTasks() : before_(std::exchange(inside_task, true)) {}
 
 InlineTasks::~InlineTasks() { inside_task = before_; }

@@ -17,6 +17,9 @@ void set_num_threads(int count);  // for tests and embedders; count >= 1
 // After fork() the child starts a fresh pool.
 void parallel_for(int64_t num_tasks, const std::function<void(int64_t)>& body);
 
+// On this thread parallel_for runs inline: it is inside a task.
+bool runs_inline();
+
 // While one lives, parallel_for runs inline on the thread that made it: for work that is too short
 // to wake others for.
 class InlineTasks {

@@ -13,6 +13,7 @@ namespace kvlink::cpu {
 namespace {
 
 constexpr int64_t kTaskBytes = 256 << 10;
+constexpr int64_t kInlineTaskBytes = 1 << 20;  // no other thread takes a part of them
 
 }  // namespace
 
@@ -87,7 +88,8 @@ uint64_t for_each_box(const std::vector<RowMove>& moves, int64_t num_tokens,
   // of a page are near each other, so the second finds the page's addresses translated.
   const int64_t num_planes = moves.size() > 1 && moves[1].model_plane == 1 ? 2 : 1;
   const int64_t num_layers = ceil_div(moves.size(), num_planes);
-  const int64_t parts = std::clamp<int64_t>(num_bytes / num_layers / kTaskBytes, 1, num_tokens);
+  const int64_t task_bytes = runs_inline() ? kInlineTaskBytes : kTaskBytes;
+  const int64_t parts = std::clamp<int64_t>(num_bytes / num_layers / task_bytes, 1, num_tokens);
   const int64_t tokens_per_part = ceil_div(num_tokens, parts);
   std::atomic<uint64_t> sum{0};
   const auto run_part = [&](int64_t task) {

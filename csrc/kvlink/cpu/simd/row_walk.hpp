@@ -8,6 +8,52 @@
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
+// Asks for a line of each page of the address space that short boxes lie in, long before they are
+// fetched, so that where the page lies has been looked up by then: on virtual machines that takes
+// longer than a line does.
+class PageTouches {
+ public:
+  PageTouches(const RowMove& move, const RowBox* boxes, int64_t num_boxes, bool of_dst)
+      : move_(move), rows_(of_dst ? move.dst : move.src), of_dst_(of_dst), next_(boxes) {
+    end_ = boxes + num_boxes;
+    if (num_boxes == 0) return;
+    const int64_t size = dtype_bytes(rows_.dtype);
+    const auto reach = [size](int64_t count, int64_t stride) {
+      const int64_t bytes = (count - 1) * stride * size;
+      return bytes < 0 ? -bytes : bytes;
+    };
+    box_bytes_ = reach(boxes->num_tokens, rows_.at.stride_slot) +
+                 reach(move.num_heads, rows_.at.stride_head) + move.dims * size;
+    if (move.num_planes > 1) box_bytes_ += of_dst ? move.dst_plane_bytes : move.src_plane_bytes;
+    if (box_bytes_ > kMaxBytes) next_ = end_;
+    num_ahead_ = kAheadBytes / (box_bytes_ < kPageBytes ? kPageBytes : box_bytes_);
+  }
+
+  // `box` is about to be fetched.
+  KVLINK_INLINE void before(const RowBox* box) {
+    while (next_ < end_ && next_ - box <= num_ahead_) touch(*next_++);
+  }
+
+ private:
+  static constexpr int64_t kPageBytes = 4096;
+  static constexpr int64_t kMaxBytes = 4 * kPageBytes;  // the CPU goes on by itself in longer ones
+  static constexpr int64_t kAheadBytes = 12 * kPageBytes;
+
+  KVLINK_INLINE void touch(const RowBox& box) {
+    const char* at = of_dst_ ? rows_.row(box.dst_page, box.dst_slot, move_.dst_head)
+                             : rows_.row(box.src_page, box.src_slot, move_.src_head);
+    for (int64_t i = 0; i < box_bytes_; i += kPageBytes) __builtin_prefetch(at + i, 0, 2);
+  }
+
+  const RowMove& move_;
+  const RowPlane& rows_;
+  const bool of_dst_;
+  const RowBox* next_;  // to be touched
+  const RowBox* end_;
+  int64_t box_bytes_ = 0;  // from the first to the last that is read
+  int64_t num_ahead_ = 0;
+};
+
 // Goes through runs of bytes: rows, or with kMerged what consecutive rows make on both sides. Each
 // box in the order of the destination's addresses, tokens outside heads or inside; in the order of
 // the source's where stores go around the caches: those may jump, while reads that do are late.
@@ -24,6 +70,9 @@ class RowWalk {
     src_row_bytes_ = move.dims * dtype_bytes(from_->dtype);
     enter_box();
   }
+
+  // For a walk that has not gone anywhere yet.
+  PageTouches touches() const { return {*move_, box_, end_ - box_, of_dst_}; }
 
   KVLINK_INLINE bool done() const { return box_ == end_; }
   KVLINK_INLINE const char* src() const { return src_; }
@@ -142,7 +191,8 @@ class RowWalk {
 template <bool kMerged>
 class FetchAhead {
  public:
-  KVLINK_INLINE explicit FetchAhead(const RowWalk<kMerged>& walk) : walk_(walk) {
+  KVLINK_INLINE explicit FetchAhead(const RowWalk<kMerged>& walk)
+      : walk_(walk), touches_(walk.touches()) {
     enter_line();
     at_ = begin_;
     end_ = begin_ + num_bytes_;
@@ -182,6 +232,7 @@ class FetchAhead {
       left_ = INT64_MAX;
       return;
     }
+    touches_.before(&walk_.box());
     begin_ = walk_.src();
     num_bytes_ = walk_.src_bytes();
     step_ = walk_.src_step();
@@ -189,7 +240,8 @@ class FetchAhead {
     walk_.skip(left_);
   }
 
-  RowWalk<kMerged> walk_;     // past the line of runs that is being fetched
+  RowWalk<kMerged> walk_;  // past the line of runs that is being fetched
+  PageTouches touches_;
   const char* at_ = nullptr;  // to be fetched next, of a run from begin_ to end_
   const char* end_ = nullptr;
   const char* begin_ = nullptr;
