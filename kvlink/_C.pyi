@@ -159,6 +159,8 @@ class PostedTransfer:
     def cancel(self) -> None: ...
     def finish(self) -> None: ...
     def post(self, part: int, num_tokens: int) -> None: ...
+    def post_all(self) -> None:
+        """What is left of every part, and finish."""
     def progress(self) -> dict[str, Any]: ...
     def readiness(self, part: int, name: str | bytes) -> Readiness: ...
     def tokens_left(self, part: int) -> int: ...
@@ -200,15 +202,17 @@ class ShmLink:
     def begin(
         self,
         kind: SlotKind,
-        key: SlotKey,
+        slot: int,
+        generation: int,
         parts: Sequence[Sequence[int]],
         heads: Sequence[int],
-        src: PoolView,
-        dst: PoolView,
-        src_pages: Any,
-        dst_pages: Any,
+        own: PoolView,
+        peer: PoolView,
+        own_pages: Any,
+        first_peer_page: int,
+        num_peer_pages: int,
         num_tokens: int,
-        dst_generations: Any | None = None,
+        generations: Any | None = None,
     ) -> Any:
         """A PostedTransfer, or the TransferStatus that tells why there is none."""
     def close(self, status: TransferStatus) -> None: ...
@@ -355,6 +359,9 @@ def merge_states(outs: Sequence[Any], lses: Sequence[Any], out: Any, lse: Any) -
 
 def num_threads() -> int:
     """Threads the CPU operators use."""
+
+def page_ids(pages: Any, num_pages: int) -> Any:
+    """A copy of ids that are int32 already and all in [0, num_pages); None for others."""
 
 def paged_attention(
     q: Any,

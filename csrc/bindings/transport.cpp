@@ -22,10 +22,6 @@ std::shared_ptr<void> hold(py::object object) {
           }};
 }
 
-std::vector<int32_t> to_vector(const PageArray& pages) {
-  return {pages.data(), pages.data() + pages.size()};
-}
-
 namespace {
 
 void set_generations(OwnPages& own, const std::vector<int32_t>& pages,
@@ -50,7 +46,7 @@ std::shared_ptr<OwnPages> make_own(const PoolView& pool, std::vector<int32_t> mo
   own->layers = pool.stored_layers;
   own->model_layers = std::move(model_layers);
   own->model_head = model_head;
-  own->pages = to_vector(pages);
+  own->pages.assign(pages.data(), pages.data() + pages.size());
   own->num_tokens = num_tokens;
   own->keep_alive = hold(py::make_tuple(pool.owner, generations));
   set_generations(*own, own->pages, generations, pool.stored_layers[0].num_pages);
@@ -158,12 +154,8 @@ void register_control(py::module_& module) {
       .def(
           "page_list",
           [](const std::shared_ptr<Control>& self, uint64_t first, uint64_t count) {
-            KVLINK_CHECK(
-                first <= self->num_page_entries() && count <= self->num_page_entries() - first,
-                "pages: expected entries within ", self->num_page_entries(), "; got ", first, " + ",
-                count);
-            py::array_t<int32_t> pages({static_cast<py::ssize_t>(count)}, self->page_list() + first,
-                                       py::cast(self));
+            const std::span<const int32_t> listed = self->pages(first, count);
+            py::array_t<int32_t> pages({std::ssize(listed)}, listed.data(), py::cast(self));
             pages.attr("flags").attr("writeable") = false;
             return pages;
           },
@@ -209,6 +201,7 @@ void register_transfer(py::module_& module) {
             return std::make_shared<ReadinessObject>(self->readiness(part), std::move(name), self);
           },
           py::arg("part"), py::arg("name"))
+      .def("post_all", &PostedTransfer::post_all, "What is left of every part, and finish.")
       .def("finish", &PostedTransfer::finish)
       .def("cancel", &PostedTransfer::cancel)
       .def("progress", &progress)
@@ -232,8 +225,8 @@ void register_transfer(py::module_& module) {
 }  // namespace
 
 TransferSpec make_spec(SlotKind kind, SlotKey key, const Parts& parts, std::array<int32_t, 4> heads,
-                       const PoolView& src, const PoolView& dst, const PageArray& src_pages,
-                       const PageArray& dst_pages, int64_t num_tokens,
+                       const PoolView& src, const PoolView& dst, std::span<const int32_t> src_pages,
+                       std::span<const int32_t> dst_pages, int64_t num_tokens,
                        const std::optional<GenerationArray>& dst_generations) {
   TransferSpec spec{.kind = kind,
                     .key = key,
@@ -244,8 +237,8 @@ TransferSpec make_spec(SlotKind kind, SlotKey key, const Parts& parts, std::arra
                              .model_head = heads[3]},
                     .src = {src.stored_layers},
                     .dst = {dst.stored_layers},
-                    .src_pages = to_vector(src_pages),
-                    .dst_pages = to_vector(dst_pages),
+                    .src_pages = {src_pages.begin(), src_pages.end()},
+                    .dst_pages = {dst_pages.begin(), dst_pages.end()},
                     .num_tokens = num_tokens,
                     .with_digest = true,
                     .own = std::make_shared<OwnPages>(),
@@ -257,7 +250,24 @@ TransferSpec make_spec(SlotKind kind, SlotKey key, const Parts& parts, std::arra
   return spec;
 }
 
+namespace {
+
+// A copy of ids that are int32 already and all in [0, num_pages); None for others.
+py::object page_ids(const py::handle& pages, int64_t num_pages) {
+  if (!PageArray::check_(pages)) return py::none();
+  const auto given = py::reinterpret_borrow<PageArray>(pages);
+  if (given.ndim() != 1 || given.size() == 0) return py::none();
+  PageArray ids(given.size(), given.data());
+  const auto inside = [num_pages](int32_t id) { return id >= 0 && id < num_pages; };
+  const std::span<const int32_t> copied = to_span(ids);
+  return std::all_of(copied.begin(), copied.end(), inside) ? py::object(ids) : py::none();
+}
+
+}  // namespace
+
 void register_transport(py::module_& module) {
+  module.def("page_ids", &page_ids, py::arg("pages"), py::arg("num_pages"),
+             "A copy of ids that are int32 already and all in [0, num_pages); None for others.");
   register_vocabulary(module);
   register_control(module);
   register_transfer(module);

@@ -8,6 +8,7 @@
 #include <array>
 #include <memory>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "kvlink/transport/posting.hpp"
@@ -42,15 +43,17 @@ transport::Status wait_in_slices(int64_t deadline_ns, Wait wait) {
 // A reference to a Python object that a C++ thread may be the last to drop.
 std::shared_ptr<void> hold(py::object object);
 
-std::vector<int32_t> to_vector(const PageArray& pages);
+inline std::span<const int32_t> to_span(const PageArray& pages) {
+  return {pages.data(), static_cast<size_t>(pages.size())};
+}
 
 // What a transfer moves, from what Python knows of it. `heads`: (count, first in the source, in the
 // destination, in the model). `dst_generations`: of a pull's own pool.
 transport::TransferSpec make_spec(transport::SlotKind kind, transport::SlotKey key,
                                   const Parts& parts, std::array<int32_t, 4> heads,
                                   const PoolView& src, const PoolView& dst,
-                                  const PageArray& src_pages, const PageArray& dst_pages,
-                                  int64_t num_tokens,
+                                  std::span<const int32_t> src_pages,
+                                  std::span<const int32_t> dst_pages, int64_t num_tokens,
                                   const std::optional<GenerationArray>& dst_generations);
 
 }  // namespace kvlink::bindings

@@ -8,15 +8,19 @@ using namespace kvlink::transport;
 
 namespace {
 
-py::object begin(host_shm::Link& self, SlotKind kind, SlotKey key, const Parts& parts,
-                 std::array<int32_t, 4> heads, const PoolView& src, const PoolView& dst,
-                 const PageArray& src_pages, const PageArray& dst_pages, int64_t num_tokens,
-                 const std::optional<GenerationArray>& dst_generations) {
+py::object begin(host_shm::Link& self, SlotKind kind, uint32_t slot, uint64_t generation,
+                 const Parts& parts, std::array<int32_t, 4> heads, const PoolView& own,
+                 const PoolView& peer, const PageArray& own_pages, uint64_t first_peer_page,
+                 uint64_t num_peer_pages, int64_t num_tokens,
+                 const std::optional<GenerationArray>& generations) {
+  const std::span<const int32_t> peer_pages = self.control().pages(first_peer_page, num_peer_pages);
+  const std::span<const int32_t> pages = to_span(own_pages);
+  const bool pushes = kind == SlotKind::kGrant;
   Status status;
-  const std::shared_ptr<PostedTransfer> transfer =
-      self.begin(make_spec(kind, key, parts, heads, src, dst, src_pages, dst_pages, num_tokens,
-                           dst_generations),
-                 &status);
+  const std::shared_ptr<PostedTransfer> transfer = self.begin(
+      make_spec(kind, {slot, generation}, parts, heads, pushes ? own : peer, pushes ? peer : own,
+                pushes ? pages : peer_pages, pushes ? peer_pages : pages, num_tokens, generations),
+      &status);
   return transfer ? py::cast(transfer) : py::cast(status);
 }
 
@@ -37,9 +41,10 @@ void register_transport_host_shm(py::module_& module) {
            py::arg("control"), py::arg("bit"))
       .def_property_readonly("closed", &Link::closed)
       .def("close", &Link::close, py::arg("status"), py::call_guard<py::gil_scoped_release>())
-      .def("begin", &begin, py::arg("kind"), py::arg("key"), py::arg("parts"), py::arg("heads"),
-           py::arg("src"), py::arg("dst"), py::arg("src_pages"), py::arg("dst_pages"),
-           py::arg("num_tokens"), py::arg("dst_generations") = py::none(),
+      .def("begin", &begin, py::arg("kind"), py::arg("slot"), py::arg("generation"),
+           py::arg("parts"), py::arg("heads"), py::arg("own"), py::arg("peer"),
+           py::arg("own_pages"), py::arg("first_peer_page"), py::arg("num_peer_pages"),
+           py::arg("num_tokens"), py::arg("generations") = py::none(),
            "A PostedTransfer, or the TransferStatus that tells why there is none.");
 }
 

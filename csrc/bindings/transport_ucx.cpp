@@ -55,8 +55,8 @@ py::object begin(const UcxLink& self, SlotKind kind, SlotKey key, const Parts& p
                              .num_layers = peer_layers,
                              .num_pages = peer_pages};
   // The peer's side is filled in by what it answers.
-  auto spec =
-      make_spec(kind, key, parts, heads, own, own, own_pages, own_pages, num_tokens, generations);
+  auto spec = make_spec(kind, key, parts, heads, own, own, to_span(own_pages), to_span(own_pages),
+                        num_tokens, generations);
   Status status;
   std::shared_ptr<PostedTransfer> transfer;
   {

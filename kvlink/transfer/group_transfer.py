@@ -149,7 +149,9 @@ class MovesGroups:
         """The members of the peer's group."""
         raise NotImplementedError
 
-    def prepare(self, kind: Any, token: Any, pages: Any, region: Any) -> Callable[[], Transfer]:
+    def prepare(
+        self, kind: Any, token: Any, pages: Any, region: Any, whole: bool = False
+    ) -> Callable[[], Transfer]:
         """Checks one member, and gives what begins it."""
         raise NotImplementedError
 

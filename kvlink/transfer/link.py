@@ -62,11 +62,7 @@ class Link(LinkFacts, MovesGroups):
 
     def push(self, src_pages: Any, grant: Any, *, region: Region | None = None) -> Transfer:
         """Pushes a whole request: `begin`, every layer, `finish`. Does not wait for the bytes."""
-        transfer = self.begin(src_pages, grant, region=region)
-        for layer in range(len(transfer.plan.parts_of_layer)):
-            transfer.push_layer(layer)
-        transfer.finish()
-        return transfer
+        return self._start_all(_C.SlotKind.GRANT, grant, src_pages, region)
 
     def begin(self, src_pages: Any, grant: Any, *, region: Region | None = None) -> Transfer:
         """Begins a push that is then fed layer by layer.
@@ -88,11 +84,7 @@ class Link(LinkFacts, MovesGroups):
         and verified: only then may the pages be read. Raises as `begin`, and PagesLent when this
         side has granted or offered one of them.
         """
-        transfer = self._start(_C.SlotKind.OFFER, offer, dst_pages, region)
-        for part in range(len(transfer.plan.parts)):
-            transfer.post_part(part)
-        transfer.finish()
-        return transfer
+        return self._start_all(_C.SlotKind.OFFER, offer, dst_pages, region)
 
     def adopt(self, offer: Any) -> Lease:
         """Uses the offered pages where they lie: no byte moves, and the time it takes does not
@@ -222,9 +214,10 @@ class Link(LinkFacts, MovesGroups):
             return self._current().remote.parse_group(kind, token)
 
     def prepare(
-        self, kind: Any, token: Any, pages: Any, region: Region | None
+        self, kind: Any, token: Any, pages: Any, region: Region | None, whole: bool = False
     ) -> Callable[[], Transfer]:
-        """For `MovesGroups`: checks all that can be before it begins, and gives what begins it."""
+        """For `MovesGroups`: checks all that can be before it begins, and gives what begins it
+        (and, if `whole`, moves all of it)."""
         with self.watch.beginning(kind) as logged:
             session = self._current()
             descriptor = session.remote.parse(kind, token)
@@ -241,14 +234,18 @@ class Link(LinkFacts, MovesGroups):
             plan = session.remote.plan(kind, own, descriptor)
             if kind == _C.SlotKind.OFFER:
                 check_not_lent(own, own_ids[:needed], self._peers.table)
-        return lambda: self._begin(session, kind, descriptor, own, own_ids, plan)
+        return lambda: self._begin(session, kind, descriptor, own, own_ids, plan, whole)
 
     def _start(self, kind: Any, token: Any, pages: Any, region: Region | None) -> Transfer:
         return self.prepare(kind, token, pages, region)()
 
+    def _start_all(self, kind: Any, token: Any, pages: Any, region: Region | None) -> Transfer:
+        """Begins it, and moves all of it."""
+        return self.prepare(kind, token, pages, region, whole=True)()
+
     def _begin(
         self, session: Session, kind: Any, descriptor: Descriptor, own: Region, own_ids: Any,
-        plan: TransferPlan,
+        plan: TransferPlan, whole: bool,
     ) -> Transfer:  # fmt: skip
         generations = own.generations if kind == _C.SlotKind.OFFER else None
         with self.watch.beginning(kind) as logged:
@@ -256,9 +253,15 @@ class Link(LinkFacts, MovesGroups):
             moving = session.path_link.begin(kind, descriptor, own, own_ids, plan, generations)
             if isinstance(moving, _C.TransferStatus):
                 raise self._why_not_begun(kind, descriptor, moving)
+        if whole:  # what follows is done while it moves
+            begin = time.perf_counter_ns()
+            moving.post_all()
+            nanoseconds = time.perf_counter_ns() - begin
         watched = self.watch.begun(kind, descriptor.transfer_id, moving, own_ids.size)
         transfer = Transfer(self, watched, plan, own)
         session.transfers.add(transfer)
+        if whole:
+            transfer.posted_all(nanoseconds)
         return transfer
 
     def _why_not_begun(self, kind: Any, descriptor: Descriptor, status: Any) -> Exception:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvlink import _C
 from kvlink._arguments import wrong
 from kvlink.errors import InvalidArgument
 from kvlink.layout import KVLayout, Shard
@@ -149,6 +150,9 @@ def check_shard(layout: KVLayout, shard: Shard, layer_map: Sequence[int]) -> Non
 
 def page_ids(pages: Any, num_pages: int, name: str = "pages") -> npt.NDArray[np.int32]:
     """Page ids as a contiguous int32 array of their own, each in [0, num_pages)."""
+    checked: npt.NDArray[np.int32] | None = _C.page_ids(pages, num_pages)
+    if checked is not None:
+        return checked
     import numpy as np
 
     try:

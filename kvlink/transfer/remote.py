@@ -99,6 +99,8 @@ class Remote:
         return plan
 
     def _region(self, number: int) -> RegionDescriptor:
+        if (region := self.regions.get(number)) is not None:
+            return region
         with self._changed:
             self._changed.wait_for(lambda: number <= self._last, _REGION_WAIT)
             region = self.regions.get(number)

@@ -95,6 +95,12 @@ class Transfer:
         """Queues what is left of one part; for `Link.pull`, which moves every part at once."""
         self._moving.post(part, self._moving.tokens_left(part))
 
+    def posted_all(self, nanoseconds: int) -> None:
+        """For `Link.push` and `Link.pull`: everything was queued, which took that long."""
+        self._will_end()
+        if self._watched.kind == "push":
+            self._watch.posted_all(self._watched, len(self.plan.parts_of_layer), nanoseconds)
+
     def finish(self) -> None:
         """Every layer was queued. Raises InvalidArgument when one was not. Does not wait."""
         self._moving.finish()

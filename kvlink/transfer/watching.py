@@ -111,8 +111,9 @@ class LinkWatch:
         """A push or a pull; `kind` of what the peer opened."""
         name = _MOVE[kind]
         self.metrics.begun(name)
-        event(_DEBUG, "begun", "%s begun", name, transfer_id=transfer_id.hex(), kind=name,
-              num_pages=num_pages, **self._fields())  # fmt: skip
+        if logger.isEnabledFor(_DEBUG):
+            event(_DEBUG, "begun", "%s begun", name, transfer_id=transfer_id.hex(), kind=name,
+                  num_pages=num_pages, **self._fields())  # fmt: skip
         return Moving(name, transfer_id, moving, num_pages)
 
     def posted(self, moving: Moving, layer: int, nanoseconds: int) -> None:
@@ -121,6 +122,11 @@ class LinkWatch:
         if logger.isEnabledFor(_DEBUG):
             event(_DEBUG, "posted", "layer %d posted", layer, layer=layer,
                   transfer_id=moving.transfer_id.hex(), **self._fields())  # fmt: skip
+
+    def posted_all(self, moving: Moving, num_layers: int, nanoseconds: int) -> None:
+        """All its layers, in one step."""
+        for layer in range(num_layers):
+            self.posted(moving, layer, nanoseconds // num_layers)
 
     def adopted(self, transfer_id: bytes, num_pages: int) -> None:
         """An offer of the peer."""

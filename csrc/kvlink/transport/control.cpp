@@ -140,6 +140,12 @@ SlotKey Control::open(uint32_t idx, uint64_t first_page, const SlotTerms& terms,
   return {idx, next.generation};
 }
 
+std::span<const int32_t> Control::pages(uint64_t first, uint64_t count) const {
+  KVLINK_CHECK(first <= num_page_entries_ && count <= num_page_entries_ - first,
+               "pages: expected entries within ", num_page_entries_, "; got ", first, " + ", count);
+  return {page_list_ + first, count};
+}
+
 bool Control::close(SlotKey key, Status status) {
   Slot& slot = this->slot(key.slot);
   uint64_t bits = slot.word.load();

@@ -10,6 +10,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <vector>
 
 #include "kvlink/base/readiness.hpp"
@@ -100,6 +101,8 @@ class Control {
   const Segment& segment() const { return segment_; }
   Slot& slot(uint32_t idx) const;  // throws InvalidArgument
   int32_t* page_list() const { return page_list_; }
+  // Entries of it; throws InvalidArgument.
+  std::span<const int32_t> pages(uint64_t first, uint64_t count) const;
 
   // --- the owner ---
   // The slot must be free or closed with nobody inside. `first_page` is where the page list goes.

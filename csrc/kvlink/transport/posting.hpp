@@ -7,6 +7,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <thread>
 
 #include "kvlink/transport/control.hpp"
@@ -21,7 +22,13 @@ class Worker {
  public:
   ~Worker() { close(Status::kCancelled); }
 
-  void submit(std::shared_ptr<PostedTransfer> transfer, int32_t part, int64_t first, int64_t count);
+  struct Range {   // tokens of a part
+    int32_t part;  // -1: the end
+    int64_t first, count;
+  };
+
+  // In this order.
+  void submit(const std::shared_ptr<PostedTransfer>& transfer, std::span<const Range> ranges);
   // From now on close() ends this transfer, too.
   void add(const std::shared_ptr<PostedTransfer>& transfer);
   // Stops after the chunks under way; every transfer that has not ended ends with `status`. When it
@@ -71,6 +78,8 @@ class PostedTransfer : public Transfer, public std::enable_shared_from_this<Post
 
   void post(int32_t part, int64_t num_tokens) override;
   void finish() override;
+  // All that is left of every part, and finish().
+  void post_all();
   void cancel() override { fail(Status::kCancelled); }
   bool wait_source_reusable(int64_t deadline_ns) override;
   Progress progress() const override;

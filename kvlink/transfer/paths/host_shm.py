@@ -82,14 +82,10 @@ class ShmLink(BaseLink[KVPool]):
         generations: Any,
     ) -> Any:
         """From pool to pool, both mapped."""
-        pool, peer_ids = self.mapped(descriptor)
-        if kind == _C.SlotKind.GRANT:
-            views = (own.pool.view, pool.view, own_ids, peer_ids)
-        else:
-            views = (pool.view, own.pool.view, peer_ids, own_ids)
         return self._moving.begin(
-            kind, slot_key(descriptor), plan.parts, plan.heads, *views, descriptor.num_tokens,
-            generations,
+            kind, descriptor.slot, descriptor.generation, plan.parts, plan.heads, own.pool.view,
+            self.region_of(descriptor).view, own_ids, descriptor.first_page, descriptor.num_pages,
+            descriptor.num_tokens, generations,
         )  # fmt: skip
 
     def adopt(self, descriptor: Descriptor) -> tuple[KVPool, Any, Any, Any]:

@@ -18,6 +18,7 @@ class Link {
   std::shared_ptr<PostedTransfer> begin(TransferSpec spec, Status* status);
   // When it returns, this side touches no page of the peer any more.
   void close(Status status) { worker_->close(status); }
+  const Control& control() const { return *control_; }
   bool closed() const { return worker_->closed(); }
 
  private:
