@@ -56,7 +56,8 @@ pytest: build
 SANITIZED_TESTS ?= $(wildcard $(patsubst %,python_tests/test_%.py,layout pool pool_wrap pages append_kv rope \
 	relayout_pages relayout_large convert_rows digest_pages paged_attention paged_attention_bits paged_attention_api \
 	paged_attention_features paged_attention_plan merge_states rope_emulated \
-	emulation emulation_sm90 cache_ops_emulated attention_emulated attention_sm90_emulated)) $(wildcard python_tests/operators/test_*.py)
+	emulation emulation_sm90 cache_ops_emulated attention_emulated attention_sm90_emulated \
+	latent_sm90_emulated)) $(wildcard python_tests/operators/test_*.py)
 
 # A quick part of the transfer tests, on every path; SANITIZED_TRANSPORT=* takes all of them.
 SANITIZED_TRANSPORT ?= threads moves faults ends sessions deaths lending adopt_group fuzz
