@@ -62,27 +62,31 @@ void copy_strided(const RowMove& move, const RowBox& box) {
            size);
 }
 
-void copy_runs(const RowMove& move, const RowBox* boxes, int64_t num_boxes) {
-  const bool streaming = can_stream(move);
-  RowLanes none;
-  RowWalk<true> walk(move, boxes, num_boxes, false);
-  FetchAhead<true> ahead(walk);
-  for (; !walk.done(); walk.next()) {
-    copy_run<false>(walk.dst(), walk.src(), walk.dst_bytes(), streaming, ahead, none);
-  }
-}
-
 enum class Write { kNothing, kStore, kStream };
+
+// Those of each stripe of a row.
+template <int kStripes>
+class RowKeys {
+ public:
+  KVLINK_INLINE RowKeys() {
+    keys_[0] = Words::load(kFirstKeys);
+    for (int i = 1; i < kStripes; ++i) {
+      for (int j = 0; j < kWordParts; ++j) {
+        keys_[i].part[j] = keys_[i - 1].part[j] + row_digest::kStep;
+      }
+    }
+  }
+  KVLINK_INLINE const Words& operator[](int stripe) const { return keys_[stripe]; }
+
+ private:
+  Words keys_[kStripes];
+};
 
 // Rows of kStripes whole stripes, digested as they are copied or, with kNothing, as they lie.
 template <Write kWrite, int kStripes>
 uint64_t digest_whole_rows(const RowMove& move, const RowBox* boxes, int64_t num_boxes) {
   const HeadStarts starts(move);
-  Words keys[kStripes];
-  keys[0] = Words::load(kFirstKeys);
-  for (int i = 1; i < kStripes; ++i) {
-    for (int j = 0; j < kWordParts; ++j) keys[i].part[j] = keys[i - 1].part[j] + row_digest::kStep;
-  }
+  const RowKeys<kStripes> keys;
   DigestSum sum;
   RowWalk<false> walk(move, boxes, num_boxes, kWrite == Write::kNothing);
   FetchAhead<false> ahead(walk);
@@ -130,26 +134,135 @@ uint64_t digest_whole_rows(const RowMove& move, const RowBox* boxes, int64_t num
   return sum.total();
 }
 
-// The same, where the row's length is one of those that models have; null for others.
-template <Write kWrite>
-RowFunction* whole_rows(int64_t row_bytes) {
+// `pick`'s function of as many stripes as a row has, where that is a length that models have; null
+// for others.
+template <typename Pick>
+RowFunction* by_stripes(int64_t row_bytes, const Pick& pick) {
   switch (row_bytes) {
     case 64:
-      return digest_whole_rows<kWrite, 1>;
+      return pick.template operator()<1>();
     case 128:
-      return digest_whole_rows<kWrite, 2>;
+      return pick.template operator()<2>();
     case 256:
-      return digest_whole_rows<kWrite, 4>;
+      return pick.template operator()<4>();
     case 512:
-      return digest_whole_rows<kWrite, 8>;
+      return pick.template operator()<8>();
     default:
       return nullptr;
+  }
+}
+
+template <Write kWrite>
+RowFunction* whole_rows(int64_t row_bytes) {
+  return by_stripes(row_bytes, []<int kStripes>() -> RowFunction* {
+    return digest_whole_rows<kWrite, kStripes>;
+  });
+}
+
+// Whether the rows of a plane of each box are one short run of whole stripes on both sides.
+bool has_short_runs(const RowMove& move, const RowBox* boxes, int64_t num_boxes) {
+  const auto follow = [&](const Plane& at) {
+    return at.stride_slot == move.num_heads * move.dims &&
+           (move.num_heads == 1 || at.stride_head == move.dims);
+  };
+  return num_boxes > 0 && boxes->num_tokens * token_bytes(move) <= kShortBytes &&
+         move.dims * dtype_bytes(move.dst.dtype) % 64 == 0 && !move.dst.token_scale &&
+         follow(move.src.at) && follow(move.dst.at);
+}
+
+// Copies short runs: rows of kStripes stripes that are digested, or single stripes that are not.
+// With each line the one is fetched that lies as far on in a box ahead, so that nothing has to be
+// found out between them.
+template <Write kWrite, int kStripes, bool kDigest>
+uint64_t copy_short_runs(const RowMove& move, const RowBox* boxes, int64_t num_boxes) {
+  const HeadStarts starts(move);
+  const RowKeys<kStripes> keys;
+  const int64_t box_bytes = boxes->num_tokens * token_bytes(move);
+  const int64_t num_ahead = kFetchBytes > box_bytes ? kFetchBytes / box_bytes : 1;
+  const int64_t num_heads = move.num_heads;
+  const int64_t token_stripes = num_heads * move.dims * dtype_bytes(move.dst.dtype) / 64;
+  PageTouches touches(move, boxes, num_boxes, false);
+  DigestSum sum;
+  for (int64_t i = -num_ahead; i < num_boxes; ++i) {
+    const RowBox& next = boxes[i + num_ahead < num_boxes ? i + num_ahead : num_boxes - 1];
+    touches.before(&next);
+    for (int32_t plane = 0; plane < move.num_planes; ++plane) {
+      const char* ahead =
+          move.src.row(next.src_page, next.src_slot, move.src_head) + plane * move.src_plane_bytes;
+      if (i < 0) {
+        for (int64_t j = 0; j < next.num_tokens * token_stripes; ++j) {
+          __builtin_prefetch(ahead + 64 * j);
+        }
+        continue;
+      }
+      const RowBox& box = boxes[i];
+      const char* src =
+          move.src.row(box.src_page, box.src_slot, move.src_head) + plane * move.src_plane_bytes;
+      char* dst =
+          move.dst.row(box.dst_page, box.dst_slot, move.dst_head) + plane * move.dst_plane_bytes;
+      uint64_t shift = row_digest::shift(box.token_position);
+      const auto take = [&](const Words& start) __attribute__((always_inline)) {
+        LaneSums lanes;
+        KVLINK_UNROLL
+        for (int j = 0; j < kStripes; ++j) {
+          __builtin_prefetch(ahead + 64 * j);
+          const Words words = Words::load(src + 64 * j);
+          kWrite == Write::kStream ? words.stream(dst + 64 * j) : words.store(dst + 64 * j);
+          if (kDigest) lanes.add(words, keys[j]);
+          // NOTE: four lines fetched and then four copied, as the compiler has it, are slower.
+          asm volatile("" ::: "memory");
+        }
+        if (kDigest) sum.add_row(lanes.acc(), start, shift);
+        src += 64 * kStripes;
+        dst += 64 * kStripes;
+        ahead += 64 * kStripes;
+      };
+      const Words first = starts.of(plane, 0);
+      if (!kDigest) {
+        for (int64_t left = box.num_tokens * token_stripes; left > 0; --left) take(first);
+        continue;
+      }
+      for (int64_t left = box.num_tokens; left > 0; --left, shift += row_digest::shift(1)) {
+        take(first);
+        for (int64_t head = 1; head < num_heads; ++head) take(starts.of(plane, head));
+      }
+    }
+  }
+  return sum.total();
+}
+
+// The same, digested, where the row's length is one of those.
+template <Write kWrite>
+RowFunction* short_runs(int64_t row_bytes) {
+  return by_stripes(row_bytes, []<int kStripes>() -> RowFunction* {
+    return copy_short_runs<kWrite, kStripes, true>;
+  });
+}
+
+void copy_runs(const RowMove& move, const RowBox* boxes, int64_t num_boxes) {
+  const bool streaming = can_stream(move);
+  if (has_short_runs(move, boxes, num_boxes)) {
+    streaming ? copy_short_runs<Write::kStream, 1, false>(move, boxes, num_boxes)
+              : copy_short_runs<Write::kStore, 1, false>(move, boxes, num_boxes);
+    return;
+  }
+  RowLanes none;
+  RowWalk<true> walk(move, boxes, num_boxes, false);
+  FetchAhead<true> ahead(walk);
+  for (; !walk.done(); walk.next()) {
+    copy_run<false>(walk.dst(), walk.src(), walk.dst_bytes(), streaming, ahead, none);
   }
 }
 
 uint64_t copy_and_digest(const RowMove& move, const RowBox* boxes, int64_t num_boxes) {
   const bool streaming = can_stream(move);
   const int64_t row_bytes = move.dims * dtype_bytes(move.dst.dtype);
+  if (has_short_runs(move, boxes, num_boxes)) {
+    if (auto* runs = streaming ? short_runs<Write::kStream>(row_bytes)
+                               : short_runs<Write::kStore>(row_bytes)) {
+      return runs(move, boxes, num_boxes);
+    }
+  }
   if (auto* whole = streaming ? whole_rows<Write::kStream>(row_bytes)
                               : whole_rows<Write::kStore>(row_bytes)) {
     return whole(move, boxes, num_boxes);

@@ -8,6 +8,9 @@
 
 namespace kvlink::cpu::KVLINK_SIMD_LEVEL {
 
+inline constexpr int64_t kFetchBytes = 4096;   // ahead of what is read
+inline constexpr int64_t kShortBytes = 16384;  // the CPU goes on by itself in longer boxes
+
 // Asks for a line of each page of the address space that short boxes lie in, long before they are
 // fetched, so that where the page lies has been looked up by then: on virtual machines that takes
 // longer than a line does.
@@ -25,7 +28,7 @@ class PageTouches {
     box_bytes_ = reach(boxes->num_tokens, rows_.at.stride_slot) +
                  reach(move.num_heads, rows_.at.stride_head) + move.dims * size;
     if (move.num_planes > 1) box_bytes_ += of_dst ? move.dst_plane_bytes : move.src_plane_bytes;
-    if (box_bytes_ > kMaxBytes) next_ = end_;
+    if (box_bytes_ > kShortBytes) next_ = end_;
     num_ahead_ = kAheadBytes / (box_bytes_ < kPageBytes ? kPageBytes : box_bytes_);
   }
 
@@ -36,7 +39,6 @@ class PageTouches {
 
  private:
   static constexpr int64_t kPageBytes = 4096;
-  static constexpr int64_t kMaxBytes = 4 * kPageBytes;  // the CPU goes on by itself in longer ones
   static constexpr int64_t kAheadBytes = 12 * kPageBytes;
 
   KVLINK_INLINE void touch(const RowBox& box) {
@@ -216,8 +218,6 @@ class FetchAhead {
   }
 
  private:
-  static constexpr int64_t kFetchBytes = 4096;
-
   KVLINK_INLINE void next_run() {
     begin_ += step_;
     if (--left_ == 0) enter_line();
