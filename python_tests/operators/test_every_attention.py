@@ -21,7 +21,8 @@ from kvlink.testing.cases import (
 )
 from kvlink.testing.tolerances import assert_close, assert_same_bits
 
-NOT_ON_CUDA = {"any_head_dim", "any_strides", "scaled_floats"}  # docs/architecture.md
+# docs/architecture.md
+NOT_ON_CUDA = {"any_head_dim", "any_strides", "scaled_floats", "unaligned_rows"}
 MIXED = dict(q_lens=(1, 7, 20), seq_lens=(130, 25, 70))
 STORAGE = [(dtype, "none") for dtype in ("float32", "float16", "bfloat16", "float8_e4m3", "int8")]
 STORAGE += [
