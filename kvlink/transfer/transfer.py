@@ -92,7 +92,7 @@ class Transfer:
         self._watch.posted(self._watched, layer, time.perf_counter_ns() - begin)
 
     def post_part(self, part: int) -> None:
-        """Queues what is left of one part; for `Link.pull`, which moves every part at once."""
+        """Queues what is left of one part; for groups, and for pulls that go part by part."""
         self._moving.post(part, self._moving.tokens_left(part))
 
     def posted_all(self, nanoseconds: int) -> None:

@@ -159,7 +159,8 @@ RowFunction* whole_rows(int64_t row_bytes) {
   });
 }
 
-// Whether the rows of a plane of each box are one short run of whole stripes on both sides.
+// Whether the rows of a plane of each box are one run of whole stripes on both sides, and short
+// ones by the first box: a longer one among the others is only fetched further ahead.
 bool has_short_runs(const RowMove& move, const RowBox* boxes, int64_t num_boxes) {
   const auto follow = [&](const Plane& at) {
     return at.stride_slot == move.num_heads * move.dims &&
